@@ -1,0 +1,194 @@
+"""Every setting of every command, typed and frozen. Domain code sees these classes, never a DictConfig.
+
+The yaml files of `conf/` give the defaults people read; the classes check types and names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The GGUF model and how llama.cpp runs it."""
+
+    path: str = ""  # a .gguf file; empty (and no repo): the embedded demo model
+    repo: str = ""  # or a hub repository ...
+    file: str = ""  # ... and the file in it
+    n_threads: int = 0  # 0: all cores
+    n_gpu_layers: int = 0  # -1: all
+    n_ctx: int = 0  # 0: what the command needs
+    kv_type: str = "f16"  # f16 | f32
+    flash_attn: str = "auto"  # auto | on | off
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HooksConfig:
+    """Hook points by the field's names, blocks counted from 0."""
+
+    points: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """Documents and how they are cut into windows."""
+
+    kind: str = "stdlib"  # stdlib | text | jsonl
+    paths: list[str] = field(default_factory=list)  # files and globs of kind text / jsonl
+    text_key: str = "text"  # the field of a JSONL record
+    split: str = "train"  # train | held_out | all
+    context_tokens: int = 256  # window length, BOS included
+    max_tokens: int = 0  # rows in all, 0: no limit
+    max_documents: int = 0
+    packing: str = "documents"  # one window never crosses a document
+    seed: int = 0  # order in which documents are taken; decides which ones a limit keeps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    path: str = ""  # empty: extract makes one in its run folder, other commands take the newest
+    buffer_bytes: int = 1 << 30  # two shard buffers of all hooks fit in it
+    chunk_bytes: int = 512 << 10
+    shard_rows: int = 0  # 0: chosen from buffer_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractConfig:
+    dtype: str = "auto"  # auto | float16 | bfloat16 | float32
+    batch_tokens: int = 2048  # tokens of one llama_decode
+    ubatch_tokens: int = 512
+    calibration_tokens: int = 8192
+    outlier_factor: float = 10.0  # a row is an outlier above this multiple of the median norm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SAEConfig:
+    path: str = ""  # a checkpoint folder or an SAE GGUF; empty: the newest
+    num_latents: int = 4096
+    k: int = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerConfig:
+    tokens: int = 4_000_000  # rows trained on, repeats of the store included
+    batch_tokens: int = 2048
+    lr: float = 2e-3
+    warmup_steps: int = 100
+    decay_share: float = 0.2  # linear decay to zero over the last share of the steps
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    auxk_coef: float = 1 / 32
+    auxk_k: int = 0  # 0: d_in / 2
+    dead_after_tokens: int = 10_000_000
+    encoder_dtype: str = "auto"  # auto | float32 | bfloat16
+    buffer_rows: int = 131_072  # mixing buffer of the shuffled reader
+    checkpoint_steps: int = 500
+    keep_last: int = 2
+    log_steps: int = 20
+    n_threads: int = 0
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggerConfig:
+    """JSONL is always written; these come beside it."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "ggscope"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    tokens: int = 500_000  # rows for the reconstruction metrics, at most what is held out
+    splice_tokens: int = 65_536  # rows for CE and KL, each run several times through the model
+    baselines: bool = True
+    random_model_tokens: int = 400_000  # rows captured from the model with re-drawn weights
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    source: str = ""  # checkpoint folder; empty: the newest train run
+    out: str = ""  # empty: in the run folder
+    encoder_type: str = "F16"  # F32 | F16 | Q8_0
+    decoder_type: str = "F16"
+    latent: int = -1  # >= 0: write this latent as a control vector beside the SAE
+    coeff: float = 1.0  # its raw scale
+    probe_tokens: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InterventionConfig:
+    """One change of the forward pass, by an SAE latent. `kind` is none, steer, clamp or ablate."""
+
+    kind: str = "none"
+    latents: list[int] = field(default_factory=list)
+    coeff: float = 0.0  # steer: x' = x + coeff W_dec[f]
+    value: float = 0.0  # clamp: the activation aimed at
+    phase: str = "all"  # all | prompt | response
+    positions: list[int] = field(default_factory=list)  # empty: every position of the phase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApplyConfig:
+    prompt: str = ""  # set by --prompt / --prompt-file / -
+    max_tokens: int = 48
+    temperature: float = 0.0
+    top_latents: int = 3
+    seed: int = 0
+    chat: bool = False
+    allow_model_mismatch: bool = False
+    format: str = "text"  # text | jsonl
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LensConfig:
+    prompt: str = ""
+    top: int = 3
+    format: str = "text"  # text | json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchConfig:
+    clean: str = ""
+    corrupted: str = ""
+    answer: str = ""  # the token the clean prompt calls for
+    wrong: str = ""  # the token the corrupted prompt calls for
+    site: str = "hook_resid_post"
+    format: str = "text"  # text | json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    top_latents: int = 40
+    contexts: int = 8  # strongest contexts of a latent
+    tokens: int = 200_000  # rows searched for them
+    prompt: str = ""
+    steer_latent: int = -1  # -1: chosen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The union of all settings; each command's yaml names the groups it has."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hooks: HooksConfig = field(default_factory=HooksConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    intervention: InterventionConfig = field(default_factory=InterventionConfig)
+    apply: ApplyConfig = field(default_factory=ApplyConfig)
+    lens: LensConfig = field(default_factory=LensConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    experiment: str = ""
+    run_dir: str = ""
+    resume: str = ""

@@ -1,0 +1,1 @@
+"""Readers and packing: documents to token windows that remember where they came from."""
