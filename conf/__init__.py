@@ -1,0 +1,1 @@
+"""The yaml files people edit: one root file per command, groups of options, whole experiments."""

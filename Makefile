@@ -1,0 +1,54 @@
+# make demo | test | test-long | lint | clean     (all of them install what they need into .venv first)
+PYTHON ?= python3
+# Where torch comes from. Empty: the package index (on Linux the CUDA build, 3 GB). Without an NVIDIA GPU
+# give the CPU index that pytorch.org's install page names: make demo TORCH_INDEX=URL
+TORCH_INDEX ?=
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-long lint check-tools install install-dev clean
+
+demo: install
+	$(VENV)/bin/ggscope run experiment=demo_cpu
+
+test: lint
+	$(VENV)/bin/python -m pytest -m "not long"
+
+test-long: lint
+	$(VENV)/bin/python -m pytest
+
+lint: install-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+check-tools:
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) 3.11-3.13 (Debian: apt install python3)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "missing: Python 3.11-3.13; $(PYTHON) is $$($(PYTHON) -V 2>&1); name another with PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "missing: Python's venv (Debian: apt install python3-venv)"; exit 2; }
+	@command -v $${CC:-cc} >/dev/null || { echo "missing: a C compiler (Debian: apt install build-essential)"; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "missing: a C++17 compiler (Debian: apt install build-essential)"; exit 2; }
+
+# The tools are only checked where something is to be installed.
+$(VENV)/bin/python:
+	@$(MAKE) --no-print-directory check-tools
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	@echo "== installing torch; then llama.cpp is compiled, which takes about 6 minutes on 2 cores (once)"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[train]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[train,dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,280 @@
+"""`ggscope CMD [PATH...] key=value ...`: pops the command, composes its settings with Hydra, runs the stage.
+
+Exit codes: 0 done; 1 a bug of ours; 2 input or environment; 3 a check failed; 130 interrupted.
+Heavy packages are imported by the stages, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import errno
+import importlib
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae.errors import ConfigError, SAEError
+
+from .commands import COMMANDS
+from .config import Config
+
+HYDRA_FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--cfg", "-c", "--package", "-p"}
+INTRO = "ggscope: train k-sparse autoencoders on what llama.cpp computes, and run them back inside it."
+
+
+def overview() -> str:
+    lines = [INTRO, "", "usage: ggscope COMMAND [key=value ...]", ""]
+    lines += [f"  {name:<11}{command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", "ggscope COMMAND --help shows its settings and examples; --version prints the version."]
+    return "\n".join(lines)
+
+
+def help_of(name: str) -> str:
+    """Usage, examples and every setting (with its default) of one command."""
+    command = COMMANDS[name]
+    lines = [f"ggscope {name}: {command.summary}", "", "examples:"]
+    lines += [f"  {example}" for example in command.examples]
+    if command.prompts:
+        lines += ["", "texts:"]
+        lines += [f"  {flag} TEXT, {flag}-file FILE" for flag, _ in command.prompts]
+        lines.append("  - reads the first of them from standard input")
+    if command.groups:
+        lines += ["", "settings:"]
+        lines += [f"  {key}={value}" for key, value in flat_defaults(name).items() if key.split(".")[0] in command.groups]
+        lines += ["", "-m runs every combination of comma-separated values; experiment=NAME loads conf/experiment/NAME.yaml;"]
+        lines.append("--config-dir FOLDER adds your own yaml files; resume=RUN|latest continues; run_dir=FOLDER names the run folder.")
+    return "\n".join(lines)
+
+
+def flat_defaults(name: str) -> dict[str, str]:
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    from .run import flat
+
+    register_schema()
+    with initialize_config_module("conf", version_base="1.3"):
+        values = flat(OmegaConf.to_container(compose(name)))  # type: ignore[arg-type]
+    return {key: ("" if v is None else str(v).replace("'", "")) for key, v in values.items()}
+
+
+def register_schema() -> None:
+    """Store the schema under `schema` with its read-only flags cleared (frozen classes set them)."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if OmegaConf.is_config(node[key]):
+            OmegaConf.set_readonly(node[key], None)
+    ConfigStore.instance().store(name="schema", node=node)
+
+
+def quoted(override: str) -> str:
+    """The override as it is where Hydra's grammar takes it, else with its value quoted."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    try:
+        OverridesParser.create().parse_overrides([override])
+        return override
+    except OverrideParseException:
+        key, sign, value = override.partition("=")
+        if not sign or not key.strip("+~.").replace(".", "").replace("_", "").replace("/", "").isalnum():
+            raise
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{key}="{escaped}"'
+
+
+def read_text(source: str) -> str:
+    """The text of a file, or of standard input for `-`; exactly one trailing newline is dropped."""
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"expected a readable UTF-8 text file, got {source}: {error}") from None
+    return text.removesuffix("\n")
+
+
+def take_texts(name: str, args: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Split the prompt flags off: `{config key: text}` and the arguments that are Hydra's."""
+    flags = dict(COMMANDS[name].prompts)
+    texts: dict[str, str] = {}
+    rest: list[str] = []
+    queue = list(args)
+    while queue:
+        arg = queue.pop(0)
+        flag, sign, value = arg.partition("=") if arg.startswith("--") else (arg, "", "")
+        base = flag.removesuffix("-file")
+        if arg == "-" and flags:
+            texts[next(iter(flags.values()))] = read_text("-")
+        elif base in flags:
+            if not sign and not queue:
+                raise ConfigError(f"{flag}: expected a text after it, e.g. {flag} 'import os'")
+            value = value if sign else queue.pop(0)
+            texts[flags[base]] = read_text(value) if flag.endswith("-file") else value
+        else:
+            rest.append(arg)
+    return texts, rest
+
+
+def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
+    """Quote what the grammar cannot take; turn a bare path into the key it stands for."""
+    checked, skip = [], False
+    for arg in args:
+        if skip or arg.startswith("-"):
+            skip = not skip and arg in HYDRA_FLAGS_WITH_VALUE
+            checked.append(arg)
+        elif "=" in arg or arg.startswith("~"):
+            checked.append(quoted(arg))
+        else:
+            raise ConfigError(f"expected key=value, got {arg!r}; see `ggscope {name} --help`")
+    return checked
+
+
+def with_texts(config: Config, texts: dict[str, str]) -> Config:
+    for key, text in texts.items():
+        group, item = key.split(".")
+        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{item: text})})
+    return config
+
+
+def run_stage(name: str, config: Config) -> None:
+    """Open the run folder and call `pipeline.stages.<name>.run`."""
+    from .run import RunContext, new_folder, resume_folder, running
+
+    groups = COMMANDS[name].groups
+    folder = resume_folder(name, config, groups) if config.resume else new_folder(name, config)
+    context = RunContext(command=name, folder=folder, config=config, resumed=bool(config.resume))
+    stage = importlib.import_module(f"pipeline.stages.{name}")
+    with running(context):
+        stage.run(context)
+
+
+def hydra_task(name: str, texts: dict[str, str], failures: list[Exception]) -> Callable[[Any], None]:
+    """The function Hydra calls once a job. A failure in this process is kept, so that Hydra adds no lines of its own."""
+    owner = os.getpid()
+
+    def task(cfg: Any) -> None:
+        from omegaconf import OmegaConf
+
+        try:
+            config = OmegaConf.to_object(cfg)
+            assert isinstance(config, Config)
+            run_stage(name, with_texts(config, texts))
+        except Exception as error:
+            if os.getpid() != owner:  # a launcher's worker: the exception is the only way back
+                raise
+            failures.append(error)
+
+    return task
+
+
+def run_command(name: str, args: list[str]) -> None:
+    texts, rest = take_texts(name, args)
+    overrides = checked_overrides(name, rest)
+    import hydra
+
+    register_schema()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out instead of being printed
+    sys.argv = [f"ggscope {name}", *overrides]
+    failures: list[Exception] = []
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(hydra_task(name, texts, failures))()
+    for later in failures[1:]:
+        exit_code_of(later, name)
+    if failures:
+        raise failures[0]
+
+
+def suggestion(message: str, name: str) -> str:
+    """One line for an error of Hydra's, with a `did you mean` where a key is misspelt."""
+    import re
+
+    first = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    found = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", first) or re.search(r"Could not override '([^']+)'", first)
+    full = re.search(r"full_key: ([\w.]+)", first) or re.search(r"Could not override '([^']+)'", first)
+    if found:
+        key = full.group(1) if full else found.group(1)
+        known = list(flat_defaults(name))
+        close = difflib.get_close_matches(key, known, 3, 0.5)
+        close += [k for k in known if k.split(".")[-1] == key.split(".")[-1] and k not in close]
+        hint = f"did you mean {' or '.join(close[:3])}?" if close else f"see `ggscope {name} --help`"
+        return f"unknown setting {key!r}; {hint}"
+    return first.removesuffix("Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.").strip()
+
+
+def report_bug(error: BaseException) -> int:
+    with tempfile.NamedTemporaryFile("w", prefix="ggscope-bug-", suffix=".txt", delete=False, encoding="utf-8") as f:
+        f.write("".join(traceback.format_exception(error)))
+    print(f"ggscope: this is a bug of ours ({type(error).__name__}: {error}); the traceback is in {f.name}", file=sys.stderr)
+    return 1
+
+
+def exit_code_of(error: BaseException, name: str) -> int:
+    """Print one line for what went wrong and return the exit code that goes with it."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, SAEError):
+        print(f"ggscope {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        print(f"ggscope {name}: interrupted", file=sys.stderr)
+        return 130
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        text = str(error) if cause is error else f"{error} {cause}"
+        print(f"ggscope {name}: {suggestion(text, name)}", file=sys.stderr)
+        return 2
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        print(f"ggscope {name}: the disk is full ({error.filename or 'while writing'}); free some room and resume", file=sys.stderr)
+        return 2
+    return report_bug(error)
+
+
+def terminate(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if args[0] in ("-V", "--version"):
+        from importlib import metadata
+
+        print(f"ggscope {metadata.version('ggscope')}")
+        return 0
+    name = args.pop(0)
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        print(f"ggscope: unknown command {name!r}; {f'did you mean {close[0]}?' if close else 'see ggscope --help'}", file=sys.stderr)
+        return 2
+    if any(arg in ("-h", "--help") for arg in args):
+        print(help_of(name))
+        return 0
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        if not COMMANDS[name].groups:
+            importlib.import_module(f"pipeline.stages.{name}").run(args)
+        else:
+            run_command(name, args)
+    except SystemExit as error:  # Hydra's own flags (--cfg, --info) end this way
+        return error.code if isinstance(error.code, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:  # noqa: BLE001  the one place where every failure becomes a line and a code
+        return exit_code_of(error, name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

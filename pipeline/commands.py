@@ -1,0 +1,75 @@
+"""What commands there are: the settings each reads, its help, its examples. No heavy import here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    summary: str
+    groups: tuple[str, ...] = ()  # config groups it reads
+    examples: tuple[str, ...] = ()
+    prompts: tuple[tuple[str, str], ...] = ()  # (flag, config key): texts that bypass Hydra's grammar
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(
+        summary="extract, train, evaluate, convert and report in one go",
+        groups=("model", "hooks", "corpus", "store", "extract", "sae", "trainer", "logger", "evaluate", "convert", "report"),
+        examples=("ggscope run experiment=demo_cpu", "ggscope run experiment=demo_cpu model.path=my.gguf", "ggscope run resume=latest experiment=demo_cpu"),
+    ),
+    "extract": Command(
+        summary="capture activations of a GGUF model into a zarr store",
+        groups=("model", "hooks", "corpus", "store", "extract"),
+        examples=(
+            "ggscope extract corpus.max_tokens=200000",
+            "ggscope extract model.path=my.gguf hooks.points=[blocks.12.hook_resid_post] corpus=text corpus.paths=[notes/*.md]",
+            "ggscope extract resume=latest corpus.max_tokens=200000",
+        ),
+    ),
+    "train": Command(
+        summary="fit a k-sparse autoencoder on a store",
+        groups=("store", "hooks", "sae", "trainer", "logger"),
+        examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train -m sae.k=16,32,64", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr"),
+    ),
+    "evaluate": Command(
+        summary="FVU, L0, dead share, and CE recovered inside llama.cpp, on held-out text beside baselines",
+        groups=("model", "corpus", "store", "sae", "evaluate"),
+        examples=("ggscope evaluate", "ggscope evaluate sae.path=runs/train/2026-01-31_12-00-00/sae evaluate.splice_tokens=8192"),
+    ),
+    "convert": Command(
+        summary="write an SAE as GGUF and verify it; a latent as a control vector",
+        groups=("model", "corpus", "convert"),
+        examples=("ggscope convert convert.encoder_type=Q8_0", "ggscope convert convert.latent=123 convert.coeff=4"),
+    ),
+    "apply": Command(
+        summary="generate with live features per token; steer, clamp or ablate latents",
+        groups=("model", "sae", "apply", "intervention"),
+        examples=(
+            "ggscope apply --prompt 'def read_file(path):'",
+            "ggscope apply --prompt 'import os' intervention=steer intervention.latents=[123] intervention.coeff=8",
+            "echo 'class Node:' | ggscope apply - apply.format=jsonl",
+        ),
+        prompts=(("--prompt", "apply.prompt"),),
+    ),
+    "lens": Command(
+        summary="logit lens: what every block would predict, through the model's own norm and unembedding",
+        groups=("model", "lens"),
+        examples=("ggscope lens --prompt 'for i in range(10):'",),
+        prompts=(("--prompt", "lens.prompt"),),
+    ),
+    "patch": Command(
+        summary="activation patching between a clean and a corrupted prompt",
+        groups=("model", "patch"),
+        examples=("ggscope patch --clean 'import os' --corrupted 'import re' --answer '.path' --wrong '.compile'",),
+        prompts=(("--clean", "patch.clean"), ("--corrupted", "patch.corrupted"), ("--answer", "patch.answer"), ("--wrong", "patch.wrong")),
+    ),
+    "report": Command(
+        summary="one HTML file: training curve, evaluation, latents with their contexts, lens, steering",
+        groups=("model", "corpus", "store", "sae", "report"),
+        examples=("ggscope report", "ggscope report report.steer_latent=123"),
+    ),
+    "doctor": Command(summary="versions, backends, threads, GPU, disk: what this installation can do", examples=("ggscope doctor",)),
+    "completion": Command(summary="print a completion script for bash, zsh or fish", examples=("ggscope completion bash >> ~/.bashrc",)),
+}  # fmt: skip

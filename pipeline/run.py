@@ -1,0 +1,226 @@
+"""Run folders and their manifests: what ran, on what, with which result. Lineage from a readout to the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sae.errors import ConfigError, InterruptedRunError
+
+from .config import Config
+
+MANIFEST = "manifest.json"
+PACKAGES = ("ggscope", "llama-cpp-python", "torch", "numpy", "zarr", "hydra-core", "gguf", "safetensors")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that a reader sees the old file or the whole new one."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(kw_only=True)
+class RunContext:
+    """One run of one command: its folder, its manifest, its console."""
+
+    command: str
+    folder: Path
+    config: Config
+    resumed: bool = False
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    outputs: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+    started: float = field(default_factory=time.time)
+
+    def add_input(self, name: str, path: Path | str, sha256: str = "", **facts: Any) -> None:
+        self.inputs[name] = {"path": str(path), "sha256": sha256, **facts}
+
+    def write(self, status: str, error: str = "") -> None:
+        """Rewrite the manifest; `status` is running, finished, failed or interrupted."""
+        ended = time.time()
+        manifest = {
+            "manifest_version": 1,
+            "command": self.command,
+            "status": status,
+            "error": error,
+            "started": datetime.fromtimestamp(self.started).isoformat(timespec="seconds"),
+            "ended": None if status == "running" else datetime.fromtimestamp(ended).isoformat(timespec="seconds"),
+            "seconds": round(ended - self.started, 3),
+            "config": asdict(self.config),
+            "versions": versions(),
+            "argv": sys.argv[1:],
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "metrics": self.metrics,
+        }
+        write_json(self.folder / MANIFEST, manifest)
+
+    def three_lines(self, given: str, numbers: str, output: str) -> None:
+        """What every command ends with: its input, its numbers, where its output lies (stdout)."""
+        out = Console(highlight=False, soft_wrap=True, markup=False)
+        for name, text in (("input", given), ("result", numbers), ("output", output)):
+            out.print(f"{self.command:<9}{name:<7} {text}")
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str = "tokens") -> Iterator[ProgressCall]:
+        """A progress bar with an ETA; yields a callable `(done, total=None, **numbers)`."""
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(unit),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as bar:
+            task = bar.add_task(what, total=total or None, note="")
+
+            def call(done: int, total: int | None = None, note: str = "") -> None:
+                bar.update(task, completed=done, total=total, note=note)
+
+            yield call
+
+
+class ProgressCall:
+    """The type of what `RunContext.progress` yields."""
+
+    def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
+
+
+def new_folder(command: str, config: Config, root: Path = Path("runs")) -> Path:
+    """Make `runs/<command>/<time>/`, or `run_dir` where one is named."""
+    if config.run_dir:
+        folder = Path(config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder.resolve()
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 1000):
+        folder = root / command / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return folder.resolve()
+        except FileExistsError:
+            continue
+    raise ConfigError(f"expected a free run folder name like {stamp}, found 999 taken; set run_dir=FOLDER")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def runs_of(command: str, root: Path = Path("runs")) -> list[tuple[Path, dict[str, Any]]]:
+    """Every run of `command`, newest first, those inside a whole `run` included."""
+    patterns = (f"{command}/*/{MANIFEST}", f"run/*/{command}/{MANIFEST}")
+    found = []
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            manifest = read_manifest(path.parent)
+            if manifest is not None and manifest.get("command") == command:
+                found.append((path.parent, manifest))
+    return sorted(found, key=lambda item: (item[1].get("started", ""), item[0].name), reverse=True)
+
+
+def newest_finished(command: str, needed_for: str) -> tuple[Path, dict[str, Any]]:
+    """The newest finished run of `command` under the working directory."""
+    for folder, manifest in runs_of(command):
+        if manifest.get("status") == "finished":
+            return folder, manifest
+    raise ConfigError(
+        f"{needed_for}: expected a finished `ggscope {command}` run under {Path('runs').resolve()}, found none; "
+        f"run `ggscope {command}` first or name the input by path"
+    )
+
+
+IGNORED_ON_RESUME = ("resume", "run_dir")
+# settings that change how fast or how often something is written, never the result
+NOT_RESULT_RELEVANT = {
+    "model.n_threads", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.log_steps",
+}  # fmt: skip
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict to dotted keys."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            found |= flat(item, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = item
+    return found
+
+
+def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path:
+    """The folder that `resume=RUN_DIR|latest` names, after its config was compared with this one."""
+    if config.resume == "latest":
+        unfinished = [f for f, m in runs_of(command) if m.get("status") != "finished"]
+        if not unfinished:
+            raise ConfigError(f"resume=latest: no unfinished `ggscope {command}` run under {Path('runs').resolve()}")
+        folder = unfinished[0]
+    else:
+        folder = Path(config.resume)
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("command") != command:
+        raise ConfigError(f"resume={config.resume}: {folder} holds no run of `ggscope {command}`")
+    old, new = flat(manifest["config"]), flat(asdict(config))
+    changed = [
+        f"{key}: {old.get(key)} -> {new[key]}"
+        for key in new
+        if key not in NOT_RESULT_RELEVANT and key.split(".")[0] in groups and old.get(key) != new[key]
+    ]
+    if changed:
+        raise ConfigError(f"resume={folder}: the settings differ ({'; '.join(changed)}); use the old ones or start anew")
+    return folder.resolve()
+
+
+@contextmanager
+def running(context: RunContext) -> Iterator[RunContext]:
+    """Keep the manifest true whatever happens inside."""
+    context.write("running")
+    try:
+        yield context
+    except (KeyboardInterrupt, InterruptedRunError) as error:
+        context.write("interrupted", str(error))
+        if isinstance(error, InterruptedRunError):
+            raise
+        raise InterruptedRunError(
+            f"interrupted; continue with `ggscope {context.command} resume={context.folder}` and the same settings"
+        ) from error
+    except BaseException as error:
+        context.write("failed", f"{type(error).__name__}: {error}")
+        raise
+    context.write("finished")
