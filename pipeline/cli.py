@@ -46,9 +46,16 @@ def help_of(name: str) -> str:
         lines.append("  - reads the first of them from standard input")
     if command.groups:
         lines += ["", "settings:"]
-        lines += [f"  {key}={value}" for key, value in flat_defaults(name).items() if key.split(".")[0] in command.groups]
-        lines += ["", "-m runs every combination of comma-separated values; experiment=NAME loads conf/experiment/NAME.yaml;"]
-        lines.append("--config-dir FOLDER adds your own yaml files; resume=RUN|latest continues; run_dir=FOLDER names the run folder.")
+        lines += [
+            f"  {key}={value}" for key, value in flat_defaults(name).items() if key.split(".")[0] in command.groups
+        ]
+        lines += [
+            "",
+            "-m runs every combination of comma-separated values; experiment=NAME loads conf/experiment/NAME.yaml;",
+        ]
+        lines.append(
+            "--config-dir FOLDER adds your own yaml files; resume=RUN|latest continues; run_dir=FOLDER names the run folder."
+        )
     return "\n".join(lines)
 
 
@@ -197,7 +204,9 @@ def suggestion(message: str, name: str) -> str:
     import re
 
     first = " ".join(line.strip() for line in message.splitlines() if line.strip())
-    found = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", first) or re.search(r"Could not override '([^']+)'", first)
+    found = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", first) or re.search(
+        r"Could not override '([^']+)'", first
+    )
     full = re.search(r"full_key: ([\w.]+)", first) or re.search(r"Could not override '([^']+)'", first)
     if found:
         key = full.group(1) if full else found.group(1)
@@ -212,7 +221,10 @@ def suggestion(message: str, name: str) -> str:
 def report_bug(error: BaseException) -> int:
     with tempfile.NamedTemporaryFile("w", prefix="ggscope-bug-", suffix=".txt", delete=False, encoding="utf-8") as f:
         f.write("".join(traceback.format_exception(error)))
-    print(f"ggscope: this is a bug of ours ({type(error).__name__}: {error}); the traceback is in {f.name}", file=sys.stderr)
+    print(
+        f"ggscope: this is a bug of ours ({type(error).__name__}: {error}); the traceback is in {f.name}",
+        file=sys.stderr,
+    )
     return 1
 
 
@@ -233,7 +245,10 @@ def exit_code_of(error: BaseException, name: str) -> int:
         print(f"ggscope {name}: {suggestion(text, name)}", file=sys.stderr)
         return 2
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        print(f"ggscope {name}: the disk is full ({error.filename or 'while writing'}); free some room and resume", file=sys.stderr)
+        print(
+            f"ggscope {name}: the disk is full ({error.filename or 'while writing'}); free some room and resume",
+            file=sys.stderr,
+        )
         return 2
     return report_bug(error)
 
@@ -255,7 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.pop(0)
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, 1)
-        print(f"ggscope: unknown command {name!r}; {f'did you mean {close[0]}?' if close else 'see ggscope --help'}", file=sys.stderr)
+        print(
+            f"ggscope: unknown command {name!r}; {f'did you mean {close[0]}?' if close else 'see ggscope --help'}",
+            file=sys.stderr,
+        )
         return 2
     if any(arg in ("-h", "--help") for arg in args):
         print(help_of(name))

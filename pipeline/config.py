@@ -105,7 +105,8 @@ class EvaluateConfig:
     tokens: int = 500_000  # rows for the reconstruction metrics, at most what is held out
     splice_tokens: int = 65_536  # rows for CE and KL, each run several times through the model
     baselines: bool = True
-    random_model_tokens: int = 400_000  # rows captured from the model with re-drawn weights
+    random_sae: str = ""  # an SAE trained on the same architecture with re-drawn weights (`run` makes one)
+    random_model_tokens: int = 300_000  # rows captured for it
     seed: int = 0
 
 
@@ -172,7 +173,7 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """The union of all settings; each command's yaml names the groups it has."""
+    """The union of all settings. All commands share it, so that one experiment file describes a whole run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
@@ -189,6 +190,5 @@ class Config:
     lens: LensConfig = field(default_factory=LensConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-    experiment: str = ""
     run_dir: str = ""
     resume: str = ""

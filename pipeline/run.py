@@ -203,7 +203,9 @@ def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path
         if key not in NOT_RESULT_RELEVANT and key.split(".")[0] in groups and old.get(key) != new[key]
     ]
     if changed:
-        raise ConfigError(f"resume={folder}: the settings differ ({'; '.join(changed)}); use the old ones or start anew")
+        raise ConfigError(
+            f"resume={folder}: the settings differ ({'; '.join(changed)}); use the old ones or start anew"
+        )
     return folder.resolve()
 
 

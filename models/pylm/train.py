@@ -107,11 +107,17 @@ def main() -> None:
         step += 1
         if step % 5 == 0:
             rate = step * args.batch * shape.context / (time.time() - began)
-            print(f"step {step} epoch {epoch} loss {loss.item():.4f} lr {args.lr * factor:.5f} {rate:.0f} tok/s", flush=True)
+            print(
+                f"step {step} epoch {epoch} loss {loss.item():.4f} lr {args.lr * factor:.5f} {rate:.0f} tok/s",
+                flush=True,
+            )
         if step % 200 == 0 or step == args.steps:
             test_loss = held_out_loss(model, test_rows[:32] if step < args.steps else test_rows, args.batch)
             tokens = sum(map(len, test))
-            print(f"step {step} held-out loss {test_loss:.4f} bits/byte {test_loss / 0.6931472 * tokens / test_bytes:.4f}", flush=True)
+            print(
+                f"step {step} held-out loss {test_loss:.4f} bits/byte {test_loss / 0.6931472 * tokens / test_bytes:.4f}",
+                flush=True,
+            )
         if time.time() - saved > 240 or step == args.steps:
             saved = time.time()
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}

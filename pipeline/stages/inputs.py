@@ -1,0 +1,139 @@
+"""Opening what a stage works on: the model, the newest store, the newest SAE. One way for all commands."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae.errors import ConfigError
+from sae.weights import SAEWeights
+
+from ..config import ModelConfig
+from ..run import RunContext, newest_finished, read_manifest
+
+if TYPE_CHECKING:
+    from ..llama.model import Model
+    from ..store.reader import ActivationStore
+
+STORE_NAME = "activations.zarr"
+SAE_NAME = "sae"
+
+
+def model_path(config: ModelConfig) -> Path:
+    """The GGUF file that the settings name: a path, a file of a hub repository, or the embedded model."""
+    if config.path and (config.repo or config.file):
+        raise ConfigError("expected model.path or model.repo with model.file, got both")
+    if config.path:
+        return Path(config.path).expanduser()
+    if bool(config.repo) != bool(config.file):
+        raise ConfigError("model.repo and model.file belong together, e.g. model.repo=owner/name model.file=name.gguf")
+    if config.repo:
+        return from_hub(config.repo, config.file)
+    return Path(str(resources.files("pipeline") / "data" / "pylm.gguf"))
+
+
+def from_hub(repo: str, file: str) -> Path:
+    """Download (or find in the cache) one file of a hub repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, file))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"model.repo={repo} model.file={file}: cannot be had from the hub ({reason})") from error
+
+
+def open_model(context: RunContext) -> Model:
+    """The model of the settings, noted as an input of the run."""
+    from ..llama.model import Model
+
+    config = context.config.model
+    model = Model(model_path(config), n_gpu_layers=config.n_gpu_layers)
+    context.add_input("model", model.path, model.id.sha256, architecture=model.id.architecture)
+    return model
+
+
+def describe_model(model: Model) -> str:
+    m = model.id
+    return f"{Path(model.path).name} (sha256 {m.sha256[:12]}, {m.architecture}, {m.n_layer} blocks x {m.n_embd})"
+
+
+def store_path(context: RunContext) -> Path:
+    """`store.path`, or the store of the newest finished extract run (which one is printed)."""
+    if context.config.store.path:
+        return Path(context.config.store.path).expanduser()
+    folder, manifest = newest_finished("extract", context.command)
+    path = Path(manifest["outputs"]["store"])
+    context.console.print(f"using the newest store: {relative(path)}", highlight=False)
+    return path
+
+
+def open_store(context: RunContext) -> ActivationStore:
+    from ..store.reader import ActivationStore
+
+    store = ActivationStore(store_path(context))
+    context.add_input("store", store.path, store.meta.plan_sha256)
+    return store
+
+
+def sae_path(context: RunContext) -> Path:
+    """`sae.path` (a checkpoint folder or a GGUF), or the SAE of the newest finished train run."""
+    if context.config.sae.path:
+        return Path(context.config.sae.path).expanduser()
+    folder, manifest = newest_finished("train", context.command)
+    path = Path(manifest["outputs"]["sae"])
+    context.console.print(f"using the newest SAE: {relative(path)}", highlight=False)
+    return path
+
+
+def load_sae(path: Path) -> SAEWeights:
+    """An SAE from a GGUF file, a checkpoint folder or the run folder around one."""
+    if path.suffix == ".gguf":
+        from convert.sae_gguf import read_sae_gguf
+
+        return read_sae_gguf(path)
+    from sae.checkpoint import load_weights
+
+    manifest = read_manifest(path)
+    if manifest is not None and "sae" in manifest.get("outputs", {}):
+        path = Path(manifest["outputs"]["sae"])
+    return load_weights(path)
+
+
+def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
+    from ..run import file_sha256
+
+    path = sae_path(context)
+    weights = load_sae(path)
+    file = path if path.is_file() else path / "sae.safetensors"
+    context.add_input("sae", path, file_sha256(file) if file.exists() else "")
+    return path, weights
+
+
+def relative(path: Path | str) -> str:
+    """The path as a person in this folder would write it."""
+    path = Path(path)
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def threads(n: int) -> int:
+    return n if n > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_host(context: RunContext, weights: SAEWeights, model: Model) -> None:
+    """Refuse an SAE of another model; print what only differs in quantisation."""
+    from ..llama.identity import check_same_model
+
+    allow = context.config.apply.allow_model_mismatch
+    for warning in check_same_model(weights.host, model.id, allow_mismatch=allow):
+        context.console.print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def session_options(config: ModelConfig) -> dict[str, Any]:
+    return {"n_threads": threads(config.n_threads), "kv_type": config.kv_type, "flash_attn": config.flash_attn}

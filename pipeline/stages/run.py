@@ -1,0 +1,150 @@
+"""`ggscope run`: every stage after the other, each in a process of its own (torch and llama.cpp never share one)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sae.errors import InterruptedRunError, SAEError
+
+from ..run import RunContext, read_manifest
+from .inputs import SAE_NAME, STORE_NAME, model_path, relative
+
+EXPERIMENT = "this_run"
+PATIENCE_SECONDS = 2.0  # a Ctrl-C reaches the child by itself; only a signal to us alone is passed on
+
+
+def run(context: RunContext) -> None:
+    folder, config = context.folder, context.config
+    save_settings(context)
+    store, sae = folder / "extract" / STORE_NAME, folder / "train" / SAE_NAME
+    stage(context, "extract", "extract", f"store.path={store}")
+    stage(context, "train", "train", f"store.path={store}")
+    random_sae = ""
+    if config.evaluate.baselines:
+        random_sae = random_baseline(context)
+    stage(
+        context, "evaluate", "evaluate", f"store.path={store}", f"sae.path={sae}", f"evaluate.random_sae={random_sae}"
+    )
+    stage(context, "convert", "convert", f"convert.source={sae}")
+    stage(context, "report", "report", f"store.path={store}", f"sae.path={folder / 'convert' / 'sae.gguf'}")
+    finish(context)
+
+
+def save_settings(context: RunContext) -> None:
+    """The whole settings as an experiment file of this run, which every stage loads."""
+    values = {k: v for k, v in asdict(context.config).items() if k not in ("run_dir", "resume")}
+    path = context.folder / "conf" / "experiment" / f"{EXPERIMENT}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("# @package _global_\n" + json.dumps(values, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+
+
+def stage(context: RunContext, name: str, subfolder: str, *overrides: str) -> None:
+    """Run one stage into `<run>/<subfolder>`; a finished one is kept, an unfinished one continued."""
+    folder = context.folder / subfolder
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest["status"] == "finished":
+        context.console.print(f"{subfolder}: already finished, kept", highlight=False)
+    else:
+        where = f"resume={folder}" if manifest is not None else f"run_dir={folder}"
+        settings = ["--config-dir", str(context.folder / "conf"), f"experiment={EXPERIMENT}"]
+        code = child([sys.executable, "-m", "pipeline.cli", name, *settings, *overrides, where])
+        if code == 130:
+            raise InterruptedRunError(
+                f"interrupted during {subfolder}; continue with `ggscope run resume={context.folder}`"
+            )
+        if code:
+            error = SAEError(
+                f"{subfolder} failed (its message is above); mend it and continue with `ggscope run resume={context.folder}`"
+            )
+            error.exit_code = code
+            raise error
+    context.outputs[subfolder] = str(folder)
+
+
+def child(command: list[str]) -> int:
+    """Run a command; an interrupt waits for it, so that it can save its state."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        try:
+            process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
+
+
+def random_baseline(context: RunContext) -> str:
+    """An SAE trained the same way on the same architecture with re-drawn weights; returns its folder."""
+    from ..llama.random_weights import write_random_copy
+
+    config, folder = context.config, context.folder / "random"
+    model = folder / "model.gguf"
+    if not model.exists():
+        folder.mkdir(exist_ok=True)
+        write_random_copy(model_path(config.model), model, seed=config.evaluate.seed)
+    rows = config.evaluate.random_model_tokens
+    limit = config.corpus.max_tokens
+    share = min(1.0, rows / limit) if limit else 1.0
+    store = folder / "extract" / STORE_NAME
+    source = [
+        f"model.path={model}",
+        "model.repo=",
+        "model.file=",
+        f"corpus.max_tokens={min(rows, limit) if limit else rows}",
+    ]
+    stage(context, "extract", "random/extract", *source, f"store.path={store}")
+    stage(
+        context, "train", "random/train", f"store.path={store}", f"trainer.tokens={int(config.trainer.tokens * share)}"
+    )
+    return str(folder / "train" / SAE_NAME)
+
+
+def metrics_of(context: RunContext, name: str) -> dict[str, Any]:
+    return (read_manifest(context.folder / name) or {}).get("metrics", {})
+
+
+def finish(context: RunContext) -> None:
+    """The short table of numbers, and where the report lies."""
+    evaluation = metrics_of(context, "evaluate")
+    table = Table(title="SAE beside its baselines at the same L0, held-out text", title_justify="left")
+    columns = {
+        "fvu": "FVU",
+        "l0": "L0",
+        "dead_share": "dead",
+        "ce_recovered": "CE recovered",
+        "delta_ce_nats": "delta CE (nats)",
+        "kl": "KL (nats)",
+    }
+    table.add_column("")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for name, values in {"SAE": evaluation, **evaluation.get("baselines", {})}.items():
+        cells = [values.get(key) for key in columns]
+        table.add_row(
+            name,
+            *(
+                "" if c is None else f"{c:.4f}" if key != "l0" else f"{c:.1f}"
+                for key, c in zip(columns, cells, strict=True)
+            ),
+        )
+    Console(highlight=False).print(table)
+    context.metrics = {key: evaluation.get(key) for key in columns}
+    extract, train = metrics_of(context, "extract"), metrics_of(context, "train")
+    report = context.folder / "report" / "report.html"
+    context.outputs["report"] = str(report)
+    context.add_input("model", model_path(context.config.model), "")
+    context.three_lines(
+        f"{relative(model_path(context.config.model))}, {extract.get('rows', 0):,} rows captured at {', '.join(context.config.hooks.points)}",
+        f"{extract.get('tokens_per_s', 0):,.0f} tokens/s captured, {train.get('tokens_per_s', 0):,.0f} tokens/s trained; "
+        f"FVU {evaluation.get('fvu', float('nan')):.4f}, CE recovered {evaluation.get('ce_recovered', float('nan')):.4f}",
+        f"open {relative(report)}",
+    )
