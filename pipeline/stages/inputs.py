@@ -7,8 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae.errors import ConfigError
 from sae.weights import SAEWeights
+
+from sae.errors import ConfigError
 
 from ..config import ModelConfig
 from ..run import RunContext, newest_finished, read_manifest
@@ -65,7 +66,7 @@ def store_path(context: RunContext) -> Path:
     """`store.path`, or the store of the newest finished extract run (which one is printed)."""
     if context.config.store.path:
         return Path(context.config.store.path).expanduser()
-    folder, manifest = newest_finished("extract", context.command)
+    _, manifest = newest_finished("extract", context.command)
     path = Path(manifest["outputs"]["store"])
     context.console.print(f"using the newest store: {relative(path)}", highlight=False)
     return path
@@ -83,7 +84,7 @@ def sae_path(context: RunContext) -> Path:
     """`sae.path` (a checkpoint folder or a GGUF), or the SAE of the newest finished train run."""
     if context.config.sae.path:
         return Path(context.config.sae.path).expanduser()
-    folder, manifest = newest_finished("train", context.command)
+    _, manifest = newest_finished("train", context.command)
     path = Path(manifest["outputs"]["sae"])
     context.console.print(f"using the newest SAE: {relative(path)}", highlight=False)
     return path
