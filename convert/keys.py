@@ -1,0 +1,63 @@
+"""Names of the SAE GGUF v1 format, in one place. docs/formats.md is the specification."""
+
+from __future__ import annotations
+
+import re
+
+from sae.errors import FormatError
+
+ARCHITECTURE = "sae"
+VERSION = 1
+NORM_MODES = ("none",)
+MATRIX_TYPES = ("F32", "F16", "Q8_0")
+Q8_0_BLOCK = 32
+
+SAE_VERSION = "sae.version"
+SAE_COUNT = "sae.count"
+
+# ModelId.as_dict() name -> key below `sae.{i}.`
+HOST_KEYS = {
+    "architecture": "host.architecture",
+    "n_embd": "host.embedding_length",
+    "n_layer": "host.block_count",
+    "vocab_sha256": "host.vocab_sha256",
+    "sha256": "host.sha256",
+    "file_type": "host.file_type",
+}
+BASE_MODEL_COUNT = "general.base_model.count"
+BASE_MODEL_NAME = "general.base_model.0.name"
+
+# llama.cpp's own names in arch llama. A hint for people: readers resolve the hook point on the real graph.
+TENSOR_HINTS = {
+    "hook_resid_mid": "ffn_inp-{}",
+    "hook_resid_post": "l_out-{}",
+    "hook_attn_out": "attn_out-{}",
+    "hook_mlp_out": "ffn_out-{}",
+    "attn.hook_z": "kqv_out-{}",
+}
+_HOOK = re.compile(r"blocks\.(\d{1,6})\.([a-z_.]+)")
+
+
+def entry(index: int, name: str) -> str:
+    """Full key or tensor name of entry `index`: `entry(0, "enc.weight")` is `sae.0.enc.weight`."""
+    return f"sae.{index}.{name}"
+
+
+def hook_block(hook: str) -> int:
+    """Block number of a hook point written `blocks.N.SITE`. Raises FormatError on any other text."""
+    return int(_split(hook)[0])
+
+
+def hook_tensor(hook: str) -> str:
+    """llama.cpp's tensor name for the hook point in arch llama, "" where there is no fixed one."""
+    block, site = _split(hook)
+    if site == "hook_resid_pre" and int(block) > 0:
+        return f"l_out-{int(block) - 1}"
+    return TENSOR_HINTS.get(site, "").format(int(block))
+
+
+def _split(hook: str) -> tuple[str, str]:
+    match = _HOOK.fullmatch(hook)
+    if match is None:
+        raise FormatError(f"expected a hook point like 'blocks.3.hook_resid_post', got {hook[:80]!r}")
+    return match.group(1), match.group(2)

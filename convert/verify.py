@@ -1,0 +1,99 @@
+"""Reads an SAE GGUF back and holds it against the SAE it was written from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sae.errors import CheckFailedError, ShapeError
+from sae.runtime import decode, encode
+from sae.weights import SAEWeights
+
+from .sae_gguf import read_sae_gguf, sae_file_info
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """What one matrix type may cost.
+
+    relative: ||file - source|| / ||source|| of a matrix; F16 rounds to 2^-11 of each value, Q8_0 to 1/254 of the
+    largest of its block of 32. fvu: |fvu_file - fvu_source|. overlap: least mean share of common latents.
+    """
+
+    relative: float
+    fvu: float
+    overlap: float
+
+
+TOLERANCES = {
+    "F32": Tolerance(relative=0.0, fvu=0.0, overlap=1.0),
+    "F16": Tolerance(relative=5e-4, fvu=1e-3, overlap=0.98),
+    "Q8_0": Tolerance(relative=2e-2, fvu=1e-2, overlap=0.90),
+}
+_ARRAYS = ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "mean_D", "threshold_F", "freq_F")
+
+
+def verify(weights: SAEWeights, path: str | Path, probe_ND: np.ndarray) -> dict[str, float]:
+    """Compares the file with its source on `probe_ND` (N, D) rows in raw model units.
+
+    Returns fvu_source, fvu_file (FVU = sum||x - x_hat||^2 / sum||x - mean||^2 over the probe, mean of the probe),
+    l0_source, l0 (mean latents above zero), topk_overlap (mean over rows of |A & B| / max(|A|, |B|, 1) of the active
+    sets), and relative.NAME, max_abs.NAME per tensor. Raises CheckFailedError beyond TOLERANCES of the file's types.
+    """
+    d_in = weights.W_enc_FD.shape[1]
+    if probe_ND.ndim != 2 or probe_ND.shape[1] != d_in or len(probe_ND) == 0:
+        raise ShapeError(f"the probe should be (rows, {d_in}), got {probe_ND.shape}")
+    info, stored = sae_file_info(path), read_sae_gguf(path)
+    report = _compare_codes(weights, stored, np.asarray(probe_ND, dtype=np.float32))
+    for name in _ARRAYS:
+        report |= _compare_array(name, getattr(weights, name), getattr(stored, name), path)
+    _judge(report, info.encoder_type, info.decoder_type, path)
+    return report
+
+
+def _compare_codes(source: SAEWeights, stored: SAEWeights, probe_ND: np.ndarray) -> dict[str, float]:
+    report: dict[str, float] = {}
+    active: list[list[set[int]]] = []
+    centred_ND = probe_ND.astype(np.float64) - probe_ND.mean(axis=0, dtype=np.float64)
+    total = float((centred_ND**2).sum())
+    for fvu_key, l0_key, w in (("fvu_source", "l0_source", source), ("fvu_file", "l0", stored)):
+        idx_NK, vals_NK = encode(w, probe_ND)
+        residual_ND = probe_ND.astype(np.float64) - decode(w, idx_NK, vals_NK)
+        report[fvu_key] = float((residual_ND**2).sum()) / total if total else float("nan")
+        report[l0_key] = float((vals_NK > 0).sum(axis=1).mean())
+        active.append([set(row[on].tolist()) for row, on in zip(idx_NK, vals_NK > 0, strict=True)])
+    shares = [len(a & b) / max(len(a), len(b)) for a, b in zip(*active, strict=True) if a or b]
+    report["topk_overlap"] = float(np.mean(shares)) if shares else 1.0
+    return report
+
+
+def _compare_array(
+    name: str, source: np.ndarray | None, stored: np.ndarray | None, path: str | Path
+) -> dict[str, float]:
+    if source is None and stored is None:
+        return {}
+    if source is None or stored is None:
+        raise CheckFailedError(f"{path}: {name} is in only one of the file and its source; write the file again")
+    gap = np.abs(stored.astype(np.float64) - source)
+    norm = float(np.linalg.norm(source.astype(np.float64)))
+    size = float(np.linalg.norm(gap))
+    return {f"relative.{name}": size / norm if norm else size, f"max_abs.{name}": float(gap.max(initial=0.0))}
+
+
+def _judge(report: dict[str, float], encoder_type: str, decoder_type: str, path: str | Path) -> None:
+    limits = {f"relative.{name}": 0.0 for name in _ARRAYS if f"relative.{name}" in report}
+    limits["relative.W_enc_FD"] = TOLERANCES[encoder_type].relative
+    limits["relative.W_dec_FD"] = TOLERANCES[decoder_type].relative
+    wrong = [f"{key} {report[key]:.2e} > {limit:.0e}" for key, limit in limits.items() if not report[key] <= limit]
+    fvu_limit = max(TOLERANCES[encoder_type].fvu, TOLERANCES[decoder_type].fvu)
+    fvu_gap = abs(report["fvu_file"] - report["fvu_source"])
+    if fvu_gap > fvu_limit:
+        wrong.append(f"FVU moved by {fvu_gap:.2e} > {fvu_limit:.0e}")
+    least = TOLERANCES[encoder_type].overlap
+    if report["topk_overlap"] < least:
+        wrong.append(f"top-k overlap {report['topk_overlap']:.3f} < {least}")
+    if wrong:
+        kinds = f"encoder {encoder_type}, decoder {decoder_type}"
+        raise CheckFailedError(f"{path} ({kinds}) does not match its source: {'; '.join(wrong)}")

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+import gguf
+import numpy as np
+import pytest
+
+from convert.keys import hook_tensor
+from convert.sae_gguf import read_sae_gguf, sae_file_info, write_sae_gguf
+from sae.errors import ConfigError, FormatError
+from sae.weights import SAEWeights
+
+HOST = {
+    "sha256": "ab" * 32,
+    "architecture": "llama",
+    "n_embd": 64,
+    "n_layer": 4,
+    "file_type": "F16",
+    "vocab_sha256": "cd" * 32,
+    "name": "tiny",
+}
+
+
+def random_sae(d_in=64, num_latents=96, k=8, *, seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    W_dec_FD = rng.standard_normal((num_latents, d_in)).astype(np.float32)
+    W_dec_FD /= np.linalg.norm(W_dec_FD, axis=1, keepdims=True)
+    fields = {
+        "W_enc_FD": (W_dec_FD * rng.uniform(0.5, 1.5, (num_latents, 1))).astype(np.float32),
+        "b_enc_F": (0.1 * rng.standard_normal(num_latents)).astype(np.float32),
+        "W_dec_FD": W_dec_FD,
+        "b_dec_D": rng.standard_normal(d_in).astype(np.float32),
+        "mean_D": rng.standard_normal(d_in).astype(np.float32),
+        "variance": 12.25 + 1e-9,
+        "k": k,
+        "hook": "blocks.2.hook_resid_post",
+        "host": dict(HOST),
+        "training": {"tokens": 1000, "seed": 0, "fvu": np.float32(0.25), "lost": float("nan")},
+    }
+    return SAEWeights(**(fields | changes))
+
+
+ARRAYS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D", "mean_D", "threshold_F", "freq_F")
+
+
+def test_an_f32_file_gives_back_every_array_and_fact(tmp_path):
+    rng = np.random.default_rng(1)
+    extra = {name: rng.random(96).astype(np.float32) for name in ("threshold_F", "freq_F")}
+    sae = random_sae(**extra, variant="threshold", b_dec_subtracted=False)
+    path = write_sae_gguf(tmp_path / "sae.gguf", sae, encoder_type="F32", decoder_type="F32")
+    back = read_sae_gguf(path)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(back, name), getattr(sae, name), err_msg=name)
+        assert getattr(back, name).dtype == np.float32
+    for name in ("variance", "k", "variant", "b_dec_subtracted", "hook", "host"):
+        assert getattr(back, name) == getattr(sae, name), name
+    assert back.training == {"tokens": 1000, "seed": 0, "fvu": 0.25, "lost": None}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sae.gguf"]
+
+
+def test_optional_arrays_stay_absent(tmp_path):
+    back = read_sae_gguf(write_sae_gguf(tmp_path / "sae.gguf", random_sae()))
+    assert back.threshold_F is None
+    assert back.freq_F is None
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("F16", 1e-5, 5e-4), ("Q8_0", 1e-3, 1e-2)])
+def test_rounded_types_round_only_the_matrices(tmp_path, kind, least, most):
+    sae = random_sae()
+    path = write_sae_gguf(tmp_path / "sae.gguf", sae, encoder_type=kind, decoder_type=kind)
+    back = read_sae_gguf(path)
+    for name in ("W_enc_FD", "W_dec_FD"):
+        source = getattr(sae, name)
+        relative = np.linalg.norm(getattr(back, name) - source) / np.linalg.norm(source)
+        assert least < relative < most
+    for name in ("b_enc_F", "b_dec_D", "mean_D"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(sae, name))
+    info = sae_file_info(path)
+    assert (info.encoder_type, info.decoder_type, info.d_in, info.num_latents, info.k) == (kind, kind, 64, 96, 8)
+
+
+def test_q8_0_holds_exactly_what_ggml_defines(tmp_path):
+    sae = random_sae()
+    path = write_sae_gguf(tmp_path / "sae.gguf", sae, encoder_type="Q8_0", decoder_type="F32")
+    blocks = sae.W_enc_FD.astype(np.float64).reshape(-1, 32)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / 127
+    steps = read_sae_gguf(path).W_enc_FD.reshape(-1, 32) / scale
+    assert np.abs(steps - np.rint(steps)).max() < 0.1  # 127 * 2^-11 from the F16 scale
+    assert np.abs(steps - blocks / scale).max() < 0.57  # half a step and the same
+
+
+def test_the_stock_gguf_reader_sees_the_documented_names_types_and_shapes(tmp_path):
+    path = write_sae_gguf(tmp_path / "sae.gguf", random_sae(), encoder_type="F16", decoder_type="Q8_0")
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: (t.tensor_type.name, t.shape.tolist()) for t in reader.tensors}
+    assert tensors == {
+        "sae.0.enc.weight": ("F16", [64, 96]),
+        "sae.0.dec.weight": ("Q8_0", [64, 96]),
+        "sae.0.enc.bias": ("F32", [96]),
+        "sae.0.dec.bias": ("F32", [64]),
+        "sae.0.mean": ("F32", [64]),
+        "sae.0.dec.norm": ("F32", [96]),
+    }
+    values = {key: field.contents() for key, field in reader.fields.items()}
+    assert values["general.architecture"] == values["general.type"] == "sae"
+    assert (values["sae.version"], values["sae.count"], values["sae.0.hook.block"]) == (1, 1, 2)
+    assert values["sae.0.hook.point"] == "blocks.2.hook_resid_post"
+    assert values["sae.0.hook.tensor"] == "l_out-2"
+    assert values["sae.0.variance"] == 12.25 + 1e-9
+    assert values["sae.0.host.embedding_length"] == 64
+    assert values["sae.0.bos_excluded"] is True
+
+
+def test_llama_cpp_itself_reads_the_file(tmp_path):
+    from llama_cpp import llama_cpp
+
+    class Params(ctypes.Structure):
+        _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
+
+    lib, path = llama_cpp._lib, write_sae_gguf(tmp_path / "sae.gguf", random_sae())
+    for name, result, *arguments in (
+        ("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, Params),
+        ("gguf_get_n_tensors", ctypes.c_int64, ctypes.c_void_p),
+        ("gguf_find_tensor", ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p),
+        ("gguf_find_key", ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p),
+        ("gguf_get_val_u32", ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int64),
+        ("gguf_get_tensor_size", ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int64),
+        ("gguf_free", None, ctypes.c_void_p),
+    ):
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    file = lib.gguf_init_from_file(str(path).encode(), Params(True, None))
+    assert file
+    assert lib.gguf_get_n_tensors(file) == 6
+    assert lib.gguf_get_tensor_size(file, lib.gguf_find_tensor(file, b"sae.0.enc.weight")) == 96 * 64 * 2
+    assert lib.gguf_get_val_u32(file, lib.gguf_find_key(file, b"sae.0.num_latents")) == 96
+    lib.gguf_free(file)
+
+
+def test_a_file_already_there_survives_a_failed_write(tmp_path):
+    path = write_sae_gguf(tmp_path / "sae.gguf", random_sae())
+    before = path.read_bytes()
+    broken = random_sae(b_enc_F=np.full(96, np.nan, dtype=np.float32))
+    with pytest.raises(FormatError, match=r"enc\.bias holds values that are not finite"):
+        write_sae_gguf(path, broken)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["sae.gguf"]
+
+
+def test_q8_0_of_a_width_that_is_no_multiple_of_32_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="divisible by 32, got 40"):
+        write_sae_gguf(tmp_path / "sae.gguf", random_sae(d_in=40), encoder_type="Q8_0")
+    write_sae_gguf(tmp_path / "sae.gguf", random_sae(d_in=40), encoder_type="F16")
+
+
+def test_values_beyond_f16_are_refused(tmp_path):
+    W_enc_FD = random_sae().W_enc_FD * np.float32(1e6)
+    with pytest.raises(FormatError, match="beyond 65504"):
+        write_sae_gguf(tmp_path / "sae.gguf", random_sae(W_enc_FD=W_enc_FD))
+
+
+def test_an_unknown_type_lists_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match="F32, F16, Q8_0, got 'Q4_0'"):
+        write_sae_gguf(tmp_path / "sae.gguf", random_sae(), encoder_type="Q4_0")
+
+
+def _rewrite(path, out, *, fields=None, drop=(), tensors=None, added=None):
+    """A copy of `path` made with the stock writer, with some keys and tensors changed."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, "sae")
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture" or key in drop:
+            continue
+        value, kind = (fields or {}).get(key, (field.contents(), field.types[0]))
+        writer.add_key_value(key, value, kind)
+    for key, (value, kind) in (added or {}).items():
+        writer.add_key_value(key, value, kind)
+    for tensor in reader.tensors:
+        if tensor.name not in drop:
+            writer.add_tensor(tensor.name, (tensors or {}).get(tensor.name, tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+U32, STRING, BOOL = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.STRING, gguf.GGUFValueType.BOOL
+F64 = gguf.GGUFValueType.FLOAT64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fields": {"sae.version": (2, U32)}}, "sae.version is 2, this program reads version 1"),
+        ({"fields": {"sae.count": (0, U32)}}, "sae.count is 0"),
+        ({"fields": {"sae.0.k": (97, U32)}}, "k=97 is more than num_latents=96"),
+        ({"fields": {"sae.0.k": (True, BOOL)}}, "should be an integer"),
+        ({"fields": {"sae.0.d_in": (65, U32)}}, r"ne=\[64, 96\], expected \[65, 96\]"),
+        ({"fields": {"sae.0.hook.block": (3, U32)}}, "hook.block does not fit"),
+        ({"fields": {"sae.0.hook.point": ("resid", STRING)}}, "expected a hook point"),
+        ({"fields": {"sae.0.variant": ("gated", STRING)}}, "is 'gated', this program knows topk, threshold"),
+        ({"fields": {"sae.0.norm.mode": ("layer_norm", STRING)}}, "this program knows none"),
+        ({"fields": {"sae.0.variance": (float("nan"), F64)}}, "finite number"),
+        ({"fields": {"sae.0.training": ("[" * 100_000, STRING)}}, "not a JSON object"),
+        ({"fields": {"sae.0.variance": (0.0, F64)}}, "variance must be a positive number"),
+        ({"fields": {"sae.0.variant": ("threshold", STRING)}}, "needs threshold_F"),
+        ({"fields": {"sae.0.training": ("[1]", STRING)}}, "not a JSON object"),
+        ({"drop": ("sae.0.mean",)}, "tensor sae.0.mean is missing"),
+        ({"drop": ("sae.0.b_dec_subtracted",)}, "key sae.0.b_dec_subtracted is missing"),
+        ({"tensors": {"sae.0.mean": np.full(64, np.inf, np.float32)}}, "not finite"),
+        ({"tensors": {"sae.0.mean": np.zeros(64, np.float16)}}, "is F16, expected F32"),
+        ({"tensors": {"sae.0.mean": np.zeros(64, np.int32)}}, "has type 26"),
+    ],
+)
+def test_an_inconsistent_file_is_refused_in_one_line_that_says_what(tmp_path, change, message):
+    path = write_sae_gguf(tmp_path / "sae.gguf", random_sae())
+    broken = _rewrite(path, tmp_path / "broken.gguf", **change)
+    with pytest.raises(FormatError, match=message) as caught:
+        read_sae_gguf(broken)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_keys_and_tensors_of_later_versions_are_ignored(tmp_path):
+    path = write_sae_gguf(tmp_path / "sae.gguf", random_sae())
+    drop = ("sae.0.dec.norm", "sae.0.training", "sae.0.hook.tensor", "sae.0.bos_excluded", "sae.0.norm.eps")
+    back = read_sae_gguf(_rewrite(path, tmp_path / "less.gguf", drop=drop, fields={"sae.count": (2, U32)}))
+    assert back.training == {}
+    assert back.hook == "blocks.2.hook_resid_post"
+
+
+def test_a_scalar_threshold_key_stands_for_all_latents(tmp_path):
+    path = write_sae_gguf(tmp_path / "sae.gguf", random_sae())
+    changed = {"sae.0.variant": ("threshold", STRING)}
+    added = {"sae.0.threshold": (0.75, gguf.GGUFValueType.FLOAT32)}
+    out = _rewrite(path, tmp_path / "scalar.gguf", fields=changed, added=added)
+    np.testing.assert_array_equal(read_sae_gguf(out).threshold_F, np.full(96, 0.75, np.float32))
+
+
+def test_missing_empty_and_foreign_files_are_refused(tmp_path):
+    for name, data, message in (
+        ("empty.gguf", b"", "is empty"),
+        ("text.gguf", b"hello, this is a text", "expected b'GGUF'"),
+        ("short.gguf", b"GGUF\x03\0\0\0", "ends early"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(FormatError, match=message):
+            read_sae_gguf(tmp_path / name)
+    with pytest.raises(FormatError, match="cannot be read"):
+        read_sae_gguf(tmp_path / "none.gguf")
+    with pytest.raises(FormatError, match="cannot be read"):
+        read_sae_gguf(tmp_path)
+
+
+def test_a_model_is_refused_as_an_sae(tmp_path):
+    from tests.tiny_llama import write_tiny_llama
+
+    write_tiny_llama(tmp_path / "model.gguf", blocks=1)
+    with pytest.raises(FormatError, match="'llama', expected 'sae'"):
+        read_sae_gguf(tmp_path / "model.gguf")
+
+
+def _read_or_refuse(path):
+    """(message, None) or ("", weights); any exception but FormatError is the test's failure."""
+    try:
+        return "", read_sae_gguf(path)
+    except FormatError as error:
+        return str(error), None
+
+
+def _fuzz(tmp_path, rounds, seed):
+    sae = random_sae(d_in=32, num_latents=8, k=2)
+    whole = write_sae_gguf(tmp_path / "sae.gguf", sae).read_bytes()
+    table_end = whole.rfind(b"sae.0.dec.norm") + 40
+    rng, path, refused = np.random.default_rng(seed), tmp_path / "fuzzed.gguf", 0
+    for i in range(rounds):
+        data = bytearray(whole)
+        if i % 4 == 0:
+            data = data[: rng.integers(len(data))]
+        elif i % 4 == 1:  # a run of hostile bytes, often a huge count
+            at = rng.integers(table_end)
+            data[at : at + 8] = bytes([rng.choice([0, 1, 0x7F, 0x80, 0xFF])]) * 8
+        else:
+            for at in rng.integers(table_end if i % 4 == 2 else len(data), size=rng.integers(1, 6)):
+                data[at] = rng.integers(256)
+        path.write_bytes(data)
+        message, back = _read_or_refuse(path)
+        if back is None:
+            assert "\n" not in message
+            refused += 1
+        else:  # what is accepted is usable
+            assert back.W_enc_FD.shape == back.W_dec_FD.shape == (8, 32)
+            assert all(np.isfinite(getattr(back, name)).all() for name in ARRAYS if getattr(back, name) is not None)
+    assert refused > rounds / 2
+
+
+def test_damaged_files_raise_format_errors_and_nothing_else(tmp_path):
+    _fuzz(tmp_path, 1500, seed=0)
+
+
+@pytest.mark.long
+def test_many_damaged_files_raise_format_errors_and_nothing_else(tmp_path):
+    _fuzz(tmp_path, 100_000, seed=1)
+
+
+def test_hostile_counts_end_at_once(tmp_path):
+    """Each claims 2^60 items; a loop over them would never end."""
+    head = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    key = (1).to_bytes(8, "little") + b"a" + (9).to_bytes(4, "little")
+    huge = (2**60).to_bytes(8, "little")
+    for item in (0, 8, 9, 12):
+        (tmp_path / "a.gguf").write_bytes(head + key + item.to_bytes(4, "little") + huge + bytes(64))
+        with pytest.raises(FormatError):
+            read_sae_gguf(tmp_path / "a.gguf")
+    (tmp_path / "a.gguf").write_bytes(head[:8] + huge + huge + bytes(64))
+    with pytest.raises(FormatError, match="at most"):
+        read_sae_gguf(tmp_path / "a.gguf")
+
+
+def test_hook_hints_count_blocks_the_way_llama_cpp_does():
+    assert hook_tensor("blocks.3.hook_resid_pre") == "l_out-2"
+    assert hook_tensor("blocks.0.hook_resid_pre") == ""
+    assert hook_tensor("blocks.11.hook_resid_post") == "l_out-11"
+
+
+def test_weights_are_replaced_by_dataclasses(tmp_path):
+    """The writer takes what `dataclasses.replace` gives: nothing is cached on the object."""
+    sae = random_sae()
+    moved = dataclasses.replace(sae, hook="blocks.1.hook_mlp_out")
+    assert read_sae_gguf(write_sae_gguf(tmp_path / "sae.gguf", moved)).hook == "blocks.1.hook_mlp_out"

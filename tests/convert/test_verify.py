@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from convert.sae_gguf import read_sae_gguf, write_sae_gguf
+from convert.verify import TOLERANCES, verify
+from sae.errors import CheckFailedError, ShapeError
+
+from .test_sae_gguf import random_sae
+
+
+def sparse_rows(sae, n=400, *, seed=3):
+    """Rows with structure the SAE knows: a few decoder directions on its bias, plus noise."""
+    rng = np.random.default_rng(seed)
+    a_NF = rng.exponential(3.0, (n, sae.num_latents)) * (rng.random((n, sae.num_latents)) < 4 / sae.num_latents)
+    noise_ND = 0.1 * rng.standard_normal((n, sae.d_in))
+    return (a_NF @ sae.W_dec_FD + sae.b_dec_D + noise_ND).astype(np.float32)
+
+
+def oracle(sae, W_enc_FD, W_dec_FD, x_ND):
+    """FVU, L0 and active sets in dense float64."""
+    pre_NF = (x_ND.astype(np.float64) - sae.b_dec_D) @ W_enc_FD.astype(np.float64).T + sae.b_enc_F
+    a_NF = np.maximum(pre_NF, 0)
+    a_NF[a_NF < np.sort(a_NF, axis=1)[:, [-sae.k]]] = 0
+    x_hat_ND = a_NF @ W_dec_FD.astype(np.float64) + sae.b_dec_D
+    centred_ND = x_ND - x_ND.astype(np.float64).mean(axis=0)
+    return ((x_ND - x_hat_ND) ** 2).sum() / (centred_ND**2).sum(), a_NF > 0
+
+
+def test_an_f32_file_is_exact(tmp_path):
+    sae = random_sae()
+    x_ND = sparse_rows(sae)
+    report = verify(sae, write_sae_gguf(tmp_path / "a.gguf", sae, encoder_type="F32", decoder_type="F32"), x_ND)
+    fvu, active_NF = oracle(sae, sae.W_enc_FD, sae.W_dec_FD, x_ND)
+    assert report["fvu_source"] == pytest.approx(fvu, rel=1e-5)
+    assert report["fvu_file"] == report["fvu_source"]
+    assert report["l0"] == report["l0_source"] == pytest.approx(active_NF.sum(axis=1).mean(), abs=1e-9)
+    assert report["topk_overlap"] == 1.0
+    assert all(value == 0 for key, value in report.items() if key.startswith(("relative.", "max_abs.")))
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_rounded_files_stay_in_their_tolerance_and_the_numbers_are_right(tmp_path, kind):
+    sae = random_sae()
+    x_ND = sparse_rows(sae)
+    path = write_sae_gguf(tmp_path / "a.gguf", sae, encoder_type=kind, decoder_type=kind)
+    report = verify(sae, path, x_ND)
+    back = read_sae_gguf(path)
+    fvu, active_NF = oracle(back, back.W_enc_FD, back.W_dec_FD, x_ND)
+    _, source_NF = oracle(sae, sae.W_enc_FD, sae.W_dec_FD, x_ND)
+    overlap = (active_NF & source_NF).sum(1) / np.maximum(active_NF.sum(1), source_NF.sum(1))
+    assert report["fvu_file"] == pytest.approx(fvu, rel=1e-4)
+    assert report["topk_overlap"] == pytest.approx(overlap.mean(), abs=2e-3)
+    assert 0 < report["relative.W_enc_FD"] < TOLERANCES[kind].relative
+    assert report["max_abs.b_dec_D"] == 0
+
+
+def test_a_file_of_another_sae_fails_with_exit_code_3(tmp_path):
+    sae = random_sae()
+    path = write_sae_gguf(tmp_path / "a.gguf", random_sae(seed=1))
+    with pytest.raises(CheckFailedError, match="does not match its source") as caught:
+        verify(sae, path, sparse_rows(sae))
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "mean_D"])
+def test_one_percent_more_in_any_array_is_found(tmp_path, name):
+    sae = random_sae()
+    changed = dataclasses.replace(sae, **{name: getattr(sae, name) * np.float32(1.01)})
+    path = write_sae_gguf(tmp_path / "a.gguf", changed)
+    with pytest.raises(CheckFailedError, match=name):
+        verify(sae, path, sparse_rows(sae))
+
+
+def test_a_probe_given_to_the_writer_is_checked_before_the_file_has_its_name(tmp_path):
+    sae = random_sae()
+    write_sae_gguf(tmp_path / "good.gguf", sae, probe=sparse_rows(sae))
+    with pytest.raises(ShapeError, match=r"\(rows, 64\), got \(3, 65\)"):
+        write_sae_gguf(tmp_path / "bad.gguf", sae, probe=np.zeros((3, 65), np.float32))
+    assert [p.name for p in tmp_path.iterdir()] == ["good.gguf"]
