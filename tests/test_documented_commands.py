@@ -1,0 +1,71 @@
+"""The README's and docs' command blocks are run as they stand, with smaller counts added."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.commands import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+NOT_RUN = {"network", "gpu", "long"}
+SMALL = {
+    "extract": ["corpus.max_tokens=40000"],
+    "train": ["sae.num_latents=512", "trainer.tokens=120000", "trainer.dead_after_tokens=20000"],
+    "evaluate": ["evaluate.tokens=10000", "evaluate.splice_tokens=2048"],
+    "apply": ["apply.max_tokens=8"],
+    "report": ["report.tokens=10000", "report.top_latents=8"],
+}
+
+
+def blocks(path: Path) -> list[list[str]]:
+    """The command lines of every ```sh block that is not marked as not run here."""
+    found = []
+    for marks, body in re.findall(r"^```sh *([a-z ]*)\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+        if not set(marks.split()) & NOT_RUN:
+            lines = body.replace("\\\n", " ").splitlines()
+            found.append([line for line in lines if line.strip() and not line.startswith(("#", "source "))])
+    return found
+
+
+def test_the_readme_s_stages_run_one_after_the_other(tmp_path):
+    lines = [line for block in blocks(ROOT / "README.md") for line in block]
+    assert {shlex.split(line)[1] for line in lines} >= set(COMMANDS) - {"run", "doctor", "completion"}
+    for line in lines:
+        program, command, *args = shlex.split(line, comments=True)
+        assert program == "ggscope"
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.cli", command, *args, *SMALL.get(command, [])],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        ends = [text for text in done.stdout.splitlines() if text.startswith(f"{command} ")]
+        assert [text.split()[1] for text in ends[-3:]] == ["input", "result", "output"], done.stdout
+    manifests = sorted(path.parts[-3] for path in tmp_path.glob("runs/*/*/manifest.json"))
+    assert set(manifests) >= {"extract", "train", "evaluate", "convert", "apply", "lens", "patch", "report"}
+
+
+def test_help_s_examples_use_settings_that_exist():
+    from pipeline.cli import checked_overrides, flat_defaults, take_texts
+
+    for name, command in COMMANDS.items():
+        for example in command.examples:
+            words = shlex.split(example.split("|")[-1].split(">>")[0])
+            assert words[:2] == ["ggscope", name]
+            if not command.groups:
+                continue
+            rest = [word for word in words[2:] if word != "-"]
+            known = flat_defaults(name)
+            for override in checked_overrides(name, take_texts(name, rest)[1]):
+                key = override.split("=")[0]
+                assert override == "-m" or key in known or (ROOT / "conf" / key).is_dir() or key in ("resume", "run_dir"), key
+
+
+def test_the_readme_and_the_help_list_the_same_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in COMMANDS:
+        assert f"ggscope {name}" in text or f"`{name}`" in text or f"/ `{name}`" in text, name
