@@ -20,6 +20,9 @@ BOS_ID, EOS_ID = 0, 1
 NORM_EPS = 1e-5
 ROPE_THETA = 10000.0
 CONTEXT = 512
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+)
 
 
 @functools.cache
@@ -170,7 +173,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
     writer.add_bos_token_id(BOS_ID)
     writer.add_eos_token_id(EOS_ID)
     writer.add_add_bos_token(True)
-    writer.add_chat_template("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}")
+    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def hf_model(weights: dict[str, np.ndarray], *, heads: int = 4) -> Any:

@@ -1,0 +1,371 @@
+"""The real graph llama.cpp computes, and where the hook points lie in it.
+
+Points are found by structure: operations, sources, consumers, and which weights (`blk.N.*`, fixed by the GGUF
+format) a branch of the residual stream uses. The names of intermediate tensors differ by architecture and
+decide nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sae.errors import HookError
+
+from .hooks import HookPoint, describe
+from .symbols import MAX_SRC, op_name, tensor_at
+
+_SHAPE_ONLY = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "CONT", "CPY", "DUP"})
+_NOT_ATTENTION = re.compile("SSM_|RWKV_|GATED_LINEAR_ATTN|GATED_DELTA|LIGHTNING")
+_WEIGHT = re.compile(r"blk\.(\d+)\.")
+_COPY = re.compile(r"[^#]+#(.+)#\d+")  # an input the scheduler copied to another device: BACKEND#NAME#N
+# Architectures whose converter interleaves the rows of q and k; the rest keep HF's order.
+INTERLEAVED_QK = frozenset({"llama", "llama4", "mistral3", "granite", "granitemoe", "deci", "arcee", "smollm3"})
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One tensor of the graph; a leaf (weight, input, cache) has index -1."""
+
+    name: str
+    op: str
+    ne: tuple[int, ...]
+    index: int = -1
+    occurrence: int = 0  # how many nodes of this name came before
+    op_params: tuple[int, ...] = ()
+    src: list[Node] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.ne[0] * self.ne[1] * self.ne[2] * self.ne[3]
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.index < 0
+
+    @property
+    def is_weight(self) -> bool:
+        return self.is_leaf and self.name.endswith((".weight", ".bias"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where a hook point's values are computed."""
+
+    point: HookPoint
+    name: str
+    occurrence: int
+    op: str
+    index: int
+    outputs_only: bool  # rows exist only for tokens whose logits are asked for
+    heads: int = 0  # > 0: rows of each head are stored interleaved (RoPE pairs), HF has them half a head apart
+    cells: tuple[str, int] | None = None  # pattern: the node that writes this block's keys, for its cell indices
+
+
+class Inventory:
+    """The nodes of one graph in the order they are computed, recorded while llama.cpp asks for each."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self._by_address: dict[int, Node] = {}
+        self._by_name: dict[str, Node] = {}
+        self._count: dict[str, int] = {}
+
+    def record(self, address: int) -> None:
+        """Add the node at this address; called in the ask phase, before it is computed."""
+        tensor = tensor_at(address)
+        node = self._read(tensor)
+        node.index = len(self.nodes)
+        node.occurrence = self._count.get(node.name, 0)
+        node.op_params = tuple(tensor.op_params)
+        node.src = [self._source(tensor.src[i]) for i in range(MAX_SRC) if tensor.src[i]]
+        self._count[node.name] = node.occurrence + 1
+        self.nodes.append(node)
+        self._by_address[address] = self._by_name[node.name] = node
+
+    @staticmethod
+    def _read(tensor: Any) -> Node:
+        return Node(tensor.name.decode("utf-8", "replace"), op_name(tensor.op).decode(), tuple(tensor.ne))
+
+    def _source(self, address: int) -> Node:
+        if address not in self._by_address:
+            leaf = self._read(tensor_at(address))
+            if copied := _COPY.fullmatch(leaf.name):
+                if copied[1] in self._by_name:
+                    return self._by_name[copied[1]]
+                leaf.name = copied[1]
+            self._by_address[address] = leaf
+        return self._by_address[address]
+
+
+def rows_only(node: Node) -> bool:
+    """A selection of rows by an input (the tokens whose logits are asked for), not of a table by token."""
+    return node.op == "GET_ROWS" and not node.src[0].is_weight and node.src[1].is_leaf
+
+
+def strip(node: Node, *, rows: bool = False) -> Node:
+    """The tensor that holds these values, below copies and changes of shape (and, with `rows`, row selections)."""
+    while not node.is_leaf and (
+        (node.op in _SHAPE_ONLY and node.src and node.src[0].size == node.size) or (rows and rows_only(node))
+    ):
+        node = node.src[0]
+    return node
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One addition to the residual stream: after = before + sum of branches."""
+
+    after: Node
+    branches: list[Node]
+    before: Node
+
+
+class Resolver:
+    """Finds the hook points of an inventory."""
+
+    def __init__(self, inventory: Inventory, *, n_vocab: int, architecture: str) -> None:
+        self.nodes = inventory.nodes
+        self.interleaved = architecture in INTERLEAVED_QK
+        self.n_vocab = n_vocab
+        self.targets: dict[HookPoint, Target] = {}
+        self._ancestors: list[int] = []  # bit i of entry j: node i feeds node j
+        self._outputs_only: list[bool] = []
+        for node in self.nodes:
+            inner = [source for source in node.src if not source.is_leaf]
+            bits = 0
+            for source in inner:
+                bits |= self._ancestors[source.index] | (1 << source.index)
+            self._ancestors.append(bits)
+            self._outputs_only.append(rows_only(node) or any(self._outputs_only[s.index] for s in inner))
+
+    def resolve(self) -> dict[HookPoint, Target]:
+        """Every point this graph has; those it lacks are absent."""
+        if not (unembed := self._unembed()):
+            return self.targets
+        self._add("logits", None, self.nodes[-1])
+        normed = strip(unembed.src[1])
+        self._add("ln_final", None, normed)
+        if final := self._before_norm(normed):
+            self._residual(list(self._steps(final)))
+        return self.targets
+
+    def _add(self, site: str, block: int | None, node: Node, **more: Any) -> None:
+        if not node.is_leaf:
+            point = HookPoint(site, block)
+            self.targets[point] = self.target(point, node, **more)
+
+    def target(self, point: HookPoint, node: Node, **more: Any) -> Target:
+        return Target(
+            point=point,
+            name=node.name,
+            occurrence=node.occurrence,
+            op=node.op,
+            index=node.index,
+            outputs_only=self._outputs_only[node.index],
+            **more,
+        )
+
+    def _feeds(self, node: Node, other: Node) -> bool:
+        """Whether `other` is computed from `node`."""
+        return not node.is_leaf and not other.is_leaf and bool(self._ancestors[other.index] >> node.index & 1)
+
+    def _unembed(self) -> Node | None:
+        """The product with the output matrix: the last matrix product on the way to the graph's last node."""
+        last = self.nodes[-1] if self.nodes else None
+        if last is None or last.ne[0] != self.n_vocab:
+            return None
+        on_path = [n for n in self.nodes if n is last or self._feeds(n, last)]
+        return next((n for n in reversed(on_path) if n.op == "MUL_MAT" and n.src[0].is_weight), None)
+
+    @staticmethod
+    def _before_norm(node: Node) -> Node | None:
+        """The input of the normalisation below an affine part."""
+        while not node.is_leaf and node.op not in ("NORM", "RMS_NORM"):
+            if node.op not in ("MUL", "ADD", "SCALE") and strip(node) is node:
+                return None
+            node = node.src[0]
+        return None if node.is_leaf else node.src[0]
+
+    def _steps(self, node: Node) -> Iterator[Step]:
+        """The residual stream's additions, last first."""
+        node = strip(node, rows=True)
+        while found := self._split_sum(node):
+            before, branches = found
+            yield Step(node, branches, before)
+            node = before
+
+    def _split_sum(self, node: Node) -> tuple[Node, list[Node]] | None:
+        """`(stream, branches)` of a sum: the stream is the term every other term is computed from."""
+        if node.op != "ADD":
+            return None
+        terms = [strip(source, rows=True) for source in node.src[:2]]
+        while True:
+            for term in terms:
+                others = [t for t in terms if t is not term]
+                if others and all(self._feeds(term, other) for other in others):
+                    return term, others
+            inner = next((t for t in terms if t.op == "ADD" and not any(s.is_leaf for s in t.src[:2])), None)
+            if inner is None:
+                return None
+            terms = [t for t in terms if t is not inner] + [strip(s, rows=True) for s in inner.src[:2]]
+
+    def _between(self, end: Node, start: Node) -> list[Node]:
+        """Nodes and leaves `end` is computed from, back to `start` (left out), in graph order."""
+        seen: dict[int, Node] = {}
+        todo = [end]
+        while todo:
+            node = todo.pop()
+            if node is start or id(node) in seen:
+                continue
+            seen[id(node)] = node
+            todo += node.src
+        return sorted(seen.values(), key=lambda n: n.index)
+
+    def _residual(self, steps: list[Step]) -> None:
+        taken: dict[int, list[tuple[str, Step]]] = {}
+        for step in reversed(steps):
+            for branch in step.branches:
+                inside = self._between(branch, step.before)
+                blocks = {int(m[1]) for n in inside if n.is_leaf and (m := _WEIGHT.match(n.name))}
+                if not blocks:
+                    continue
+                block, kind = max(blocks), self._kind(inside)
+                taken.setdefault(block, []).append((kind, step))
+                if kind == "attn":
+                    self._add("attn_out", block, branch)
+                    self._attention(block, inside)
+                elif kind == "mlp":
+                    self._add("mlp_out", block, branch)
+                    self._mlp(block, inside)
+        for block, parts in taken.items():
+            self._add("resid_pre", block, parts[0][1].before)
+            self._add("resid_post", block, parts[-1][1].after)
+            kinds = [kind for kind, _ in parts]
+            if kinds == ["attn", "mlp"] and parts[0][1] is not parts[1][1]:
+                self._add("resid_mid", block, parts[0][1].after)
+            for kind in ("attn", "mlp"):
+                if kinds.count(kind) > 1:  # which one is meant cannot be said
+                    self.targets.pop(HookPoint(f"{kind}_out", block), None)
+
+    def _kind(self, inside: list[Node]) -> str:
+        if any(_NOT_ATTENTION.match(n.op) for n in inside):
+            return "other"
+        return "attn" if self._attention_node(inside) else "mlp"
+
+    @staticmethod
+    def _attention_node(inside: list[Node]) -> Node | None:
+        """FLASH_ATTN_EXT, or the SOFT_MAX over products of activations (an expert router's is over a weight)."""
+        for node in inside:
+            if node.op == "FLASH_ATTN_EXT":
+                return node
+            if node.op == "SOFT_MAX" and (scores := _scores(node)) and not scores.src[0].is_weight:
+                return node
+        return None
+
+    def _mlp(self, block: int, inside: list[Node]) -> None:
+        products = [n for n in inside if n.op == "MUL_MAT" and n.src[0].is_weight]
+        if products and not any(n.op == "MUL_MAT_ID" for n in inside):
+            self._add("mlp_post", block, strip(products[-1].src[1]))
+
+    def _attention(self, block: int, inside: list[Node]) -> None:
+        core = self._attention_node(inside)
+        assert core is not None
+        output = next((n for n in inside if n.op == "MUL_MAT" and n.src[0].is_weight and self._feeds(core, n)), None)
+        if output:
+            self._add("z", block, output.src[1])
+        if core.op == "FLASH_ATTN_EXT":
+            query, keys, values = core.src[:3]
+        else:
+            scores = _scores(core)
+            mixed = next((n for n in inside if n.op == "MUL_MAT" and strip(n.src[1]) is core), None)
+            if scores is None or mixed is None:
+                return
+            keys, query, values = scores.src[0], scores.src[1], mixed.src[0]
+        self._rotated("q", block, query)
+        write = self._cache_write(keys, core)
+        if core.op == "SOFT_MAX":
+            self._add("pattern", block, core, cells=(write.name, write.occurrence) if write else None)
+        self._rotated("k", block, write.src[0] if write else keys)
+        value = strip(written.src[0] if (written := self._cache_write(values, core)) else values)
+        if value.op != "CONCAT":
+            self._add("v", block, value)
+
+    def _rotated(self, site: str, block: int, node: Node) -> None:
+        node = strip(node)
+        while node.op == "SCALE":
+            node = strip(node.src[0])
+        if node.op == "CONCAT":  # rotated and unrotated parts side by side: no single tensor before RoPE
+            return
+        if node.op != "ROPE":
+            self._add(site, block, node)
+            return
+        adjacent_pairs = node.op_params[2] == 0  # the RoPE variant that rotates neighbours
+        heads = node.ne[1] if adjacent_pairs and self.interleaved else 0
+        self._add(f"rot_{site}", block, node, heads=heads)
+        self._add(site, block, strip(node.src[0]), heads=heads)
+
+    def _cache_write(self, read: Node, before: Node) -> Node | None:
+        """The SET_ROWS that fills the cache `read` looks at."""
+        cache = _root(read)
+        found = [
+            n
+            for n in self.nodes[: before.index]
+            if n.op == "SET_ROWS" and _root(n.src[2] if len(n.src) > 2 else n) is cache
+        ]
+        return found[-1] if found else None
+
+
+def _scores(softmax: Node) -> Node | None:
+    """The matrix product below a SOFT_MAX, through scaling, bias and soft-capping."""
+    node = softmax.src[0]
+    while not node.is_leaf and node.op != "MUL_MAT":
+        if node.op not in ("SCALE", "ADD", "UNARY") and strip(node) is node:
+            return None
+        node = node.src[0]
+    return None if node.is_leaf else node
+
+
+def _root(node: Node) -> Node:
+    """The leaf a chain of views looks at."""
+    while not node.is_leaf and node.src:
+        node = node.src[0]
+    return node
+
+
+class GraphMap:
+    """The hook points of a context's graph, and any tensor of it by name."""
+
+    def __init__(self, inventory: Inventory, *, n_vocab: int, architecture: str, blocks: int) -> None:
+        self.first = inventory.nodes[0].name
+        self.architecture = architecture
+        self.blocks = blocks
+        self._resolver = Resolver(inventory, n_vocab=n_vocab, architecture=architecture)
+        self.targets = self._resolver.resolve()
+        self.nodes = inventory.nodes
+
+    def find(self, point: HookPoint) -> Target:
+        """The tensor behind a point; HookError lists what exists."""
+        if point.site == "ggml":
+            return self._find_raw(point)
+        if point in self.targets:
+            return self.targets[point]
+        why = ""
+        if point.site == "pattern" and any(n.op == "FLASH_ATTN_EXT" for n in self.nodes):
+            why = " (flash attention never forms the pattern: set flash_attn=off)"
+        raise HookError(
+            f"no hook point '{point}'{why}; this {self.architecture} model has blocks 0..{self.blocks - 1} and "
+            f"{describe(self.targets)}"
+        )
+
+    def _find_raw(self, point: HookPoint) -> Target:
+        name, _, number = point.tensor.partition("#")
+        found = [n for n in self.nodes if n.name == name]
+        if number:
+            found = [n for n in found if str(n.occurrence) == number]
+        if not found:
+            near = sorted({n.name for n in self.nodes if not n.name.startswith("node_")})
+            raise HookError(f"no tensor '{point.tensor}' in this model's graph; it has {', '.join(near)}")
+        return self._resolver.target(point, found[-1])

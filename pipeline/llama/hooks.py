@@ -1,0 +1,94 @@
+"""Hook points by the field's names, `blocks.3.hook_resid_post`; blocks count from 0. No llama_cpp here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sae.errors import HookError
+
+# What each site is, in the residual stream x of one block:
+#   resid_pre -> (norm, q k v, RoPE, attention, z, output projection = attn_out) -> + = resid_mid
+#   resid_mid -> (norm, mlp_post, down projection = mlp_out) -> + = resid_post
+BLOCK_SITES: dict[str, str] = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",  # what the attention adds to the residual
+    "mlp_out": "hook_mlp_out",  # what the MLP adds to the residual
+    "mlp_post": "mlp.hook_post",  # input of the MLP's down projection
+    "q": "attn.hook_q",  # before RoPE, all heads side by side
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "rot_q": "attn.hook_rot_q",  # after RoPE
+    "rot_k": "attn.hook_rot_k",
+    "z": "attn.hook_z",  # heads side by side, the input of the output projection
+    "pattern": "attn.hook_pattern",  # attention weights, per head and position; flash_attn=off only
+}
+MODEL_SITES: dict[str, str] = {"ln_final": "ln_final.hook_normalized", "logits": "logits"}
+RAW_PREFIX = "ggml:"
+
+_SITE_OF = {name: site for site, name in BLOCK_SITES.items()}
+_SITE_OF |= {f"hook_{site}": site for site in BLOCK_SITES}
+_MODEL_SITE_OF = {name: site for site, name in MODEL_SITES.items()} | {"ln_final": "ln_final"}
+_IN_BLOCK = re.compile(r"blocks\.(0|[1-9]\d{0,5})\.(.+)")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class HookPoint:
+    """A place in the forward pass: a site of a block, `ln_final`, `logits`, or a raw ggml tensor name."""
+
+    site: str
+    block: int | None = None
+    tensor: str = ""  # site "ggml" only: the tensor's name, with `#2` its third node of that name
+
+    @classmethod
+    def parse(cls, text: str) -> HookPoint:
+        """Read `blocks.3.hook_resid_post`, `blocks.3.attn.hook_z`, `ln_final.hook_normalized`, `logits`, `ggml:NAME`.
+
+        HookError names the sites that exist, and the nearest one.
+        """
+        if text.startswith(RAW_PREFIX) and len(text) > len(RAW_PREFIX):
+            return cls("ggml", None, text[len(RAW_PREFIX) :])
+        if text in _MODEL_SITE_OF:
+            return cls(_MODEL_SITE_OF[text])
+        if (match := _IN_BLOCK.fullmatch(text)) and match[2] in _SITE_OF:
+            return cls(_SITE_OF[match[2]], int(match[1]))
+        raise HookError(_cannot_read(text))
+
+    def __str__(self) -> str:
+        if self.site == "ggml":
+            return RAW_PREFIX + self.tensor
+        if self.block is None:
+            return MODEL_SITES[self.site]
+        return f"blocks.{self.block}.{BLOCK_SITES[self.site]}"
+
+
+def _cannot_read(text: str) -> str:
+    names = [f"blocks.N.{name}" for name in BLOCK_SITES.values()] + list(MODEL_SITES.values())
+    block = match[1] if (match := _IN_BLOCK.fullmatch(text)) else "N"
+    close = difflib.get_close_matches(text, [n.replace(".N.", f".{block}.") for n in names], 1, 0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"'{text}' is no hook point{hint} (known: {', '.join(names)}, ggml:TENSOR_NAME)"
+
+
+def describe(points: Iterable[HookPoint]) -> str:
+    """`blocks.0..5.hook_resid_pre, ..., logits`: a short list of what exists, for messages."""
+    blocks: dict[str, list[int]] = {}
+    rest = []
+    for point in points:
+        if point.block is None:
+            rest.append(str(point))
+        else:
+            blocks.setdefault(point.site, []).append(point.block)
+    order = [site for site in BLOCK_SITES if site in blocks]
+    return ", ".join([f"blocks.{_ranges(blocks[site])}.{BLOCK_SITES[site]}" for site in order] + rest)
+
+
+def _ranges(numbers: list[int]) -> str:
+    numbers = sorted(set(numbers))
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}..{numbers[-1]}"
+    return "{" + ",".join(map(str, numbers)) + "}"
