@@ -182,10 +182,13 @@ class StoreWriter:
         rows = self.meta.shard_rows
         if len(stored) < rows:
             stored = np.concatenate([stored, np.zeros((rows - len(stored), *stored.shape[1:]), stored.dtype)])
-        array = zarr.open_array(self.path / array_path, mode="r+", config=ARRAY_CONFIG)
-        array[shard * rows : (shard + 1) * rows] = stored
+        # ORDER: with_config after opening; open_array drops a config given to it (zarr 3.1.6).
+        array = zarr.open_array(self.path / array_path, mode="r+").with_config(ARRAY_CONFIG)
         relative = shard_file(array_path, shard, stored.ndim)
         file = self.path / relative
+        # ORDER: without the unlink zarr reads a shard that is there to merge into it, and fails on a damaged one.
+        file.unlink(missing_ok=True)
+        array[shard * rows : (shard + 1) * rows] = stored
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
