@@ -62,7 +62,10 @@ class Model:
         return self._handle
 
     def tokenize(self, data: bytes | str, *, parse_special: bool = False) -> np.ndarray:
-        """Token ids (T,) int32 of UTF-8 text, never with BOS. Special tokens spelled out stay text unless parsed."""
+        """Token ids (T,) int32 of UTF-8 text, never with BOS. Special tokens spelled out stay text unless parsed.
+
+        Bytes that are not UTF-8 become U+FFFD, as llama.cpp reads them: the pieces then differ from the input.
+        """
         text = data.encode("utf-8") if isinstance(data, str) else bytes(data)
         if self._handle is None:
             raise LlamaError(f"the model {self.path.name} is closed")

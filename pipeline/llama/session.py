@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -22,6 +19,7 @@ from .graph import GraphMap, Inventory, Target
 from .hooks import HookPoint
 from .log import log_tail
 from .model import Model
+from .switching import quick_switching
 from .symbols import lc
 
 __all__ = ["Hook", "Rows", "Session", "capture"]
@@ -247,7 +245,7 @@ class Session:
         log_tail.clear()
         self._callback.arm(plan, self.graph)
         try:
-            with _quick_switching() if plan.hooks else contextlib.nullcontext():
+            with quick_switching() if plan.hooks else contextlib.nullcontext():
                 code = lc.llama_decode(self._open(), batch.c)
                 lc.llama_synchronize(self._handle)
             if self._callback.error is not None:
@@ -268,9 +266,7 @@ class Session:
         pointer = lc.llama_get_logits(self._handle)
         if not pointer:
             raise LlamaError("llama.cpp has no logits for this batch")
-        address = ctypes.cast(pointer, ctypes.c_void_p).value
-        buffer = (ctypes.c_float * (rows * self.model.n_vocab)).from_address(address or 0)
-        return np.frombuffer(buffer, np.float32).reshape(rows, self.model.n_vocab).copy()
+        return np.ctypeslib.as_array(pointer, (rows, self.model.n_vocab)).copy()
 
 
 def capture(
@@ -343,33 +339,6 @@ def _groups(session: Session, lengths: list[int]) -> Iterator[list[int]]:
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_switch_lock = threading.Lock()
-_switch_users = 0
-_switch_before = 0.0
-
-
-@contextlib.contextmanager
-def _quick_switching() -> Iterator[None]:
-    """Let a callback get the interpreter back from a busy Python thread within 10 us instead of 5 ms.
-
-    llama.cpp asks once for each of hundreds of nodes: with another Python thread computing, each question would wait
-    a whole switch interval. The interval is the interpreter's, not the thread's; it is restored when no decode runs.
-    """
-    global _switch_users, _switch_before
-    with _switch_lock:
-        if not _switch_users:
-            _switch_before = sys.getswitchinterval()
-            sys.setswitchinterval(min(1e-5, _switch_before))
-        _switch_users += 1
-    try:
-        yield
-    finally:
-        with _switch_lock:
-            _switch_users -= 1
-            if not _switch_users:
-                sys.setswitchinterval(_switch_before)
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
