@@ -1,0 +1,281 @@
+"""The evaluation of an SAE on held-out windows: reconstruction, and what the model loses on it, beside baselines.
+
+N rows, D width, F latents, K active.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import EvaluateConfig
+from pipeline.corpus.windows import FLAGS_ALL, WindowTable
+from pipeline.llama.hooks import HookPoint
+from pipeline.llama.model import Model
+from pipeline.llama.session import Session, capture
+from pipeline.store.reader import ActivationStore
+from sae.errors import ConfigError
+from sae.metrics import ReconstructionMetrics, density_histogram
+from sae.weights import SAEWeights
+
+from .baselines import ConstantReplacement, PCAReplacement, Replacement, SAEReplacement, fit_pca
+from .losses import Interval, clustered_mean
+from .splice import CLEAN, MAX_SEQUENCES, SpliceConfig, SpliceResult, TokenWindow, batches, splice, split_windows
+
+SAE, MEAN, ZERO = "sae", "mean", "zero"
+FEW_DOCUMENTS = 10  # below, a t interval over documents says little: windows are the clusters
+STORE_CHUNK_ROWS = 16_384
+
+Progress = Callable[[str, int, int], None]  # what, rows done, rows in all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CapturedRows:
+    """The unflagged rows of a few windows: activations, and where they stand in the table."""
+
+    x_ND: np.ndarray
+    row_N: np.ndarray  # index into the table's columns
+    rows: int  # flagged ones included
+
+
+def evaluate(
+    model: Model,
+    weights: SAEWeights,
+    windows: WindowTable,
+    *,
+    config: EvaluateConfig,
+    baselines: Mapping[str, Replacement],
+    outlier_norm: float = 0.0,
+    session: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Every number of the evaluation, as JSON-able values (None where a number cannot be had).
+
+    At most `config.tokens` rows give the reconstruction metrics (`fvu`, `l0`, `dead_share`, `cosine`, `rows`,
+    `density_histogram`, ...); at most `config.splice_tokens` rows give
+
+        ce_recovered  = (CE_zero - CE_sae) / (CE_zero - CE_clean)      ce_recovered_mean: with CE_mean for CE_zero
+        delta_ce_nats = CE_sae - CE_clean per token                    with its 95 % interval `delta_ce_ci95`
+        kl            = mean KL(clean || sae) per token, nats          with `kl_ci95`
+
+    and the same for each of `baselines` and for mean and zero ablation under `baselines`. `same_rows` holds
+    the SAE's reconstruction metrics on the spliced rows, comparable with the baselines'. Intervals cluster by
+    document, or by window where there are fewer than ten documents (`cluster_kind`). Windows are taken in an
+    order drawn from `config.seed`. Rows whose norm exceeds `outlier_norm` (the store's outlier threshold) are
+    flagged beside those the table flags; `session` holds further arguments of Session.
+    """
+    hook = HookPoint.parse(weights.hook)
+    order_W = np.random.default_rng(config.seed).permutation(windows.n_windows)
+    chosen_W = take_windows(windows, order_W, config.tokens)
+    result = _reconstruction(model, weights, windows, chosen_W, hook, outlier_norm, session or {}, progress)
+
+    all_windows = split_windows(windows)
+    spliced = [all_windows[i] for i in take_windows(windows, order_W, config.splice_tokens)]
+    width = weights.d_in
+    runs: dict[str, Replacement] = {
+        SAE: SAEReplacement(weights),
+        **baselines,
+        MEAN: ConstantReplacement(weights.mean_D),
+        ZERO: ConstantReplacement(np.zeros(width)),
+    }
+    metrics = {name: ReconstructionMetrics(width, max(1, run.num_latents)) for name, run in runs.items()}
+    total = sum(len(w.tokens) for w in spliced)
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress("splice", done, total)
+
+    losses = splice(
+        model,
+        spliced,
+        {name: _measured(run, metrics[name]) for name, run in runs.items()},
+        hook,
+        config=SpliceConfig(outlier_norm=outlier_norm, session=session or {}),
+        progress=advance,
+    )
+    return json_safe(result | _losses(losses, metrics))
+
+
+def take_windows(table: WindowTable, order_W: np.ndarray, rows: int) -> np.ndarray:
+    """Windows in the given order until `rows` rows are reached (0: all), then sorted."""
+    lengths_W = np.diff(table.window_starts)[order_W]
+    n = len(order_W) if rows <= 0 else int(np.searchsorted(np.cumsum(lengths_W), rows, side="left")) + 1
+    return np.sort(order_W[:n])
+
+
+def captured_rows(
+    model: Model,
+    table: WindowTable,
+    chosen_W: np.ndarray,
+    hook: HookPoint,
+    *,
+    outlier_norm: float = 0.0,
+    batch_tokens: int = 1024,
+    session: Mapping[str, Any] | None = None,
+) -> Iterator[CapturedRows]:
+    """The unflagged rows of the chosen windows at `hook`, captured through llama.cpp a few windows at a time."""
+    lengths_W = np.diff(table.window_starts)[chosen_W]
+    rows = max(batch_tokens, int(lengths_W.max(initial=1)))
+    llama = Session(model, n_ctx=rows, n_batch=rows, n_seq_max=MAX_SEQUENCES, **dict(session or {}))
+    try:
+        cut = [TokenWindow(tokens=table.window_tokens(w), flags=np.empty(0), document=int(w)) for w in chosen_W]
+        for group in batches(cut, rows):
+            captured = capture(llama, [w.tokens for w in group], [hook])
+            x_ND = np.concatenate([c[str(hook)] for c in captured])
+            row_N = np.concatenate([np.arange(*table.window_starts[w.document : w.document + 2]) for w in group])
+            keep_N = table.flags_N[row_N] == 0
+            if outlier_norm > 0:
+                keep_N &= np.linalg.norm(x_ND, axis=1) <= outlier_norm
+            yield CapturedRows(x_ND=x_ND[keep_N], row_N=row_N[keep_N], rows=len(row_N))
+    finally:
+        llama.close()
+
+
+def store_rows(store: ActivationStore, hook: str, max_rows: int = 0) -> Iterator[np.ndarray]:
+    """Unflagged rows of a store, chunk by chunk, spread evenly over it where `max_rows` (0: all) cuts them."""
+    chunks = range(0, store.n_rows, STORE_CHUNK_ROWS)
+    step = max(1, math.ceil(store.n_rows / max_rows)) if max_rows > 0 else 1
+    flags_N = store.column("flags")
+    for start in list(chunks)[::step]:
+        stop = min(start + STORE_CHUNK_ROWS, store.n_rows)
+        yield store.rows(hook, start, stop)[(flags_N[start:stop] & FLAGS_ALL) == 0]
+
+
+def pca_baseline(store: ActivationStore, hook: str, k: int, max_rows: int = 500_000) -> PCAReplacement:
+    """PCA with k components fitted on training rows: as many numbers per token as the SAE's k latents."""
+    return fit_pca(store_rows(store, hook, max_rows), min(k, store.hooks[hook].width))
+
+
+def reconstruction_on_store(weights: SAEWeights, store: ActivationStore, max_rows: int = 100_000) -> dict[str, Any]:
+    """Reconstruction metrics of an SAE on a store's own rows (for the random model's SAE: on its own model)."""
+    metrics = ReconstructionMetrics(weights.d_in, weights.num_latents)
+    run = _measured(SAEReplacement(weights), metrics)
+    for x_ND in store_rows(store, weights.hook, max_rows):
+        run(x_ND)
+    return {key: value for key, value in metrics.result().items() if key != "density_F"}
+
+
+def _measured(run: Replacement, metrics: ReconstructionMetrics) -> Callable[[np.ndarray], np.ndarray]:
+    """`run`, with every reconstruction counted in `metrics` on its way."""
+
+    def reconstruct(x_ND: np.ndarray) -> np.ndarray:
+        idx_NK, vals_NK = run.code(x_ND)
+        x_hat_ND = run.decode(idx_NK, vals_NK)
+        metrics.update(x_ND, x_hat_ND, idx_NK, np.abs(vals_NK))  # PCA's coefficients have both signs
+        return x_hat_ND
+
+    return reconstruct
+
+
+def _reconstruction(
+    model: Model,
+    weights: SAEWeights,
+    table: WindowTable,
+    chosen_W: np.ndarray,
+    hook: HookPoint,
+    outlier_norm: float,
+    session: Mapping[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    metrics = ReconstructionMetrics(weights.d_in, weights.num_latents)
+    run = _measured(SAEReplacement(weights), metrics)
+    total, done = int(np.diff(table.window_starts)[chosen_W].sum()), 0
+    for part in captured_rows(model, table, chosen_W, hook, outlier_norm=outlier_norm, session=session):
+        if len(part.x_ND):
+            run(part.x_ND)
+        done += part.rows
+        if progress is not None:
+            progress("reconstruct", done, total)
+    if metrics.rows == 0:
+        raise ConfigError("every held-out row is flagged (BOS, special, first, outlier); give a longer corpus")
+    result = metrics.result()
+    counts_B, edges_B1, dead = density_histogram(result.pop("density_F"))
+    return result | {
+        "num_latents": weights.num_latents,
+        "captured_rows": done,
+        "flagged_share": 1 - metrics.rows / done,
+        "density_histogram": {
+            "log10_edges": np.log10(edges_B1).tolist(),
+            "counts": counts_B.tolist(),
+            "dead": dead,
+        },
+    }
+
+
+def _losses(losses: SpliceResult, metrics: Mapping[str, ReconstructionMetrics]) -> dict[str, Any]:
+    documents = len(np.unique(losses.document_N))
+    by_document = documents >= FEW_DOCUMENTS
+    cluster_N = losses.document_N if by_document else losses.window_N
+    ce = {name: float(values.mean()) if len(values) else math.nan for name, values in losses.ce.items()}
+    rows = {name: _run(losses, name, cluster_N) | _quality(metrics[name]) for name in losses.kl}
+    return {
+        **{key: rows[SAE][key] for key in RUN_KEYS},
+        **{f"ce_{name}": ce[name] for name in (CLEAN, SAE, MEAN, ZERO)},
+        "same_rows": _quality(metrics[SAE]),
+        "splice_rows": len(losses.document_N),
+        "splice_flagged_share": losses.flagged_rows / losses.rows,
+        "documents": documents,
+        "clusters": int(len(np.unique(cluster_N))),
+        "cluster_kind": "document" if by_document else "window",
+        "baselines": {name: row for name, row in rows.items() if name != SAE},
+    }
+
+
+RUN_KEYS = ("ce_recovered", "ce_recovered_mean", "delta_ce_nats", "delta_ce_ci95", "kl", "kl_ci95")
+
+
+def _run(losses: SpliceResult, name: str, cluster_N: np.ndarray) -> dict[str, Any]:
+    clean_N, run_N = losses.ce[CLEAN], losses.ce[name]
+    delta = clustered_mean(run_N - clean_N, cluster_N)
+    kl = clustered_mean(losses.kl[name], cluster_N)
+    return {
+        "ce_recovered": recovered(losses.ce[ZERO], run_N, clean_N),
+        "ce_recovered_mean": recovered(losses.ce[MEAN], run_N, clean_N),
+        "delta_ce_nats": delta.mean,
+        "delta_ce_ci95": _bounds(delta),
+        "kl": kl.mean,
+        "kl_ci95": _bounds(kl),
+    }
+
+
+def recovered(ablated_N: np.ndarray, run_N: np.ndarray, clean_N: np.ndarray) -> float:
+    """(CE_ablated - CE_run) / (CE_ablated - CE_clean); NaN where the ablation costs nothing."""
+    if not len(clean_N):
+        return math.nan
+    cost = float(ablated_N.mean() - clean_N.mean())
+    return math.nan if cost == 0 else float(ablated_N.mean() - run_N.mean()) / cost
+
+
+def _quality(metrics: ReconstructionMetrics) -> dict[str, Any]:
+    if metrics.rows < 2:
+        return {"fvu": math.nan, "l0": math.nan}
+    result = metrics.result()
+    return {key: result[key] for key in ("fvu", "l0", "cosine", "l2_ratio")}
+
+
+def _bounds(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def json_safe(value: Any) -> Any:
+    """numpy scalars and arrays as Python's; numbers that are not finite as None."""
+    if isinstance(value, dict):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return json_safe(value.tolist())
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value

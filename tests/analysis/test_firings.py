@@ -1,0 +1,86 @@
+"""Statistics of sparse firings against plain loops over a dense matrix."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.analysis.firings import collect_firings, latent_stats, of_latent, spread_rows, strongest_rows
+
+ROWS, LATENTS, K = 300, 12, 3
+
+
+@pytest.fixture
+def searched():
+    rng = np.random.default_rng(0)
+    token_N = rng.choice([3, 3, 3, 5, 5, 9, 11, *range(20, 60)], ROWS).astype(np.int32)
+    window_N = np.repeat(np.arange(ROWS // 20), 20)
+    dense_NF = np.zeros((ROWS, LATENTS), np.float32)
+    for n in range(ROWS):
+        for f in rng.choice(LATENTS - 2, K, replace=False):
+            dense_NF[n, f] = rng.random() + 0.1
+    dense_NF[:, 0] = np.where(token_N == 3, 2 + 0.1 * rng.random(ROWS), 0)  # says nothing but "token 3"
+    dense_NF[:, LATENTS - 2] = np.where(window_N % 5 == 0, 1 + rng.random(ROWS), 0)  # says nothing of the token
+    table = SimpleNamespace(token_N=token_N, window_N=window_N)
+    idx = np.argsort(-dense_NF, axis=1)[:, : K + 2].astype(np.int32)
+    vals = np.take_along_axis(dense_NF, idx, axis=1)
+    parts = [(np.arange(a, a + 75), idx[a : a + 75], vals[a : a + 75]) for a in range(0, ROWS, 75)]
+    return dense_NF, token_N, window_N, collect_firings(parts, table, LATENTS)
+
+
+def test_firings_hold_exactly_the_positive_entries(searched):
+    dense_NF, _, _, firings = searched
+    rebuilt = np.zeros_like(dense_NF)
+    rebuilt[firings.row_E, firings.latent_E] = firings.value_E
+    np.testing.assert_array_equal(rebuilt, dense_NF)
+
+
+def test_leave_one_out_r2_equals_the_loop_over_rows(searched):
+    dense_NF, token_N, window_N, firings = searched
+    r2_F = latent_stats(firings, window_N).token_r2_F
+    for f in range(LATENTS - 1):
+        a = dense_NF[:, f].astype(np.float64)
+        prediction = np.empty(ROWS)
+        for n in range(ROWS):
+            same = (token_N == token_N[n]) & (np.arange(ROWS) != n)
+            prediction[n] = a[same].mean() if same.any() else np.delete(a, n).mean()
+        expected = 1 - ((a - prediction) ** 2).sum() / ((a - a.mean()) ** 2).sum()
+        assert r2_F[f] == pytest.approx(expected, abs=1e-9)
+    assert r2_F[0] > 0.99
+    assert r2_F[LATENTS - 2] < 0.1
+    assert np.isnan(r2_F[LATENTS - 1])  # never fires
+
+
+def test_counts_maxima_windows_and_top_tokens_equal_loops(searched):
+    dense_NF, token_N, window_N, firings = searched
+    stats = latent_stats(firings, window_N)
+    np.testing.assert_array_equal(stats.count_F, (dense_NF > 0).sum(axis=0))
+    np.testing.assert_array_equal(stats.max_F, dense_NF.max(axis=0))
+    np.testing.assert_allclose(stats.mean_square_F, (dense_NF.astype(np.float64) ** 2).mean(axis=0))
+    for f in range(LATENTS - 1):
+        fires = dense_NF[:, f] > 0
+        assert stats.windows_F[f] == len(set(window_N[fires].tolist()))
+        tokens, counts = np.unique(token_N[fires], return_counts=True)
+        assert stats.top_token_F[f] == tokens[counts.argmax()]
+        assert stats.top_share_F[f] == pytest.approx(counts.max() / fires.sum())
+    assert stats.top_token_F[LATENTS - 1] == -1
+
+
+def test_strongest_rows_come_from_different_windows_strongest_first(searched):
+    dense_NF, _, window_N, firings = searched
+    rows, values = of_latent(firings, np.array([2, 4]))[4]
+    np.testing.assert_array_equal(rows, np.flatnonzero(dense_NF[:, 4] > 0))
+    np.testing.assert_array_equal(values, dense_NF[rows, 4])
+    best = strongest_rows(rows, values, window_N, 5)
+    per_window = {w: dense_NF[window_N == w, 4].max() for w in set(window_N.tolist())}
+    np.testing.assert_array_equal(dense_NF[best, 4], sorted(per_window.values(), reverse=True)[:5])
+    assert len(set(window_N[best].tolist())) == 5
+
+
+def test_spread_rows_lie_near_the_quantile(searched):
+    dense_NF, _, window_N, firings = searched
+    rows, values = of_latent(firings, np.array([4]))[4]
+    middle = spread_rows(rows, values, window_N, 0.5, 4)
+    assert np.abs(dense_NF[middle, 4] - np.median(values)).max() < 0.2
