@@ -28,6 +28,14 @@ class StoreError(SAEError, RuntimeError):
     """An activation store that is missing, damaged, locked or does not fit."""
 
 
+class DiskError(SAEError, RuntimeError):
+    """A file that could not be written: full disk, no permission."""
+
+
+class DivergedError(SAEError, RuntimeError):
+    """Training that left the finite numbers."""
+
+
 class HookError(SAEError, LookupError):
     """A hook point the model does not have."""
 

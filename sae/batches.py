@@ -1,0 +1,61 @@
+"""Where a trainer's rows come from, and reading them ahead. numpy only.
+
+Shape letters: B rows of a batch, D d_in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class BatchSource(Protocol):
+    """An endless stream of batches that can be put back to where it was."""
+
+    @property
+    def d_in(self) -> int: ...
+
+    def next(self) -> np.ndarray:
+        """The next batch, float32 (B, D); it must not be written to later."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is: plain JSON values, a snapshot. The batch after `load_state(state())` is the next one."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken."""
+        ...
+
+
+class Prefetcher:
+    """Hands out (batch, source state after it), reading up to `ahead` batches in a thread; 0 reads in place.
+
+    A context manager; an exception of the source is raised by `next`.
+    """
+
+    def __init__(self, source: BatchSource, ahead: int) -> None:
+        self._source, self._ahead = source, ahead
+        self._pool = ThreadPoolExecutor(1, "read-ahead") if ahead else None
+        self._reads: deque[Future[tuple[np.ndarray, dict[str, Any]]]] = deque()
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def next(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """The next batch, and the state that leads to the one after it."""
+        if self._pool is None:
+            return self._read()
+        while len(self._reads) <= self._ahead:
+            self._reads.append(self._pool.submit(self._read))
+        return self._reads.popleft().result()
+
+    def _read(self) -> tuple[np.ndarray, dict[str, Any]]:
+        return self._source.next(), self._source.state()

@@ -1,0 +1,61 @@
+"""Training checkpoints: `step_00000500.pt`, whole or absent, read without running any code from the file."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import write_atomic
+from .errors import DiskError, FormatError
+
+FORMAT = "ggscope-training"
+VERSION = 1
+NAME = re.compile(r"step_(\d{8,})\.pt")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step_*.pt") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last: int) -> Path:
+    """Write `state` as the checkpoint of `step`, then delete all but the newest `keep_last`.
+
+    Raises:
+        DiskError: it could not be written; the checkpoints that were there still are.
+    """
+    path = folder / f"step_{step:08d}.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"could not make {folder}: {error.strerror or error}") from error
+    buffer = io.BytesIO()  # torch.save on a real file turns a full disk into an internal error of its zip writer
+    torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
+    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
+    for old in checkpoints(folder)[:-keep_last]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        FormatError: damaged, foreign, or of another version.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FormatError(f"{path} cannot be read ({first}); delete it to resume from the one before") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise FormatError(f"{path} is not a {FORMAT} file")
+    if state.get("version") != VERSION:
+        raise FormatError(f"{path} has version {state.get('version')!r}, this program reads version {VERSION}")
+    return state

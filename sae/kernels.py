@@ -1,0 +1,229 @@
+"""The training step without dense latents: the same gradients as `losses.dense_step`, a fraction of the work.
+
+Of the five matrix products of dense autograd one is left, the encoder's. With idx_NK the chosen latents and
+g = 2/N (u_hat - u):
+
+    dW_dec[i] = sum over (n, k) with idx = i of a_nk g_n           dW_enc[i] = sum of da_nk (u - b_dec)_n
+    da_nk     = <g_n, W_dec[idx_nk]> where a_nk > 0                db_enc[i] = sum of da_nk
+    db_dec    = sum_n g_n - db_enc W_enc
+
+The sums over the rows of a latent are an embedding_bag over the pairs (n, k) sorted by latent; sums run in one fixed
+order, so equal input gives equal bits. Dense pre-activations exist for one block of rows at a time.
+
+Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k, P = N K pairs, M dead latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from .errors import ConfigError
+from .losses import LossSettings, StepResult, auxk_denominator
+from .model import TopKSAE, select_topk
+
+BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
+BLOCK_ROWS = 512  # but never fewer rows than this: W_enc is read once per block
+DENSE_DEAD_SHARE = 4  # up to this multiple of auxk_k, dead latents go through plain matrix products
+
+ENCODER_DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+
+
+def encoder_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that chooses the latents. "auto": bfloat16 on CUDA and on CPUs with bfloat16 matrix instructions.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name in ENCODER_DTYPES:
+        return ENCODER_DTYPES[name]
+    if name != "auto":
+        raise ConfigError(f"encoder_dtype must be auto, float32 or bfloat16, got {name!r}")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # without these instructions a bfloat16 product is 30 times slower than a float32 one
+        has = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        fast = device.type == "cpu" and any(check() for check in has if check is not None)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def grouped_topk(pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_topk` in two stages: the k groups of latents with the largest maxima hold the k largest entries.
+
+    Half the time on a CPU, where torch.topk is the second largest part of the step. Elsewhere, and where groups would
+    not pay, it is `select_topk`. Among equal entries at the edge it may take another one.
+    """
+    rows, latents = pre_NF.shape
+    group = 1 << max(
+        0, ((latents // k).bit_length() - 1) // 2
+    )  # about sqrt(F / k): both stages then see as many entries
+    if pre_NF.device.type != "cpu" or group < 4 or latents % group:
+        return select_topk(pre_NF, k)
+    groups = latents // group
+    pre_NgG = pre_NF.view(rows, group, groups)  # a group: every groups-th latent, so that the maximum vectorises
+    _, group_NK = select_topk(pre_NgG.amax(1), k)
+    candidates_NC = pre_NgG.gather(2, group_NK.unsqueeze(1).expand(rows, group, k)).view(rows, group * k)
+    vals_NK, at_NK = select_topk(candidates_NC, k)
+    return vals_NK, group_NK.gather(1, at_NK % k) + (at_NK // k) * groups
+
+
+class FastStep:
+    """Callable like `dense_step` with the model and settings bound; keeps its buffer between batches."""
+
+    def __init__(self, model: TopKSAE, settings: LossSettings) -> None:
+        self.model = model
+        self.settings = settings
+        self._pre = torch.empty(0)
+
+    @torch.no_grad()
+    def __call__(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None = None) -> StepResult:
+        """Write the gradients of L to .grad and return the batch's numbers. `dead_F`: bool, None if none is dead."""
+        model = self.model
+        centred_ND = u_ND - model.b_dec_D
+        vals_NK, idx_NK = self._encode(centred_ND)
+        scale = 2.0 / len(u_ND)
+        bag_ND, pull = _decode_with_pull(idx_NK, vals_NK, model.W_dec_FD)
+        minus_error_ND = bag_ND - centred_ND
+        grad_ND = minus_error_ND * scale
+        grad_vals_NK = pull(grad_ND) * (vals_NK > 0)
+        grads = _Gradients(model)
+        grads.add_sparse(centred_ND, grad_ND, idx_NK, vals_NK, grad_vals_NK)
+        error = minus_error_ND.pow(2).sum()
+        loss, auxk_loss = error / len(u_ND), torch.zeros_like(error)
+        if dead_F is not None:
+            auxk_loss = self._auxk(centred_ND, -minus_error_ND, dead_F, grads)
+            loss = loss + self.settings.auxk_coef * self.settings.variance * auxk_loss
+        grads.write(model, grad_ND)
+        fired_F = torch.zeros(model.num_latents, dtype=torch.int64, device=u_ND.device)
+        fired_F.scatter_add_(0, idx_NK.flatten(), (vals_NK > 0).flatten().long())
+        return StepResult(error=error, auxk_loss=auxk_loss, loss=loss, fired_F=fired_F)
+
+    def _encode(self, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ReLU'd values and indices of the k latents of every row, block by block."""
+        model, rows = self.model, len(centred_ND)
+        dtype, low = self.settings.encoder_dtype, self.settings.encoder_dtype == torch.bfloat16
+        weight_DF, bias_F, input_ND = model.W_enc_FD.to(dtype).t(), model.b_enc_F.to(dtype), centred_ND.to(dtype)
+        block = rows
+        if centred_ND.device.type == "cpu":
+            block = min(rows, max(BLOCK_ROWS, BLOCK_BYTES // (4 * model.num_latents)))
+        if self._pre.shape != (block, model.num_latents) or self._pre.dtype != dtype:
+            self._pre = torch.empty(block, model.num_latents, dtype=dtype, device=centred_ND.device)
+        vals_NK = torch.empty(rows, model.k, dtype=dtype, device=centred_ND.device)
+        idx_NK = torch.empty(rows, model.k, dtype=torch.int64, device=centred_ND.device)
+        for start in range(0, rows, block):
+            part = slice(start, min(rows, start + block))
+            pre_NF = self._pre[: part.stop - start]
+            torch.addmm(bias_F, input_ND[part], weight_DF, out=pre_NF)
+            vals_NK[part], idx_NK[part] = grouped_topk(pre_NF, model.k)
+        if low:
+            vals_NK = sampled_products(centred_ND, model.W_enc_FD, idx_NK) + model.b_enc_F[idx_NK]
+        return vals_NK.relu_(), idx_NK
+
+    def _auxk(
+        self, centred_ND: torch.Tensor, error_ND: torch.Tensor, dead_F: torch.Tensor, grads: _Gradients
+    ) -> torch.Tensor:
+        """L_aux, with its gradients added to `grads`."""
+        model, settings = self.model, self.settings
+        dead_M = dead_F.nonzero().flatten()
+        count = min(settings.auxk_k, len(dead_M))
+        denominator = auxk_denominator(error_ND)
+        scale = 2.0 * settings.auxk_coef * settings.variance / denominator
+        W_enc_MD, W_dec_MD = model.W_enc_FD[dead_M], model.W_dec_FD[dead_M]
+        pre_NM = torch.addmm(model.b_enc_F[dead_M], centred_ND, W_enc_MD.t())
+        if len(dead_M) > DENSE_DEAD_SHARE * settings.auxk_k:
+            vals_NA, at_NA = select_topk(pre_NM, count)
+            vals_NA.relu_()
+            idx_NA = dead_M[at_NA]
+            bag_ND, pull = _decode_with_pull(idx_NA, vals_NA, model.W_dec_FD)
+            rest_ND = bag_ND - error_ND
+            grad_ND = rest_ND * scale
+            grads.add_sparse(centred_ND, grad_ND, idx_NA, vals_NA, pull(grad_ND) * (vals_NA > 0))
+            return rest_ND.pow(2).sum() / denominator
+        acts_NM = pre_NM.relu_()
+        if len(dead_M) > count:
+            vals_NA, at_NA = select_topk(acts_NM, count)
+            acts_NM = torch.zeros_like(acts_NM).scatter_(1, at_NA, vals_NA)
+        rest_ND = torch.addmm(error_ND, acts_NM, W_dec_MD, beta=-1)
+        grad_ND = rest_ND * scale
+        grad_acts_NM = (grad_ND @ W_dec_MD.t()).mul_(acts_NM > 0)
+        grads.add_rows(dead_M, grad_acts_NM.t() @ centred_ND, acts_NM.t() @ grad_ND, grad_acts_NM.sum(0))
+        return rest_ND.pow(2).sum() / denominator
+
+
+class _Gradients:
+    """Sums of dW_enc, dW_dec and db_enc; db_dec follows from them."""
+
+    def __init__(self, model: TopKSAE) -> None:
+        self.num_latents = model.num_latents
+        self.W_enc_FD: torch.Tensor | None = None
+        self.W_dec_FD: torch.Tensor | None = None
+        self.b_enc_F: torch.Tensor | None = None
+
+    def add_sparse(
+        self,
+        centred_ND: torch.Tensor,
+        grad_ND: torch.Tensor,
+        idx_NK: torch.Tensor,
+        vals_NK: torch.Tensor,
+        grad_vals_NK: torch.Tensor,
+    ) -> None:
+        latent_P, order_P = idx_NK.flatten().sort(stable=True)
+        row_P = order_P // idx_NK.shape[1]
+        start_F = torch.searchsorted(latent_P, torch.arange(self.num_latents, device=latent_P.device))
+        vals_P, grad_vals_P = vals_NK.flatten()[order_P], grad_vals_NK.flatten()[order_P]
+
+        def sums(table_ND: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:
+            return functional.embedding_bag(row_P, table_ND, start_F, per_sample_weights=weight_P, mode="sum")
+
+        ones_N1 = torch.ones(len(centred_ND), 1, dtype=centred_ND.dtype, device=centred_ND.device)
+        parts = sums(centred_ND, grad_vals_P), sums(grad_ND, vals_P), sums(ones_N1, grad_vals_P).squeeze(1)
+        if self.W_enc_FD is None or self.W_dec_FD is None or self.b_enc_F is None:
+            self.W_enc_FD, self.W_dec_FD, self.b_enc_F = parts
+        else:
+            self.W_enc_FD += parts[0]
+            self.W_dec_FD += parts[1]
+            self.b_enc_F += parts[2]
+
+    def add_rows(
+        self, dead_M: torch.Tensor, W_enc_MD: torch.Tensor, W_dec_MD: torch.Tensor, b_enc_M: torch.Tensor
+    ) -> None:
+        assert self.W_enc_FD is not None, "the main pass comes first"
+        assert self.W_dec_FD is not None
+        assert self.b_enc_F is not None
+        self.W_enc_FD[dead_M] += W_enc_MD
+        self.W_dec_FD[dead_M] += W_dec_MD
+        self.b_enc_F[dead_M] += b_enc_M
+
+    def write(self, model: TopKSAE, grad_ND: torch.Tensor) -> None:
+        """Put the sums in the model's .grad."""
+        assert self.b_enc_F is not None, "the main pass comes first"
+        model.W_enc_FD.grad, model.W_dec_FD.grad, model.b_enc_F.grad = self.W_enc_FD, self.W_dec_FD, self.b_enc_F
+        model.b_dec_D.grad = grad_ND.sum(0) - self.b_enc_F @ model.W_enc_FD
+
+
+def sampled_products(a_ND: torch.Tensor, table_FD: torch.Tensor, idx_NK: torch.Tensor) -> torch.Tensor:
+    """<a_n, table[idx_nk]>, (N, K), without gathering the rows."""
+    zeros_NK = torch.zeros(idx_NK.shape, dtype=a_ND.dtype, device=a_ND.device)
+    _, pull = _decode_with_pull(idx_NK, zeros_NK, table_FD)
+    return pull(a_ND)
+
+
+class _Pull:
+    """grad_ND -> <grad_n, table[idx_nk]>: embedding_bag's own backward for its weights, through the public API."""
+
+    def __init__(self, bag_ND: torch.Tensor, vals_NK: torch.Tensor) -> None:
+        self.bag_ND, self.vals_NK = bag_ND, vals_NK
+
+    def __call__(self, grad_ND: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(self.bag_ND, self.vals_NK, grad_ND)[0]
+
+
+def _decode_with_pull(
+    idx_NK: torch.Tensor, vals_NK: torch.Tensor, table_FD: torch.Tensor
+) -> tuple[torch.Tensor, _Pull]:
+    """(sum_k vals_nk table[idx_nk], its pull-back to vals)."""
+    with torch.enable_grad():
+        leaf_NK = vals_NK.detach().requires_grad_()
+        bag_ND = functional.embedding_bag(idx_NK, table_FD.detach(), per_sample_weights=leaf_NK, mode="sum")
+    return bag_ND.detach(), _Pull(bag_ND, leaf_NK)

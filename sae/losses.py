@@ -1,0 +1,93 @@
+"""The training loss, and its gradients by dense autograd: the general path that `kernels.py` must equal.
+
+    L = 1/N sum_n ||u - u_hat||^2  +  auxk_coef * v * L_aux            v = E||u - mean||^2, a constant of the data
+    L_aux = sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2            (Gao et al. 2024, App. A.2)
+    e = u - u_hat, detached;  e_hat = sum_i b_i W_dec[i], no bias;  b = TopK_{auxk_k}(ReLU(pre) of dead latents)
+
+L / v is Gao's loss (normalised MSE plus auxk_coef times normalised auxiliary MSE); with v the gradients do not shrink
+with d_in, so Adam's eps stays small beside them. Everything is in the scaled units of `model.py`.
+
+Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from .model import TopKSAE, select_topk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSettings:
+    """What the loss needs to know besides the model and the batch."""
+
+    variance: float  # v: E||u - mean||^2 in scaled units
+    auxk_k: int
+    auxk_coef: float
+    encoder_dtype: torch.dtype = torch.float32  # bfloat16 chooses the latents; their values are always float32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """Numbers of one batch, left on the device; the gradients are in the parameters' .grad."""
+
+    error: torch.Tensor  # sum_n ||u - u_hat||^2
+    auxk_loss: torch.Tensor  # L_aux, 0 where no latent is dead
+    loss: torch.Tensor  # L
+    fired_F: torch.Tensor  # int64: rows of the batch on which a latent was above zero
+
+
+def dense_step(
+    model: TopKSAE, u_ND: torch.Tensor, settings: LossSettings, dead_F: torch.Tensor | None = None
+) -> StepResult:
+    """Gradients of L by autograd over all latents, written to .grad. `dead_F` (bool) turns AuxK on where any is true.
+
+    Works in the dtype of the model and u: float64 gives the oracle.
+    """
+    model.zero_grad(set_to_none=True)
+    pre_NF = model.pre_acts(u_ND)
+    idx_NK = choose(model, u_ND, pre_NF, settings)
+    acts_NF = _keep(functional.relu(pre_NF), idx_NK)
+    u_hat_ND = acts_NF @ model.W_dec_FD + model.b_dec_D
+    error = (u_ND - u_hat_ND).pow(2).sum()
+    loss = error / len(u_ND)
+    auxk_loss = torch.zeros_like(loss)
+    if dead_F is not None and bool(dead_F.any()):
+        auxk_loss = _dense_auxk(model, pre_NF, (u_ND - u_hat_ND).detach(), settings, dead_F)
+        loss = loss + settings.auxk_coef * settings.variance * auxk_loss
+    loss.backward()
+    return StepResult(
+        error=error.detach(), auxk_loss=auxk_loss.detach(), loss=loss.detach(), fired_F=(acts_NF > 0).sum(0)
+    )
+
+
+def choose(model: TopKSAE, u_ND: torch.Tensor, pre_NF: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    """idx_NK of the latents taken: by the float32 pre-activations, or by bfloat16 ones."""
+    if settings.encoder_dtype == torch.bfloat16:
+        with torch.no_grad():
+            centred_ND = (u_ND - model.b_dec_D).bfloat16()
+            pre_NF = functional.linear(centred_ND, model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16())
+    return select_topk(pre_NF.detach(), model.k)[1]
+
+
+def auxk_denominator(error_ND: torch.Tensor) -> torch.Tensor:
+    """sum_n ||e - mean(e)||^2, kept above zero for a perfect reconstruction."""
+    return (error_ND - error_ND.mean(0)).pow(2).sum().clamp_min(torch.finfo(error_ND.dtype).tiny)
+
+
+def _dense_auxk(
+    model: TopKSAE, pre_NF: torch.Tensor, error_ND: torch.Tensor, settings: LossSettings, dead_F: torch.Tensor
+) -> torch.Tensor:
+    dead_NF = functional.relu(pre_NF.masked_fill(~dead_F, -torch.inf))
+    count = min(settings.auxk_k, int(dead_F.sum()))
+    _, idx_NA = select_topk(pre_NF.detach().masked_fill(~dead_F, -torch.inf), count)
+    error_hat_ND = _keep(dead_NF, idx_NA) @ model.W_dec_FD
+    return (error_ND - error_hat_ND).pow(2).sum() / auxk_denominator(error_ND)
+
+
+def _keep(acts_NF: torch.Tensor, idx_NK: torch.Tensor) -> torch.Tensor:
+    """acts at idx, zero elsewhere."""
+    return torch.zeros_like(acts_NF).scatter(1, idx_NK, acts_NF.gather(1, idx_NK))
