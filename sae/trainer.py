@@ -25,7 +25,7 @@ from .losses import LossSettings, StepResult
 from .model import TopKSAE, apply_update_, input_scale
 from .weights import SAEWeights
 
-__all__ = ["BatchSource", "TrainConfig", "Trainer"]
+__all__ = ["BatchSource", "TrainConfig", "Trainer", "checkpoint_step"]
 
 FREE_KEYS = ("checkpoint_steps", "log_steps", "keep_last", "device", "prefetch_batches")  # may change on resume
 FREQ_SHARE = 0.1  # freq_F counts the last tenth of the steps
@@ -101,7 +101,7 @@ class Trainer:
 
     Checkpoints lie in `folder`. `log` gets, every log_steps: step, tokens, loss, fvu, l0, dead, revived, revived_total,
     auxk_loss, lr, tokens_per_s, wait_share, averaged over the steps since the last call. loss is in units of the
-    variance: fvu + auxk_coef * auxk_loss.
+    variance: fvu + auxk_coef * auxk_loss. `progress` gets the tokens trained on so far, after every step.
 
     Raises:
         ConfigError: settings out of range, an unknown device, a variance that is not positive.
@@ -119,6 +119,7 @@ class Trainer:
         host: dict[str, Any],
         folder: Path | str,
         log: Log | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.source, self.folder = config, source, Path(folder)
         self.mean_D, self.variance, self.hook, self.host = mean_D, float(variance), hook, host
@@ -127,6 +128,7 @@ class Trainer:
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self._log = log or (lambda _metrics: None)
+        self._progress = progress or (lambda _tokens: None)
         self._generator = torch.Generator().manual_seed(config.seed)
         scale = input_scale(self.variance, source.d_in)
         self.model = TopKSAE(
@@ -237,6 +239,7 @@ class Trainer:
             self._check_finite()
         if log_due:
             self._report()
+        self._progress(self.step * config.batch_tokens)
         if save_due or received:
             path = self._save()
             if received and not last:
@@ -339,6 +342,12 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise FormatError(f"{path} does not fit ({error}); delete it to resume from the one before") from error
         self.source.load_state(self._data_state)
+
+
+def checkpoint_step(folder: Path | str) -> int:
+    """The step of the newest checkpoint in `folder`, 0 if there is none: where `fit(resume=True)` will start."""
+    found = checkpoints(Path(folder))
+    return int(found[-1].stem.removeprefix("step_")) if found else 0
 
 
 def pick_device(name: str) -> torch.device:
