@@ -35,7 +35,8 @@ TENSOR_HINTS = {
     "hook_mlp_out": "ffn_out-{}",
     "attn.hook_z": "kqv_out-{}",
 }
-_HOOK = re.compile(r"blocks\.(\d{1,6})\.([a-z_.]+)")
+_IN_BLOCK = re.compile(r"blocks\.(\d{1,6})\.([a-z_.]+)")
+_ELSEWHERE = re.compile(r"ggml:.+|ln_final\.hook_normalized|logits")
 
 
 def entry(index: int, name: str) -> str:
@@ -43,21 +44,26 @@ def entry(index: int, name: str) -> str:
     return f"sae.{index}.{name}"
 
 
-def hook_block(hook: str) -> int:
-    """Block number of a hook point written `blocks.N.SITE`. Raises FormatError on any other text."""
-    return int(_split(hook)[0])
+def hook_block(hook: str) -> int | None:
+    """Block number of a hook point, None for one that is in no block.
+
+    Raises FormatError for text that is no hook point: `blocks.N.SITE`, `ggml:TENSOR`, `ln_final.hook_normalized`,
+    `logits`.
+    """
+    match = _IN_BLOCK.fullmatch(hook)
+    if match:
+        return int(match.group(1))
+    if _ELSEWHERE.fullmatch(hook):
+        return None
+    raise FormatError(f"expected a hook point like 'blocks.3.hook_resid_post', got {hook[:80]!r}")
 
 
 def hook_tensor(hook: str) -> str:
     """llama.cpp's tensor name for the hook point in arch llama, "" where there is no fixed one."""
-    block, site = _split(hook)
-    if site == "hook_resid_pre" and int(block) > 0:
-        return f"l_out-{int(block) - 1}"
-    return TENSOR_HINTS.get(site, "").format(int(block))
-
-
-def _split(hook: str) -> tuple[str, str]:
-    match = _HOOK.fullmatch(hook)
+    match = _IN_BLOCK.fullmatch(hook)
     if match is None:
-        raise FormatError(f"expected a hook point like 'blocks.3.hook_resid_post', got {hook[:80]!r}")
-    return match.group(1), match.group(2)
+        return hook.removeprefix("ggml:") if hook.startswith("ggml:") else ""
+    block, site = int(match.group(1)), match.group(2)
+    if site == "hook_resid_pre" and block > 0:
+        return f"l_out-{block - 1}"
+    return TENSOR_HINTS.get(site, "").format(block)

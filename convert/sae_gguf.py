@@ -72,7 +72,9 @@ def _add_keys(writer: gguf.GGUFWriter, weights: SAEWeights) -> None:
     writer.add_uint32(keys.SAE_COUNT, 1)
     writer.add_string(keys.entry(0, "hook.point"), weights.hook)
     writer.add_string(keys.entry(0, "hook.tensor"), keys.hook_tensor(weights.hook))
-    writer.add_uint32(keys.entry(0, "hook.block"), keys.hook_block(weights.hook))
+    block = keys.hook_block(weights.hook)
+    if block is not None:
+        writer.add_uint32(keys.entry(0, "hook.block"), block)
     writer.add_string(keys.entry(0, "variant"), weights.variant)
     writer.add_uint32(keys.entry(0, "d_in"), d_in)
     writer.add_uint32(keys.entry(0, "num_latents"), n_latents)
@@ -151,7 +153,8 @@ def read_sae_gguf(path: str | Path) -> SAEWeights:
     variant = header.one_of("variant", VARIANTS)
     header.one_of("norm.mode", keys.NORM_MODES)
     hook = header.text("hook.point")
-    if keys.hook_block(hook) != header.integer("hook.block", 0):
+    block = keys.hook_block(hook)
+    if block is not None and block != header.integer("hook.block", 0):
         raise header.fail(f"hook.block does not fit hook.point {hook!r}")
     try:
         return SAEWeights(

@@ -326,6 +326,11 @@ def test_hook_hints_count_blocks_the_way_llama_cpp_does():
     assert hook_tensor("blocks.11.hook_resid_post") == "l_out-11"
 
 
+@pytest.mark.parametrize("hook", ["ggml:norm-3", "ln_final.hook_normalized", "blocks.1.attn.hook_z"])
+def test_every_kind_of_hook_point_survives(tmp_path, hook):
+    assert read_sae_gguf(write_sae_gguf(tmp_path / "sae.gguf", random_sae(hook=hook))).hook == hook
+
+
 def test_weights_are_replaced_by_dataclasses(tmp_path):
     """The writer takes what `dataclasses.replace` gives: nothing is cached on the object."""
     sae = random_sae()

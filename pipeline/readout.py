@@ -1,0 +1,135 @@
+"""What is shown of each token: one event per token, the same for the terminal, JSONL and the report.
+
+Shape letters: N rows, D width, K slots for active latents.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sae.errors import ConfigError
+from sae.runtime import decode, encode
+from sae.weights import SAEWeights
+
+from .interventions.base import canonical
+from .llama.hooks import HookPoint
+from .llama.session import Hook, Rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One SAE's view of one token.
+
+    latents: (latent, activation a) strongest first. l0: latents above zero. fvu: ||x - x_hat||^2 / variance of the SAE.
+    """
+
+    hook: str
+    latents: tuple[tuple[int, float], ...]
+    l0: int
+    fvu: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadoutEvent:
+    """One token of the prompt (phase `prompt`) or of the generation (`response`).
+
+    text: the characters this token completes; bytes of an unfinished character come with the token that ends it.
+    logprob: log p(token | tokens before) in nats at temperature 1, interventions included; None for the first token.
+    readings: one per reader, in the readers' order; empty for flagged (BOS, special) tokens.
+    """
+
+    token: int
+    text: str
+    pos: int
+    phase: str
+    flagged: bool
+    logprob: float | None
+    readings: tuple[Reading, ...] = ()
+
+    @property
+    def latents(self) -> tuple[tuple[int, float], ...]:
+        """(latent, activation) of the first reader, strongest first."""
+        return self.readings[0].latents if self.readings else ()
+
+    @property
+    def l0(self) -> int | None:
+        """Active latents of the first reader, None for a token without a reading."""
+        return self.readings[0].l0 if self.readings else None
+
+    @property
+    def fvu(self) -> float | None:
+        """Token FVU of the first reader, None for a token without a reading."""
+        return self.readings[0].fvu if self.readings else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; latents, l0 and fvu of the first reader on top, all readers under `readings`."""
+        return {
+            "token": self.token,
+            "text": self.text,
+            "pos": self.pos,
+            "phase": self.phase,
+            "flagged": self.flagged,
+            "logprob": self.logprob,
+            "latents": [list(pair) for pair in self.latents],
+            "l0": self.l0,
+            "fvu": self.fvu,
+            "readings": [
+                {"hook": r.hook, "latents": [list(pair) for pair in r.latents], "l0": r.l0, "fvu": r.fvu}
+                for r in self.readings
+            ],
+        }
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+class Reader:
+    """Reads an SAE's latents at a hook point, the value before any edit of that point: the model's own."""
+
+    def __init__(self, weights: SAEWeights, *, point: HookPoint | None = None, top: int = 3) -> None:
+        """`point` defaults to the SAE's own hook; `top` is how many latents a reading lists."""
+        if top < 0:
+            raise ConfigError(f"top latents: expected a number of at least 0, got {top}")
+        self.weights, self.top = weights, top
+        self.point = point if point is not None else HookPoint.parse(weights.hook)
+        self._rows: dict[tuple[int, int], np.ndarray] = {}
+
+    def hook(self) -> Hook:
+        return Hook(point=canonical(self.point), read=self._read)
+
+    def _read(self, rows: Rows) -> None:
+        values_ND = rows.values_ND.copy()  # the view ends with the callback
+        for row_D, seq, pos in zip(values_ND, rows.seq_N.tolist(), rows.pos_N.tolist(), strict=True):
+            self._rows[seq, pos] = row_D
+
+    def take(self, seq: int, positions: list[int]) -> list[Reading]:
+        """Readings of the positions just decoded, in that order; forgets all captured rows."""
+        x_ND = np.stack([self._rows[seq, pos] for pos in positions]) if positions else None
+        self._rows.clear()
+        if x_ND is None:
+            return []
+        idx_NK, vals_NK = encode(self.weights, x_ND)
+        gap_ND = x_ND.astype(np.float64) - decode(self.weights, idx_NK, vals_NK)
+        fvu_N = (gap_ND**2).sum(axis=1) / self.weights.variance
+        return [self._reading(*row) for row in zip(idx_NK, vals_NK, fvu_N.tolist(), strict=True)]
+
+    def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, fvu: float) -> Reading:
+        active = [(int(latent), float(value)) for latent, value in zip(idx_K, vals_K, strict=True) if value > 0]
+        return Reading(hook=str(self.point), latents=tuple(active[: self.top]), l0=len(active), fvu=fvu)
+
+
+class TextPieces:
+    """Bytes of tokens to text: a character is handed out with the token that completes it, bad bytes as U+FFFD."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, piece: bytes, *, last: bool = False) -> str:
+        """The text that `piece` completes; `last` also gives up what is still held back."""
+        return self._decoder.decode(piece, last)
