@@ -131,6 +131,8 @@ class InterventionConfig:
     value: float = 0.0  # clamp: the activation aimed at
     phase: str = "all"  # all | prompt | response
     positions: list[int] = field(default_factory=list)  # empty: every position of the phase
+    token_range: list[int] = field(default_factory=list)  # [first, last] instead of naming each position
+    hook: str = ""  # another hook point of the same width, e.g. blocks.4.hook_resid_post; empty: the SAE's own
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -51,6 +51,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+class ProgressCall(Protocol):
+    """The type of what `RunContext.progress` yields."""
+
+    def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -90,9 +96,12 @@ class RunContext:
         }
         write_json(self.folder / MANIFEST, manifest)
 
-    def three_lines(self, given: str, numbers: str, output: str) -> None:
-        """What every command ends with: its input, its numbers, where its output lies (stdout)."""
-        out = Console(highlight=False, soft_wrap=True, markup=False)
+    def three_lines(self, given: str, numbers: str, output: str, *, stderr: bool = False) -> None:
+        """What every command ends with: its input, its numbers, where its output lies.
+
+        On stdout, or on stderr where stdout carries JSON.
+        """
+        out = Console(highlight=False, soft_wrap=True, markup=False, stderr=stderr)
         for name, text in (("input", given), ("result", numbers), ("output", output)):
             out.print(f"{self.command:<9}{name:<7} {text}")
 
@@ -110,12 +119,6 @@ class RunContext:
                 bar.update(task, completed=done, total=total, note=note)
 
             yield call
-
-
-class ProgressCall:
-    """The type of what `RunContext.progress` yields."""
-
-    def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
 
 
 def new_folder(command: str, config: Config, root: Path = Path("runs")) -> Path:

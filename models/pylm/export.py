@@ -12,7 +12,7 @@ import torch
 
 from . import data
 from .model import Shape
-from .train import WORK
+from .train import TOKENIZER, WORK
 
 OUT = Path(__file__).parents[2] / "pipeline" / "data" / "pylm.gguf"
 
@@ -71,7 +71,7 @@ def main() -> None:
     weights = {name: tensor.float().numpy() for name, tensor in state.items()}
     writer = gguf.GGUFWriter(out, "llama")
     add_metadata(writer, shape, info)
-    add_tokenizer(writer, WORK / "tokenizer.json")
+    add_tokenizer(writer, TOKENIZER)
     writer.add_tensor("token_embd.weight", weights["embed.weight"].astype(np.float16))
     writer.add_tensor("output_norm.weight", weights["norm.weight"])
     for block in range(shape.blocks):

@@ -22,6 +22,7 @@ from .model import PyLM, Shape
 from .muon import Muon
 
 WORK = Path(__file__).parent / "work"
+TOKENIZER = Path(__file__).parent / "tokenizer.json"
 # Without these instructions bfloat16 products run 30 times slower than float32 ones.
 FAST_BF16 = torch.cpu._is_avx512_bf16_supported()
 
@@ -60,9 +61,9 @@ def main() -> None:
     WORK.mkdir(exist_ok=True)
     torch.manual_seed(args.seed)
     train_docs, test_docs = data.documents(held_out=False), data.documents(held_out=True)
-    if not (WORK / "tokenizer.json").exists():
-        data.train_tokenizer([text for _, text in train_docs]).save(str(WORK / "tokenizer.json"))
-    tokenizer = data.load_tokenizer(WORK / "tokenizer.json")
+    if not TOKENIZER.exists():
+        data.train_tokenizer([text for _, text in train_docs]).save(str(TOKENIZER))
+    tokenizer = data.load_tokenizer(TOKENIZER)
     train = data.encode(tokenizer, [text for _, text in train_docs])
     test = data.encode(tokenizer, [text for _, text in test_docs])
     test_bytes = sum(len(text.encode()) for _, text in test_docs)

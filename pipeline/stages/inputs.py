@@ -76,8 +76,15 @@ def open_store(context: RunContext) -> ActivationStore:
     from ..store.reader import ActivationStore
 
     store = ActivationStore(store_path(context))
-    context.add_input("store", store.path, store.meta.plan_sha256)
+    context.add_input("store", store.path, store_sha256(store.path))
     return store
+
+
+def store_sha256(path: Path) -> str:
+    """What a store is of: the hash of its meta.json (model, corpus, plan, settings)."""
+    from ..run import file_sha256
+
+    return file_sha256(path / "meta.json")
 
 
 def sae_path(context: RunContext) -> Path:

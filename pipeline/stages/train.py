@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sae.errors import ConfigError
 
 from ..config import Config
 from ..loggers import MetricsLogger, open_loggers
-from ..run import RunContext, read_manifest
-from .inputs import SAE_NAME, open_store, relative, threads
+from ..run import ProgressCall, RunContext
+from .inputs import SAE_NAME, open_store, relative, store_sha256, threads
 
 if TYPE_CHECKING:
     from sae.trainer import TrainConfig
@@ -33,10 +34,9 @@ def run(context: RunContext) -> None:
     source = store.batches(
         hook, batch_rows=config.trainer.batch_tokens, seed=config.trainer.seed, buffer_rows=config.trainer.buffer_rows
     )
-    checkpoints = context.folder / CHECKPOINTS
-    loggers = open_loggers(
-        config.logger, context.folder, {}, checkpoint_step(checkpoints) if context.resumed else 0
-    )
+    folder = context.folder / CHECKPOINTS
+    resume_step = checkpoint_step(folder)
+    loggers = open_loggers(config.logger, context.folder, asdict(config), resume_step)
     with context.progress("training", config.trainer.tokens) as progress:
         log = Reporter(loggers, progress)
         trainer = Trainer(
@@ -46,7 +46,7 @@ def run(context: RunContext) -> None:
             variance=stats.variance,
             hook=hook,
             host=store.meta.model,
-            folder=checkpoints,
+            folder=folder,
             log=log,
             progress=log.step,
         )
@@ -55,39 +55,37 @@ def run(context: RunContext) -> None:
         finally:
             for logger in loggers:
                 logger.close()
-    folder = context.folder / SAE_NAME
-    save_weights(folder, weights)
-    context.outputs |= {"sae": str(folder), "metrics": str(context.folder / "metrics.jsonl")}
+    out = context.folder / SAE_NAME
+    save_weights(out, weights)
+    context.outputs |= {"sae": str(out), "metrics": str(context.folder / "metrics.jsonl")}
     last = log.last
     context.metrics = {key: value for key, value in last.items() if isinstance(value, int | float)}
-    context.metrics["revived_total"] = log.revived
     context.three_lines(
-        f"{relative(store.path)} (plan {store.meta.plan_sha256[:12]}), {store.n_rows:,} rows at {hook}, width {weights.d_in}",
+        f"{relative(store.path)} (sha256 {store_sha256(store.path)[:12]}), {store.n_rows:,} rows at {hook}, width {weights.d_in}",
         f"{weights.num_latents} latents, k={weights.k}, {last.get('tokens', 0):,} tokens; FVU {last.get('fvu', float('nan')):.4f}, "
-        f"L0 {last.get('l0', float('nan')):.1f}, {log.revived} latents revived, {last.get('tokens_per_s', 0):,.0f} tokens/s",
-        relative(folder),
+        f"L0 {last.get('l0', float('nan')):.1f}, {last.get('revived_total', 0)} latents revived, {last.get('tokens_per_s', 0):,.0f} tokens/s",
+        relative(out),
     )
 
 
 class Reporter:
     """Passes metric rows to the loggers and the progress bar, and keeps the last one."""
 
-    def __init__(self, loggers: list[MetricsLogger], progress: object) -> None:
+    def __init__(self, loggers: list[MetricsLogger], progress: ProgressCall) -> None:
         self.loggers, self.progress = loggers, progress
         self.last: dict[str, float] = {}
-        self.revived = 0
 
     def __call__(self, row: dict[str, float]) -> None:
         self.last = row
-        self.revived += int(row.get("revived", 0))
         for logger in self.loggers:
             logger.log(row)
 
     def step(self, tokens: int) -> None:
         note = ""
         if self.last:
-            note = f"{self.last['tokens_per_s']:,.0f}/s  FVU {self.last['fvu']:.4f}  L0 {self.last['l0']:.1f}  dead {self.last['dead']:.0f}"
-        self.progress(tokens, note=note)  # type: ignore[operator]
+            row = self.last
+            note = f"{row['tokens_per_s']:,.0f}/s  FVU {row['fvu']:.4f}  L0 {row['l0']:.1f}  dead {row['dead']:.0f}"
+        self.progress(tokens, note=note)
 
 
 def the_hook(store: ActivationStore, config: Config) -> str:

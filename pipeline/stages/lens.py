@@ -1,0 +1,89 @@
+"""`ggscope lens`: what every block would predict, through the model's own final norm and unembedding."""
+
+from __future__ import annotations
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sae.errors import ConfigError
+
+from ..lenses.logit_lens import LensResult, logit_lens
+from ..lenses.patching import prompt_tokens
+from ..llama.model import Model
+from ..llama.session import Session
+from ..run import RunContext, write_json
+from .inputs import describe_model, open_model, relative, session_options
+
+LENS_NAME = "lens.json"
+COLUMNS_SHOWN = 10  # the terminal shows the last positions, the file has all
+
+
+def run(context: RunContext) -> None:
+    config = context.config.lens
+    if not config.prompt:
+        raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
+    if config.format not in ("text", "json"):
+        raise ConfigError(f"lens.format: expected text or json, got {config.format!r}")
+    with open_model(context) as model:
+        tokens = prompt_tokens(model, config.prompt)
+        session = Session(
+            model, n_ctx=context.config.model.n_ctx or len(tokens) + 1, **session_options(context.config.model)
+        )
+        result = logit_lens(session, model, tokens, top=config.top)
+        session.close()
+        values = as_dict(model, result)
+        if config.format == "json":
+            Console(soft_wrap=True, highlight=False).print(json.dumps(values), markup=False)
+        else:
+            Console(highlight=False).print(table(model, result))
+        given = f"{describe_model(model)}, {len(tokens)} tokens"
+    path = context.folder / LENS_NAME
+    write_json(path, values)
+    context.outputs["lens"] = str(path)
+    context.metrics = {"last_block_error": result.last_block_error, "tokens": len(tokens)}
+    context.three_lines(
+        given,
+        f"last block against the model's logits: relative {result.last_block_error:.1e}; "
+        f"KL to the model at the last position (nats): {' '.join(f'{v:.2f}' for v in result.kl_LT[:, -1])}",
+        relative(path),
+        stderr=config.format == "json",
+    )
+
+
+def piece(model: Model, token: int) -> str:
+    return model.piece(int(token)).decode("utf-8", "replace")
+
+
+def as_dict(model: Model, result: LensResult) -> dict:
+    """All numbers of the lens, with the tokens as text."""
+    return {
+        "tokens": [piece(model, t) for t in result.tokens_T],
+        "hooks": list(result.hooks),
+        "top_tokens": [[[piece(model, t) for t in cell] for cell in row] for row in result.top_tokens_LTK],
+        "top_probs": result.top_probs_LTK.tolist(),
+        "entropy_nats": result.entropy_LT.tolist(),
+        "kl_nats": result.kl_LT.tolist(),
+        "last_block_error": result.last_block_error,
+    }
+
+
+def table(model: Model, result: LensResult) -> Table:
+    """Blocks from the last up, positions across; the brighter a cell the surer the lens."""
+    start = max(0, len(result.tokens_T) - COLUMNS_SHOWN)
+    shown = Table(title="most probable next token after each block, and its probability", title_justify="left")
+    shown.add_column("")
+    for position in range(start, len(result.tokens_T)):
+        shown.add_column(Text(repr(piece(model, result.tokens_T[position]))[1:-1]), justify="center", no_wrap=True)
+    for row in reversed(range(len(result.hooks))):
+        cells = []
+        for position in range(start, len(result.tokens_T)):
+            p = float(result.top_probs_LTK[row, position, 0])
+            style = "bold green" if p > 0.5 else "green" if p > 0.2 else "dim"
+            cells.append(
+                Text(f"{repr(piece(model, result.top_tokens_LTK[row, position, 0]))[1:-1]}\n{p:.2f}", style=style)
+            )
+        shown.add_row(result.hooks[row].replace("hook_", ""), *cells)
+    return shown

@@ -1,0 +1,104 @@
+"""`ggscope patch`: which block and position carries the answer, by activation patching."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sae.errors import ConfigError
+
+from ..lenses.patching import PatchResult, patch_sweep, prompt_tokens
+from ..llama.model import Model
+from ..llama.session import Session
+from ..run import RunContext, write_json
+from .inputs import describe_model, open_model, relative, session_options
+
+PATCH_NAME = "patch.json"
+PICTURE_NAME = "patch.png"
+SIDE_BY_SIDE = 16
+
+
+def run(context: RunContext) -> None:
+    config = context.config.patch
+    for flag in ("clean", "corrupted", "answer", "wrong"):
+        if not getattr(config, flag):
+            raise ConfigError(f"expected --clean, --corrupted, --answer and --wrong, --{flag} is missing")
+    if config.format not in ("text", "json"):
+        raise ConfigError(f"patch.format: expected text or json, got {config.format!r}")
+    with open_model(context) as model:
+        count = len(prompt_tokens(model, config.clean))
+        n_ctx = context.config.model.n_ctx or SIDE_BY_SIDE * (count + 1)
+        session = Session(model, n_ctx=n_ctx, n_seq_max=SIDE_BY_SIDE, **session_options(context.config.model))
+        with context.progress("patching", model.n_layer * count, "runs") as progress:
+            result = patch_sweep(
+                session, model, config.clean, config.corrupted, config.answer, config.wrong,
+                site=config.site, progress=progress,
+            )  # fmt: skip
+        session.close()
+        clean, corrupted = (
+            [text(model, t) for t in tokens] for tokens in (result.clean_tokens, result.corrupted_tokens)
+        )
+        given = describe_model(model)
+    values = result.to_dict() | {"clean": clean, "corrupted": corrupted}
+    if config.format == "json":
+        Console(soft_wrap=True, highlight=False).print(json.dumps(values), markup=False)
+    else:
+        Console(highlight=False).print(table(result, clean, corrupted))
+    write_json(context.folder / PATCH_NAME, values)
+    picture(result, clean, corrupted, str(context.folder / PICTURE_NAME))
+    context.outputs |= {"patch": str(context.folder / PATCH_NAME), "picture": str(context.folder / PICTURE_NAME)}
+    context.metrics = {"clean_difference": result.clean_difference, "corrupted_difference": result.corrupted_difference}
+    block, position = np.unravel_index(int(result.grid_LP.argmax()), result.grid_LP.shape)
+    context.three_lines(
+        f"{given}; {config.site}, {result.grid_LP.size} patches",
+        f"logit difference clean {result.clean_difference:.3f}, corrupted {result.corrupted_difference:.3f}; strongest "
+        f"{result.grid_LP.max():.3f} at block {result.blocks[block]}, position {result.positions[position]}",
+        relative(context.folder / PICTURE_NAME),
+        stderr=config.format == "json",
+    )
+
+
+def text(model: Model, token: int) -> str:
+    return model.piece(int(token)).decode("utf-8", "replace")
+
+
+def label(clean: str, corrupted: str) -> str:
+    clean, corrupted = repr(clean)[1:-1], repr(corrupted)[1:-1]
+    return clean if clean == corrupted else f"{clean} | {corrupted}"
+
+
+def table(result: PatchResult, clean: list[str], corrupted: list[str]) -> Table:
+    shown = Table(title="share of the clean answer restored (1: all, 0: none)", title_justify="left")
+    shown.add_column("block", justify="right")
+    for position in result.positions:
+        shown.add_column(Text(label(clean[position], corrupted[position])), justify="right")
+    for row in reversed(range(len(result.blocks))):
+        cells = [
+            Text(f"{v:.2f}", style="bold green" if v > 0.5 else "" if v > 0.1 else "dim") for v in result.grid_LP[row]
+        ]
+        shown.add_row(str(result.blocks[row]), *cells)
+    return shown
+
+
+def picture(result: PatchResult, clean: list[str], corrupted: list[str], path: str) -> None:
+    """The grid as a heat map, PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 0.8 * len(result.positions), 1.5 + 0.45 * len(result.blocks)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(result.grid_LP, origin="lower", aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
+    axes.set_xticks(
+        range(len(result.positions)),
+        [label(clean[p], corrupted[p]).replace("$", r"\$") for p in result.positions],
+        rotation=45,
+        ha="right",
+    )
+    axes.set_yticks(range(len(result.blocks)), [str(b) for b in result.blocks])
+    axes.set_ylabel("block")
+    axes.set_title(f"clean {result.site} patched into the corrupted run")
+    figure.colorbar(image, label="(patched - corrupted) / (clean - corrupted)")
+    figure.savefig(path, dpi=110)
