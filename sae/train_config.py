@@ -1,0 +1,69 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from .errors import ConfigError
+
+FREE_KEYS = ("checkpoint_steps", "log_steps", "keep_last", "device", "prefetch_batches")  # may change on resume
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """What decides the result of a training run (and, marked *, what only decides how it is run).
+
+    The learning rate at step t of T is lr * min(1, (t + 1) / warmup_steps) * min(1, (T - t) / (decay_share T)).
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    num_latents: int
+    k: int
+    batch_tokens: int = 2048
+    tokens: int = 4_000_000  # rounded up to whole batches
+    lr: float = 2e-3
+    warmup_steps: int = 100
+    decay_share: float = 0.2
+    seed: int = 0
+    auxk_coef: float = 1 / 32
+    auxk_k: int = 0  # 0: d_in / 2
+    dead_after_tokens: int = 10_000_000
+    encoder_dtype: str = "auto"  # auto | float32 | bfloat16
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    checkpoint_steps: int = 500  # *
+    log_steps: int = 20  # *
+    keep_last: int = 2  # *
+    device: str = "auto"  # * auto | cpu | cuda
+    prefetch_batches: int = 2  # * read ahead in a thread; 0: no thread
+
+    def __post_init__(self) -> None:
+        for name in ("num_latents", "k", "batch_tokens", "tokens", "dead_after_tokens", "log_steps", "keep_last"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "auxk_coef", "auxk_k", "checkpoint_steps", "prefetch_batches"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("k", self.k <= self.num_latents, f"at most num_latents = {self.num_latents}")
+        self._check("lr", math.isfinite(self.lr) and self.lr > 0, "above 0")
+        self._check("eps", math.isfinite(self.eps) and self.eps > 0, "above 0")
+        self._check("decay_share", 0 <= self.decay_share <= 1, "between 0 and 1")
+        self._check("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two in [0, 1)")
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+    def _check(self, name: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
+
+    @property
+    def steps(self) -> int:
+        """T: number of batches."""
+        return -(-self.tokens // self.batch_tokens)
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the step with this number, counted from 0."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        decay_steps = self.decay_share * self.steps
+        decay = min(1.0, (self.steps - step) / decay_steps) if decay_steps else 1.0
+        return self.lr * warm * decay
