@@ -78,7 +78,8 @@ def residual(s: Session, tokens, hook: str, interventions=(), **options) -> np.n
 
 
 def hf_logits(tokens, edits) -> np.ndarray:
-    """HF's logits with `edits[block](x_TD float64) -> x_TD` applied to the residual after each block."""
+    """HF's logits with `edits[block](x_TD float64) -> x_TD` applied to the residual after each block, or to what a part
+    of it puts out: key `(block, "mlp")`."""
     import torch
 
     handles = []
@@ -89,7 +90,9 @@ def hf_logits(tokens, edits) -> np.ndarray:
             changed = torch.from_numpy(edit(x_TD[0].double().numpy())).to(x_TD.dtype)[None]
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        handles.append(twin().model.layers[block].register_forward_hook(change))
+        layer = twin().model.layers[block if isinstance(block, int) else block[0]]
+        module = layer if isinstance(block, int) else getattr(layer, block[1])
+        handles.append(module.register_forward_hook(change))
     try:
         with torch.no_grad():
             return twin()(torch.tensor(np.asarray(tokens)[None].astype(np.int64))).logits[0].numpy()
