@@ -54,7 +54,7 @@ def tokenizer(vocab: int = 512) -> Tokenizer:
 def random_weights(
     *, seed: int, blocks: int, d: int, heads: int, kv_heads: int, ff: int, vocab: int, tied: bool
 ) -> dict[str, np.ndarray]:
-    """float32 weights in HF names and row order, large enough that every part moves the output."""
+    """float32 weights in HF names and row order: every part moves the output, none amplifies rounding."""
     rng = np.random.default_rng(seed)
     kv = d // heads * kv_heads
 
@@ -68,14 +68,14 @@ def random_weights(
     for i in range(blocks):
         p = f"model.layers.{i}."
         w[p + "input_layernorm.weight"] = norm()
-        w[p + "self_attn.q_proj.weight"] = matrix(d, d, 1.5)
-        w[p + "self_attn.k_proj.weight"] = matrix(kv, d, 1.5)
+        w[p + "self_attn.q_proj.weight"] = matrix(d, d)
+        w[p + "self_attn.k_proj.weight"] = matrix(kv, d)
         w[p + "self_attn.v_proj.weight"] = matrix(kv, d)
-        w[p + "self_attn.o_proj.weight"] = matrix(d, d)
+        w[p + "self_attn.o_proj.weight"] = matrix(d, d, 0.5)
         w[p + "post_attention_layernorm.weight"] = norm()
         w[p + "mlp.gate_proj.weight"] = matrix(ff, d)
         w[p + "mlp.up_proj.weight"] = matrix(ff, d)
-        w[p + "mlp.down_proj.weight"] = matrix(d, ff)
+        w[p + "mlp.down_proj.weight"] = matrix(d, ff, 0.5)
     w["model.norm.weight"] = norm()
     if not tied:
         w["lm_head.weight"] = matrix(vocab, d, 2.0)

@@ -34,7 +34,7 @@ class Rows:
     values_ND: np.ndarray
     seq_N: np.ndarray
     pos_N: np.ndarray
-    index_N: np.ndarray
+    index_N: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ _KINDS = {0: "cpu", 1: "gpu", 2: "integrated gpu", 3: "accelerator", 4: "meta"}
 
 
 def backends() -> list[dict[str, Any]]:
-    """The devices llama.cpp sees: name, description, kind, free and total memory in bytes."""
+    """The devices llama.cpp sees: name, description, type, free and total memory in bytes."""
     log_tail.install()
     lc.llama_backend_init()
     found = []
@@ -35,9 +35,9 @@ def backends() -> list[dict[str, Any]]:
             {
                 "name": device_name(device).decode("utf-8", "replace"),
                 "description": device_description(device).decode("utf-8", "replace"),
-                "kind": _KINDS.get(device_type(device), "other"),
-                "free_bytes": free.value,
-                "total_bytes": total.value,
+                "type": _KINDS.get(device_type(device), "other"),
+                "memory_free": free.value,
+                "memory_total": total.value,
             }
         )
     return found
