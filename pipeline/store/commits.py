@@ -26,7 +26,7 @@ POSITION_EDGES = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384)
 NORM_BINS_PER_OCTAVE = 32  # a quantile read from them is within 2**(1/64), 1.1 %, of the value
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 OUTLIER_DIM_FACTOR = 10.0
-STATS_BLOCK_ROWS = 8192  # float64 working memory of the statistics stays small
+STATS_BLOCK_ROWS = 512  # the float64 copy of a block stays in the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,23 +137,30 @@ def read_commit(store: Path, shard: int) -> Commit:
 
 
 def shard_stats(stored_ND: np.ndarray, dtype: str, keep_N: np.ndarray, pos_N: np.ndarray) -> ShardStats:
-    """Statistics of the rows of one shard that `keep_N` marks, as they are on disk (`dtype`: logical)."""
+    """Statistics of the rows of one shard that `keep_N` marks, as they are on disk (`dtype`: logical).
+
+    One pass around a pilot mean p, that of the first block:
+    sum (x - mean)^2 = sum (x - p)^2 - (sum (x - p))^2 / n, which loses no digits while p is near the mean.
+    """
     width = stored_ND.shape[1]
     kept_n = np.flatnonzero(keep_N)
-    sum_D, centred_D, norm_n = np.zeros(width), np.zeros(width), np.zeros(len(kept_n))
+    count = len(kept_n)
+    pilot_D, sum_D, sumsq_D, norm_n = np.zeros(width), np.zeros(width), np.zeros(width), np.zeros(count)
     max_abs = 0.0
-    blocks = [slice(start, start + STATS_BLOCK_ROWS) for start in range(0, len(kept_n), STATS_BLOCK_ROWS)]
-    for block in blocks:
-        x = to_float32(stored_ND[kept_n[block]], dtype).astype(np.float64)
-        sum_D += x.sum(axis=0)
+    for start in range(0, count, STATS_BLOCK_ROWS):
+        block = slice(start, start + STATS_BLOCK_ROWS)
+        x = to_float32(stored_ND[kept_n[block]], dtype)
+        max_abs = max(max_abs, float(x.max()), -float(x.min()))
+        x = x.astype(np.float64)
         norm_n[block] = np.sqrt(np.einsum("nd,nd->n", x, x))
-        max_abs = max(max_abs, float(np.abs(x).max()))
-    mean_D = sum_D / max(len(kept_n), 1)
-    for block in blocks:
-        centred = to_float32(stored_ND[kept_n[block]], dtype).astype(np.float64) - mean_D
-        centred_D += np.einsum("nd,nd->d", centred, centred)
+        if start == 0:
+            pilot_D = x.mean(axis=0)
+        x -= pilot_D
+        sum_D += x.sum(axis=0)
+        sumsq_D += np.einsum("nd,nd->d", x, x)
+    centred_D = np.maximum(sumsq_D - sum_D**2 / max(count, 1), 0)
     bins = _norm_bins(norm_n, pos_N[kept_n])
-    return ShardStats(count=len(kept_n), sum_D=sum_D, centred_D=centred_D, max_abs=max_abs, norm_bins=bins)
+    return ShardStats(count=count, sum_D=sum_D + count * pilot_D, centred_D=centred_D, max_abs=max_abs, norm_bins=bins)
 
 
 def merge_stats(parts: list[ShardStats]) -> HookStats:

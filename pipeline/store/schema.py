@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class HookInfo:
 
     @property
     def array_path(self) -> str:
-        return f"hooks/{self.name}/acts"
+        return f"hooks/{quote(self.name, safe='')}/acts"  # raw ggml names may hold any character
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +104,7 @@ class StoreMeta:
     def differences(self, other: StoreMeta) -> list[str]:
         """`key: mine, not theirs` for every leaf that differs."""
         mine, theirs = flatten(self.as_dict()), flatten(other.as_dict())
-        keys = sorted(mine.keys() | theirs.keys())
+        keys = sorted((mine.keys() | theirs.keys()) - {"model.name"})  # the file's hash decides, not its name
         absent = "absent"
         return [
             f"{key}: {mine.get(key, absent)}, not {theirs.get(key, absent)}"
