@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,7 +47,7 @@ def oracle(x_ND, x_hat_ND, idx_NK, vals_NK):
 def streamed(arrays, cuts):
     metrics = ReconstructionMetrics(D, F)
     edges = [0, *sorted(cuts), len(arrays[0])]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         metrics.update(*(array[start:stop] for array in arrays))
     return metrics.result()
 
