@@ -16,7 +16,6 @@ from sae.errors import ConfigError
 from sae.runtime import decode, encode
 from sae.weights import SAEWeights
 
-from .interventions.base import canonical
 from .llama.hooks import HookPoint
 from .llama.session import Hook, Rows
 
@@ -101,7 +100,7 @@ class Reader:
         self._rows: dict[tuple[int, int], np.ndarray] = {}
 
     def hook(self) -> Hook:
-        return Hook(point=canonical(self.point), read=self._read)
+        return Hook(point=self.point, read=self._read)
 
     def _read(self, rows: Rows) -> None:
         values_ND = rows.values_ND.copy()  # the view ends with the callback

@@ -130,7 +130,7 @@ def edit_hooks(interventions: Sequence[Intervention], sequences: Sequences) -> l
     before; across points they act in the order of the graph, each on what the edits before it led to."""
     hooks = []
     for intervention in interventions:
-        hook = Hook(point=canonical(intervention.point), edit=_edit(intervention, sequences))
+        hook = Hook(point=intervention.point, edit=_edit(intervention, sequences))
         # float32 x + (target - x) can miss the target by a rounding; the second pass adds what is left
         hooks += [hook, hook] if intervention.sets_value else [hook]
     return hooks
@@ -147,13 +147,6 @@ def edits_key(interventions: Sequence[Intervention], sequences: Sequences) -> st
     names = " + ".join(f"{intervention.key()}" for intervention in interventions)
     lengths = sequences.prompt_tokens if any(i.where.phase != "all" for i in interventions) else {}
     return f"{names} prompts={sorted(lengths.items())}" if lengths else names
-
-
-def canonical(point: HookPoint) -> HookPoint:
-    """The residual before block N > 0 is the residual after block N - 1: one tensor, one name."""
-    if point.site == "resid_pre" and point.block:
-        return HookPoint("resid_post", point.block - 1)
-    return point
 
 
 def digest(*arrays: np.ndarray | None) -> str:
