@@ -64,7 +64,7 @@ def random_weights(
     def norm() -> np.ndarray:
         return (1 + 0.1 * rng.standard_normal(d)).astype(np.float32)
 
-    w = {"model.embed_tokens.weight": (rng.standard_normal((vocab, d)) * 0.5).astype(np.float32)}
+    w = {"model.embed_tokens.weight": (rng.standard_normal((vocab, d)) * 0.7).astype(np.float32)}
     for i in range(blocks):
         p = f"model.layers.{i}."
         w[p + "input_layernorm.weight"] = norm()

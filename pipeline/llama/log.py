@@ -1,4 +1,4 @@
-"""llama.cpp's log lines: kept, not printed; the last error goes into the exception's message."""
+"""llama.cpp's log lines: kept, not printed; the error goes into the exception's message."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ class LogTail:
         self.lines.clear()
 
     def reason(self, fallback: str) -> str:
-        """The last error line (or warning, when no error was logged) since `clear`, without the C function's name."""
+        """The first error line since `clear` (or warning, when there is no error), without the C function's name.
+
+        The first one is the cause; those after it say that the caller failed too.
+        """
         for wanted in (_ERROR, _WARN):
-            for level, text in reversed(self.lines):
+            for level, text in self.lines:
                 if level == wanted:
                     head, colon, rest = text.partition(": ")
                     return rest if colon and " " not in head else text

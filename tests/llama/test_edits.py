@@ -53,7 +53,9 @@ def hf_edited(place, delta: np.ndarray, *, inputs: bool = False) -> np.ndarray:
     if inputs:
         handle = module.register_forward_pre_hook(lambda _m, i: (i[0] + shift, *i[1:]))
     else:
-        module.register_forward_hook(lambda _m, _i, o: (o[0] + shift, *o[1:]) if isinstance(o, tuple) else o + shift)
+        handle = module.register_forward_hook(
+            lambda _m, _i, o: (o[0] + shift, *o[1:]) if isinstance(o, tuple) else o + shift
+        )
     with torch.no_grad():
         logits = model(torch.from_numpy(TOKENS[None].astype(np.int64))).logits[0].numpy()
     handle.remove()
