@@ -29,8 +29,8 @@ class Tolerance:
 
 TOLERANCES = {
     "F32": Tolerance(relative=0.0, fvu=0.0, overlap=1.0),
-    "F16": Tolerance(relative=5e-4, fvu=1e-3, overlap=0.98),
-    "Q8_0": Tolerance(relative=2e-2, fvu=1e-2, overlap=0.90),
+    "F16": Tolerance(relative=5e-4, fvu=1e-3, overlap=0.99),
+    "Q8_0": Tolerance(relative=2e-2, fvu=1e-2, overlap=0.95),
 }
 _ARRAYS = ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "mean_D", "threshold_F", "freq_F")
 
