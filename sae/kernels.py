@@ -91,7 +91,7 @@ class FastStep:
         grads.add_sparse(centred_ND, grad_ND, idx_NK, vals_NK, grad_vals_NK)
         error = minus_error_ND.pow(2).sum()
         loss, auxk_loss = error / len(u_ND), torch.zeros_like(error)
-        if dead_F is not None:
+        if dead_F is not None and bool(dead_F.any()):
             auxk_loss = self._auxk(centred_ND, -minus_error_ND, dead_F, grads)
             loss = loss + self.settings.auxk_coef * self.settings.variance * auxk_loss
         grads.write(model, grad_ND)

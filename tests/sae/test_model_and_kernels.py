@@ -224,6 +224,14 @@ def test_forty_fast_steps_end_at_the_weights_of_forty_general_ones(dead):
         assert relative(getattr(fast, name).detach(), getattr(general, name).detach()) < 2e-5, name
 
 
+def test_a_mask_without_a_dead_latent_is_the_same_as_none():
+    with_mask, without = make(), make()
+    result = FastStep(with_mask, loss_settings())(batch(), torch.zeros(F, dtype=torch.bool))
+    FastStep(without, loss_settings())(batch())
+    assert float(result.auxk_loss) == 0
+    assert all(torch.equal(getattr(with_mask, name).grad, getattr(without, name).grad) for name in NAMES)
+
+
 def test_rows_are_cut_into_blocks_without_changing_the_gradients():
     model, u_ND = make(latents=4096, k=8), batch(rows=1100)  # two blocks and a rest
     oracle = copy.deepcopy(model).double()
