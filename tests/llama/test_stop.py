@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 
 import numpy as np
 import pytest
 
+from pipeline.llama.callback import DecodePlan
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.session import Hook, Session, capture
+from pipeline.llama.symbols import GgmlTensor
 from sae.errors import ConfigError, HookError, LlamaError, ShapeError
 from tests.llama.support import collect, exact, flat, points, sequences, tiny
 
@@ -204,3 +207,30 @@ def test_a_closed_session_says_so():
     session.close()
     with pytest.raises(LlamaError, match="the session is closed"):
         session.decode([0], [0], [0])
+
+
+def test_every_later_part_of_the_graph_is_refused_after_a_stop_until_the_next_pass():
+    """On several devices a pass has several parts; the CPU has one, so the callback is driven by hand here."""
+    with exact() as session:
+        callback, target = session._callback, session.graph.find(HookPoint.parse(POINT))
+        tensors = [(GgmlTensor * 1)() for _ in range(2)]
+        for tensor, name in zip(tensors, (b"l_out-2", session.graph.first.encode()), strict=True):
+            tensor[0].name = name
+        later, first = (ctypes.addressof(tensor) for tensor in tensors)
+        piece = np.arange(3)
+        plan = DecodePlan(
+            piece, piece * 0, piece, piece * 0, [piece, piece], {target: [collect(POINT)[0]]}, stop_early=True
+        )
+        callback.arm(plan, session.graph)
+        assert callback._entry(first, True, None) is False  # a pass begins
+        assert callback._entry(later, True, None) is False  # not hooked: computed, not handed over
+        callback._stopped = True
+        assert callback._entry(later, True, None) is True  # the next part's first node is taken ...
+        assert callback._entry(later, False, None) is False  # ... and refused
+        assert callback._entry(first, True, None) is False  # the next pass runs again
+        assert callback._entry(later, True, None) is False
+        callback.error = ValueError()
+        assert callback._entry(first, True, None) is True  # after an exception no pass does
+        assert callback._entry(first, False, None) is False
+        callback.abandon()
+        session.clear()
