@@ -112,16 +112,13 @@ class _Marker(ast.NodeVisitor):
             self.mark("inside a call's arguments", self.stop(node.func), self.stop(node))
         elif isinstance(node, ast.Subscript):
             self.whole("inside a subscript", node.slice)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float, complex)):
-            if not isinstance(node.value, bool):
-                self.whole("in a number", node)
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float, complex):
+            self.whole("in a number", node)
         for kinds, name in _EXPRESSIONS:
             if isinstance(node, kinds):
                 assert isinstance(node, ast.expr)
                 self.whole(name, node)
-        if isinstance(node, ast.JoinedStr) or (
-            isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))
-        ):
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes))):
             self.whole("inside a string that is no docstring", node)
 
 
@@ -225,6 +222,8 @@ def agreements(
     gain_CF = inner_CF * np.log(inner_CF / base_C1) + (1 - inner_CF) * np.log((1 - inner_CF) / (1 - base_C1))
     best_F = np.where(good_CF, gain_CF, -1.0).argmax(axis=0)
     return {
-        int(f): Agreement(name=PROPERTIES[best_F[f]], share=float(share_CF[best_F[f], f]), base=float(base_C[best_F[f]]))
+        int(f): Agreement(
+            name=PROPERTIES[best_F[f]], share=float(share_CF[best_F[f], f]), base=float(base_C[best_F[f]])
+        )
         for f in np.flatnonzero(good_CF.any(axis=0))
     }

@@ -222,7 +222,7 @@ def _losses(losses: SpliceResult, metrics: Mapping[str, ReconstructionMetrics]) 
         "splice_rows": len(losses.document_N),
         "splice_flagged_share": losses.flagged_rows / losses.rows,
         "documents": documents,
-        "clusters": int(len(np.unique(cluster_N))),
+        "clusters": len(np.unique(cluster_N)),
         "cluster_kind": "document" if by_document else "window",
         "baselines": {name: row for name, row in rows.items() if name != SAE},
     }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def split_windows(table: WindowTable) -> list[TokenWindow]:
     bounds = table.window_starts.tolist()
     return [
         TokenWindow(tokens=table.token_N[a:b], flags=table.flags_N[a:b], document=int(table.doc_N[a]))
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        for a, b in pairwise(bounds)
     ]
 
 
@@ -120,14 +121,18 @@ def splice(
     if not windows:
         raise ShapeError("expected held-out windows to splice into, got none; widen the corpus or its held-out split")
     piece = max(1, min(config.batch_tokens, config.logits_bytes // (4 * model.n_vocab)))
-    longest = max(len(w.tokens) for w in windows)
+    groups = list(batches(windows, piece))
     parts: dict[str, list[np.ndarray]] = {}
     session = Session(
-        model, n_ctx=max(piece, longest), n_batch=piece, n_seq_max=MAX_SEQUENCES, **dict(config.session or {})
+        model,
+        n_ctx=max(sum(len(w.tokens) for w in group) for group in groups),
+        n_batch=piece,
+        n_seq_max=max(map(len, groups)),
+        **dict(config.session or {}),
     )
     try:
         done = flagged = first_window = 0
-        for group in batches(windows, piece):
+        for group in groups:
             batch = _lay_out(group)
             counted_N, values = _measure(session, batch, replacements, hook, piece, config, observe)
             done, flagged = done + len(batch.tokens_N), flagged + int((batch.flags_N != 0).sum())
@@ -192,7 +197,9 @@ def _measure(
         if active_N.any():
             delta_ND[active_N] = _checked(name, reconstruct(x_ND[active_N]), x_ND[active_N]) - x_ND[active_N]
         ce_N, kl_N = np.empty(n), np.empty(n)
-        for rows, logits_NV in _decode(session, batch, Hook(point=hook, read=None, edit=_writer(batch, delta_ND)), piece, name):
+        for rows, logits_NV in _decode(
+            session, batch, Hook(point=hook, read=None, edit=_writer(batch, delta_ND)), piece, name
+        ):
             log_z_N = log_normaliser(logits_NV)
             ce_N[rows] = cross_entropy(logits_NV, log_z_N, targets_N[rows])
             reference = Reference(logits_NV=clean.logits_NV[rows], log_z_N=clean.log_z_N[rows])
@@ -236,9 +243,7 @@ def _logits_buffer(shape: tuple[int, int], budget_bytes: int) -> np.ndarray:
         return np.memmap(file, np.float32, "w+", shape=shape)
 
 
-def _decode(
-    session: Session, batch: _Batch, hook: Hook, piece: int, key: str
-) -> Iterator[tuple[slice, np.ndarray]]:
+def _decode(session: Session, batch: _Batch, hook: Hook, piece: int, key: str) -> Iterator[tuple[slice, np.ndarray]]:
     """Decodes the batch from an empty KV in pieces of `piece` rows; yields the rows and their logits."""
     session.clear()
     for start in range(0, len(batch.tokens_N), piece):

@@ -91,7 +91,7 @@ def _notes(e: Mapping[str, Any]) -> str:
             f"{percent(e['flagged_share'], 2)} of the rows are flagged (BOS, special, first, outlier): they are left "
             "unchanged in every run and counted nowhere."
         )
-    own = e.get("baselines", {}).get("random_model", {}).get("own_model_fvu")
+    own = (e.get("random_model_own") or {}).get("fvu")
     if own is not None:
         parts.append(f"On the random model it was trained on, that SAE's FVU is {number(own)}.")
     return "".join(f'<p class="note">{escape(p)}</p>' for p in parts)

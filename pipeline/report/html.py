@@ -79,7 +79,7 @@ def _explanations(data: ReportData) -> str:
     words = {"down": "<b>Lower is better.</b> ", "up": "<b>Higher is better.</b> ", "": ""}
     items = "".join(f"<dt>{escape(name)}</dt><dd>{words[way]}{escape(text)}</dd>" for name, way, text in entries)
     figure = density_figure(data.evaluation)
-    body = f'<div><h3>What the numbers mean</h3><dl>{items}</dl></div><div>{figure}</div>'
+    body = f"<div><h3>What the numbers mean</h3><dl>{items}</dl></div><div>{figure}</div>"
     return f'<div class="two">{body}</div>'
 
 

@@ -92,7 +92,13 @@ def search(
 
 
 def latent_cards(
-    searched: Searched, weights: SAEWeights, unembedding: Unembedding, vocabulary: Vocabulary, *, count: int, contexts: int
+    searched: Searched,
+    weights: SAEWeights,
+    unembedding: Unembedding,
+    vocabulary: Vocabulary,
+    *,
+    count: int,
+    contexts: int,
 ) -> list[LatentCard]:
     """Cards of the latents worth reading, those that read their surroundings first."""
     stats, rows = searched.stats, searched.firings.rows
@@ -147,9 +153,7 @@ def _card(
     )
 
 
-def _context(
-    row: int, searched: Searched, vocabulary: Vocabulary, row_E: np.ndarray, value_E: np.ndarray
-) -> Context:
+def _context(row: int, searched: Searched, vocabulary: Vocabulary, row_E: np.ndarray, value_E: np.ndarray) -> Context:
     """The tokens around a searched row, within its window, and the latent's activation on each."""
     table, at = searched.table, int(searched.firings.table_row_N[row])
     window = int(table.window_N[at])

@@ -82,7 +82,7 @@ def line_chart(series: Sequence[Series], axes: Axes, *, title: str) -> str:
                 for (x, y), (px, py) in zip(placed, line, strict=True)
             ]
     legend = "" if len(series) < 2 else _legend(series)
-    return f'<figure>{legend}{_svg(body, title, WIDTH, HEIGHT)}<figcaption>{escape(title)}</figcaption></figure>'
+    return f"<figure>{legend}{_svg(body, title, WIDTH, HEIGHT)}<figcaption>{escape(title)}</figcaption></figure>"
 
 
 def bar_chart(edges: Sequence[float], counts: Sequence[float], axes: Axes, *, title: str) -> str:
@@ -102,7 +102,7 @@ def bar_chart(edges: Sequence[float], counts: Sequence[float], axes: Axes, *, ti
             f'<rect class="bar" x="{x0:.1f}" y="{y:.1f}" width="{max(x1 - x0 - 1, 0.5):.1f}" height="{base - y:.1f}">'
             f"<title>{escape(axes.x_format(edges[i]))} to {escape(axes.x_format(edges[i + 1]))}: {n:g}</title></rect>"
         )
-    return f'<figure>{_svg(body, title, WIDTH, HEIGHT)}<figcaption>{escape(title)}</figcaption></figure>'
+    return f"<figure>{_svg(body, title, WIDTH, HEIGHT)}<figcaption>{escape(title)}</figcaption></figure>"
 
 
 def spark_bars(counts: Sequence[int], *, title: str) -> str:

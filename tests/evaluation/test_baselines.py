@@ -28,7 +28,9 @@ def test_streamed_pca_equals_the_singular_value_decomposition_of_all_rows(rows):
 def test_the_residual_of_pca_is_the_share_of_the_left_out_variance(rows):
     pca = fit_pca([rows], 5)
     variances = np.sort(np.linalg.eigvalsh(np.cov(rows.astype(np.float64).T)))[::-1]
-    error = ((rows.astype(np.float64) - pca(rows)) ** 2).sum() / ((rows - rows.mean(axis=0, dtype=np.float64)) ** 2).sum()
+    error = ((rows.astype(np.float64) - pca(rows)) ** 2).sum() / (
+        (rows - rows.mean(axis=0, dtype=np.float64)) ** 2
+    ).sum()
     assert error == pytest.approx(variances[5:].sum() / variances.sum(), rel=1e-4)
 
 

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.evaluation.losses import Reference, clustered_mean, cross_entropy, kl_divergence, log_normaliser, t_quantile_975
+from pipeline.evaluation.losses import (
+    Reference,
+    clustered_mean,
+    cross_entropy,
+    kl_divergence,
+    log_normaliser,
+    t_quantile_975,
+)
 
 
 def log_softmax64(logits_NV):
@@ -79,7 +86,8 @@ def test_one_cluster_or_no_token_gives_no_interval_instead_of_a_false_one():
 
 
 @pytest.mark.parametrize(
-    ("df", "expected"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (10, 2.2281), (60, 2.0003), (1000, 1.9623)]
+    ("df", "expected"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (5, 2.5706), (10, 2.2281), (60, 2.0003), (1000, 1.9623)],
 )
 def test_t_quantiles_equal_the_printed_tables(df, expected):
     assert t_quantile_975(df) == pytest.approx(expected, rel=1.5e-3 if df == 3 else 2e-4)
