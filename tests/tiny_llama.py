@@ -7,8 +7,10 @@ independent oracle. Import this module before torch: llama.cpp has to be mapped 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -27,15 +29,14 @@ CHAT_TEMPLATE = (
 
 @functools.cache
 def tokenizer(vocab: int = 512) -> Tokenizer:
-    """Byte-level BPE with GPT-2's pre-tokeniser, trained on two modules of the standard library."""
-    import argparse
-    import textwrap
-
+    """Byte-level BPE with GPT-2's pre-tokeniser, trained on modules of the standard library."""
+    names = ["argparse", "textwrap"] if vocab <= 1024 else ["argparse", "textwrap", "inspect", "tarfile", "typing"]
     texts = []
-    for module in (argparse, textwrap):
-        assert module.__file__ is not None
-        with open(module.__file__, encoding="utf-8") as file:
-            texts.append(file.read())
+    for name in names:
+        found = importlib.util.find_spec(name)
+        assert found is not None
+        assert found.origin is not None
+        texts.append(Path(found.origin).read_text(encoding="utf-8"))
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe.decoder = decoders.ByteLevel()
