@@ -50,6 +50,7 @@ class StoreConfig:
     buffer_bytes: int = 1 << 30  # two shard buffers of all hooks fit in it
     chunk_bytes: int = 512 << 10
     shard_rows: int = 0  # 0: chosen from buffer_bytes
+    verify: bool = False  # on resume compare the sha256 of every committed shard too, not only the sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +172,8 @@ class ReportConfig:
     tokens: int = 200_000  # rows searched for them
     prompt: str = ""
     steer_latent: int = -1  # -1: chosen
+    evaluation: str = ""  # evaluation.json; empty: of the newest evaluate run
+    metrics: str = ""  # metrics.jsonl of the training; empty: of the newest train run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

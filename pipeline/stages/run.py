@@ -33,7 +33,10 @@ def run(context: RunContext) -> None:
         context, "evaluate", "evaluate", f"store.path={store}", f"sae.path={sae}", f"evaluate.random_sae={random_sae}"
     )
     stage(context, "convert", "convert", f"convert.source={sae}")
-    stage(context, "report", "report", f"store.path={store}", f"sae.path={folder / 'convert' / 'sae.gguf'}")
+    stage(
+        context, "report", "report", f"store.path={store}", f"sae.path={folder / 'convert' / 'sae.gguf'}",
+        f"report.evaluation={folder / 'evaluate' / 'evaluation.json'}", f"report.metrics={folder / 'train' / 'metrics.jsonl'}",
+    )  # fmt: skip
     finish(context)
 
 

@@ -1,0 +1,69 @@
+"""`ggscope convert`: a checkpoint to SAE GGUF, read back and verified; a latent to a control vector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from convert.control_vector import write_control_vector
+from convert.sae_gguf import write_sae_gguf
+from convert.verify import verify
+from sae.errors import ConfigError
+from sae.weights import SAEWeights
+
+from ..evaluation.evaluate import captured_rows, take_windows
+from ..llama.hooks import HookPoint
+from ..llama.model import Model
+from ..run import RunContext, file_sha256
+from .corpora import window_table
+from .inputs import check_host, load_sae, open_model, relative, sae_path, session_options
+
+GGUF_NAME = "sae.gguf"
+
+
+def run(context: RunContext) -> None:
+    config = context.config.convert
+    source = Path(config.source).expanduser() if config.source else sae_path(context)
+    weights = load_sae(source)
+    sha256 = file_sha256(source / "sae.safetensors") if (source / "sae.safetensors").exists() else ""
+    context.add_input("sae", source, sha256)
+    out = Path(config.out).expanduser() if config.out else context.folder / GGUF_NAME
+    with open_model(context) as model:
+        check_host(context, weights, model)
+        probe = probe_rows(context, model, weights, config.probe_tokens)
+        vector = control_vector(context, weights, model) if config.latent >= 0 else None
+    write_sae_gguf(out, weights, encoder_type=config.encoder_type, decoder_type=config.decoder_type)
+    checked = verify(weights, out, probe)
+    context.outputs["sae"] = str(out)
+    context.metrics = checked | {"bytes": out.stat().st_size}
+    context.three_lines(
+        f"{relative(source)} (sha256 {sha256[:12]}), {weights.num_latents} latents x {weights.d_in}",
+        f"encoder {config.encoder_type}, decoder {config.decoder_type}, {out.stat().st_size / 1e6:.1f} MB; on {len(probe):,} rows FVU "
+        f"{checked['fvu_source']:.4f} -> {checked['fvu_file']:.4f}, L0 {checked['l0']:.1f}, top-k overlap {checked['topk_overlap']:.4f}",
+        relative(out) + (f" and {relative(vector)}" if vector else ""),
+    )
+
+
+def probe_rows(context: RunContext, model: Model, weights: SAEWeights, tokens: int) -> np.ndarray:
+    """Fresh held-out activations at the SAE's hook, (N, D)."""
+    table = window_table(context, model, split="held_out", max_tokens=0)
+    chosen = take_windows(table, np.arange(table.n_windows), tokens)
+    hook = HookPoint.parse(weights.hook)
+    parts = captured_rows(model, table, chosen, hook, session=session_options(context.config.model))
+    return np.concatenate([part.x_ND for part in parts])
+
+
+def control_vector(context: RunContext, weights: SAEWeights, model: Model) -> Path:
+    """`coeff * W_dec[latent]` as a stock control vector for the block of the SAE's hook."""
+    config = context.config.convert
+    if config.latent >= weights.num_latents:
+        raise ConfigError(f"convert.latent={config.latent}: this SAE has latents 0..{weights.num_latents - 1}")
+    point = HookPoint.parse(weights.hook)
+    if point.site != "resid_post" or point.block is None:
+        raise ConfigError(f"a control vector acts on resid_post only, this SAE reads {weights.hook}")
+    path = context.folder / f"latent_{config.latent}.gguf"
+    direction = np.float32(config.coeff) * weights.W_dec_FD[config.latent]
+    write_control_vector(path, {point.block: direction}, model_hint=model.id.architecture, n_layer=model.n_layer)
+    context.outputs["control_vector"] = str(path)
+    return path

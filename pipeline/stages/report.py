@@ -1,0 +1,99 @@
+"""`ggscope report`: one HTML file of what was trained, how good it is, what its latents are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sae.errors import FormatError
+from sae.weights import SAEWeights
+
+from ..config import CorpusConfig
+from ..corpus.stdlib import stdlib_root
+from ..corpus.windows import WindowTable
+from ..llama.model import Model
+from ..report.collect import ReportInputs, build_report, read_training_curve
+from ..report.figures import summary_figure
+from ..run import RunContext, newest_finished, versions
+from .corpora import window_table
+from .inputs import check_host, describe_model, open_model, open_sae, relative, session_options
+
+REPORT_NAME = "report.html"
+PICTURE_NAME = "summary.png"
+
+
+def run(context: RunContext) -> None:
+    config = context.config.report
+    path, weights = open_sae(context)
+    evaluation = read_evaluation(context)
+    metrics = (
+        Path(config.metrics) if config.metrics else Path(newest_finished("train", "report")[1]["outputs"]["metrics"])
+    )
+    context.add_input("metrics", metrics)
+    out, picture = context.folder / REPORT_NAME, context.folder / PICTURE_NAME
+    with open_model(context) as model:
+        check_host(context, weights, model)
+        table = window_table(context, model, split="held_out", max_tokens=0)
+        inputs = ReportInputs(
+            model=model,
+            weights=weights,
+            windows=table,
+            evaluation=evaluation,
+            config=config,
+            metrics_path=metrics,
+            dead_after_tokens=context.config.trainer.dead_after_tokens,
+            corpus_name=corpus_name(context.config.corpus),
+            sources=sources(context.config.corpus, table),
+            provenance=provenance(context, model, weights, path),
+            session=session_options(context.config.model),
+        )
+        with context.progress("report", config.tokens, "rows") as progress:
+            data = build_report(out, inputs, progress=lambda what, done, total: progress(done, total, note=what))
+        given = f"{relative(path)} at {weights.hook} of {describe_model(model)}"
+    curve = read_training_curve(metrics, weights.num_latents, context.config.trainer.dead_after_tokens)
+    summary_figure(picture, curve, evaluation, data.title)
+    context.outputs |= {"report": str(out), "picture": str(picture)}
+    context.metrics = {"latents_shown": len(data.latents), "bytes": out.stat().st_size}
+    context.three_lines(
+        given,
+        f"{len(data.latents)} latents with their strongest contexts in {data.latent_rows:,} held-out rows, {out.stat().st_size / 1e6:.1f} MB",
+        f"{relative(out)} and {relative(picture)}",
+    )
+
+
+def read_evaluation(context: RunContext) -> dict[str, Any]:
+    """The evaluation that is shown: `report.evaluation`, or the newest one."""
+    named = context.config.report.evaluation
+    path = Path(named) if named else Path(newest_finished("evaluate", "report")[1]["outputs"]["evaluation"])
+    context.add_input("evaluation", path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: expected the evaluation.json of `ggscope evaluate` ({error})") from None
+
+
+def corpus_name(config: CorpusConfig) -> str:
+    if config.kind == "stdlib":
+        return "the Python standard library"
+    return ", ".join(Path(p).name for p in config.paths)
+
+
+def sources(config: CorpusConfig, table: WindowTable) -> dict[str, bytes] | None:
+    """The bytes of Python documents, for comparing latents with the syntax tree."""
+    if config.kind != "stdlib":
+        return None
+    return {d.name: (stdlib_root() / d.name).read_bytes() for d in table.documents}
+
+
+def provenance(context: RunContext, model: Model, weights: SAEWeights, path: Path) -> list[tuple[str, str]]:
+    training = weights.training
+    facts = [
+        ("model", f"{Path(model.path).name}, sha256 {model.id.sha256}"),
+        ("SAE", f"{relative(path)}, sha256 {context.inputs['sae']['sha256']}"),
+        (
+            "trained on",
+            f"{training.get('tokens', '?')} rows, lr {training.get('lr', '?')}, seed {training.get('seed', '?')}",
+        ),
+    ]
+    return facts + [(name, value) for name, value in versions().items() if name != "platform"]

@@ -1,0 +1,185 @@
+"""What goes wrong on the command line: one line, the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.stages.inputs import model_path
+from pipeline.config import ModelConfig
+
+SMALL = ["corpus.max_tokens=12000", "store.shard_rows=2048"]
+TRAIN = ["sae.num_latents=256", "sae.k=8", "trainer.tokens=40960", "trainer.dead_after_tokens=8000"]
+
+
+def ggscope(*args: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *args], cwd=cwd, capture_output=True, text=True, timeout=300,
+        stdin=subprocess.DEVNULL, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.returncode == code, f"{args}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with one finished extract and one finished train run."""
+    folder = tmp_path_factory.mktemp("made")
+    ggscope("extract", *SMALL, cwd=folder)
+    ggscope("train", *TRAIN, cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    folder = tmp_path / "work"
+    shutil.copytree(made, folder)
+    for path in folder.glob("runs/*/*/manifest.json"):  # outputs name the folder the runs were made in
+        path.write_text(path.read_text().replace(str(made), str(folder)))
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "truncated"])
+def test_a_model_that_cannot_be_read_is_named(damage, tmp_path):
+    file = tmp_path / "m.gguf"
+    data = model_path(ModelConfig()).read_bytes()
+    if damage != "missing":
+        file.write_bytes({"empty": b"", "text": b"not a model\n" * 99, "truncated": data[: len(data) // 2]}[damage])
+    line = last_line(ggscope("extract", "model.path=m.gguf", cwd=tmp_path, code=2))
+    assert "m.gguf" in line
+
+
+def test_a_hook_that_does_not_exist_lists_those_that_do(tmp_path):
+    line = last_line(ggscope("extract", *SMALL, "hooks.points=[blocks.40.hook_resid_post]", cwd=tmp_path, code=2))
+    assert "blocks.40.hook_resid_post" in line
+    assert "0..5" in line or "blocks.5" in line
+
+
+def test_an_sae_of_another_model_is_refused(made, tmp_path):
+    from tests.tiny_llama import write_tiny_llama
+
+    write_tiny_llama(tmp_path / "tiny.gguf")
+    sae = next(made.glob("runs/train/*/sae"))
+    line = last_line(ggscope("apply", f"sae.path={sae}", "model.path=tiny.gguf", "--prompt", "x", cwd=tmp_path, code=2))
+    assert "made on a model with" in line
+
+
+def test_an_empty_corpus_and_a_missing_glob_are_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("  \n")
+    assert "corpus" in last_line(
+        ggscope("extract", "corpus=text", "corpus.paths=[empty.txt]", "corpus.split=all", cwd=tmp_path, code=2)
+    )
+    assert "none-*.txt" in last_line(
+        ggscope("extract", "corpus=text", "corpus.paths=[none-*.txt]", cwd=tmp_path, code=2)
+    )
+
+
+def test_text_and_jsonl_corpora_are_captured_and_bad_documents_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("def f(x):\n    return x\n" * 40)
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe broken")
+    done = ggscope("extract", "corpus=text", "corpus.paths=[a.txt,b.txt]", "corpus.split=all", cwd=tmp_path)
+    assert "b.txt" in done.stderr
+    rows = [{"body": "import os\n" * 30}, {"body": "class A: pass\n" * 30}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["corpus=jsonl", "corpus.paths=[c.jsonl]", "corpus.text_key=body", "corpus.split=all"]
+    done = ggscope("extract", *options, cwd=tmp_path)
+    assert "2 documents" in done.stdout
+
+
+def test_a_damaged_shard_is_named_and_extracted_again_to_the_same_bytes(copy):
+    (run,) = copy.glob("runs/extract/*")
+    (shard,) = [p for p in (run / "activations.zarr" / "hooks").rglob("c/2/0") if p.is_file()]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000])
+    line = last_line(ggscope("train", *TRAIN, cwd=copy, code=2))
+    assert "shard 2" in line
+    done = ggscope("extract", *SMALL, f"resume={run}", cwd=copy)
+    assert "1 shards written, 5 were there" in done.stdout
+    assert shard.read_bytes() == whole
+    shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    done = ggscope("extract", *SMALL, f"resume={run}", "store.verify=true", cwd=copy)
+    assert "1 shards written, 5 were there" in done.stdout
+    assert shard.read_bytes() == whole
+
+
+def test_resuming_with_other_settings_is_refused_with_the_difference(copy):
+    (run,) = copy.glob("runs/extract/*")
+    line = last_line(ggscope("extract", *SMALL, "corpus.context_tokens=128", f"resume={run}", cwd=copy, code=2))
+    assert "corpus.context_tokens: 256 -> 128" in line
+    (run,) = copy.glob("runs/train/*")
+    line = last_line(ggscope("train", *TRAIN, "trainer.lr=0.5", f"resume={run}", cwd=copy, code=2))
+    assert "trainer.lr: 0.002 -> 0.5" in line
+
+
+def interrupted(args: list[str], cwd: Path, ready: str, signals: list[int]) -> subprocess.Popen[str]:
+    """Start a command, wait until a file matching `ready` exists, send the signals."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *args],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(cwd.glob(ready)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for number in signals:
+        process.send_signal(number)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_extract_exits_with_130_and_resumes_to_the_same_bytes(number, made, tmp_path):
+    options = ["corpus.max_tokens=60000", "store.shard_rows=2048"]
+    process = interrupted(["extract", *options], tmp_path, "runs/extract/*/activations.zarr/_commits/*.json", [number])
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "resume=" in error.strip().splitlines()[-1]
+    done = ggscope("extract", *options, "resume=latest", cwd=tmp_path)
+    assert "0 were there" not in done.stdout
+    other = tmp_path / "other"
+    other.mkdir()
+    ggscope("extract", *options, cwd=other)
+    first, second = (next(folder.glob("runs/extract/*/activations.zarr")) for folder in (tmp_path, other))
+    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(second) for p in second.rglob("*") if p.is_file())
+    assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_training_resumes_to_bit_identical_weights(number, made, tmp_path):
+    store = next(made.glob("runs/extract/*/activations.zarr"))
+    options = [*TRAIN, f"store.path={store}", "trainer.tokens=409600", "trainer.checkpoint_steps=10"]
+    process = interrupted(["train", *options], tmp_path, "runs/train/*/checkpoints/step_*.pt", [number])
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130), error
+    ggscope("train", *options, "resume=latest", cwd=tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    ggscope("train", *options, cwd=other)
+    first, second = (next(folder.glob("runs/train/*/sae/sae.safetensors")) for folder in (tmp_path, other))
+    assert first.read_bytes() == second.read_bytes()
+    steps = [json.loads(line)["step"] for line in (first.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_sweep_runs_every_combination(copy):
+    done = ggscope("train", "-m", *TRAIN, "sae.k=4,8", cwd=copy)
+    assert done.stdout.count("train    output") == 2
+    found = sorted(json.loads(p.read_text())["config"]["sae"]["k"] for p in copy.glob("runs/train/*/manifest.json"))
+    assert found == [4, 8, 8]
