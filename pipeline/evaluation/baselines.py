@@ -100,9 +100,9 @@ def fit_pca(chunks_ND: Iterable[np.ndarray], components: int) -> PCAReplacement:
             continue
         y_ND = chunk_ND.astype(np.float64)
         if shift_D is None:
-            shift_D = y_ND.mean(axis=0)
+            shift_D = np.asarray(y_ND.mean(axis=0))
             total_D, second_DD = np.zeros_like(shift_D), np.zeros((len(shift_D), len(shift_D)))
-        y_ND -= shift_D
+        y_ND = y_ND - shift_D
         total_D += y_ND.sum(axis=0)
         second_DD += y_ND.T @ y_ND
         count += len(y_ND)

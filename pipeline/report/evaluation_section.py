@@ -40,8 +40,8 @@ def tiles(evaluation: Mapping[str, Any]) -> str:
 
 def evaluation_section(evaluation: Mapping[str, Any]) -> str:
     """The table: this SAE, the baselines at the same L0, and the ends of the scale."""
-    rows = [_row("This SAE", evaluation.get("same_rows", evaluation) | _spliced(evaluation), "own")]
-    baselines = dict(evaluation.get("baselines", {}))
+    rows = [_row("This SAE", {**evaluation.get("same_rows", evaluation), **_spliced(evaluation)}, "own")]
+    baselines: dict[str, Mapping[str, Any]] = dict(evaluation.get("baselines", {}))
     for name in [*(n for n in baselines if n not in SCALE), *(n for n in SCALE if n in baselines)]:
         rows.append(_row(BASELINE_NAMES.get(name, name), baselines[name], "scale" if name in SCALE else ""))
     heads = (

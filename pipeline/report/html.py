@@ -18,7 +18,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def render(data: ReportData) -> str:
     """The page. Every string of `data` is escaped on its way in."""
-    style = resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")
+    style = resources.files("pipeline.report").joinpath("style.css").read_text(encoding="utf-8")
     sections = [
         _header(data),
         tiles(data.evaluation),

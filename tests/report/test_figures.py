@@ -1,0 +1,37 @@
+"""The README's picture."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pipeline.report.data import TrainingCurve
+from pipeline.report.figures import summary_figure
+
+ROW = {"fvu": 0.5, "ce_recovered": 0.3}
+EVALUATION = {
+    "ce_recovered": 0.97,
+    "same_rows": {"fvu": 0.12},
+    "baselines": {"pca": ROW, "untrained": {"fvu": None, "ce_recovered": -2.0}, "zero": ROW},
+}
+CURVE = TrainingCurve(tokens=[0, 1e5, 2e5], fvu=[0.9, 0.3, 0.2])
+
+
+def test_the_svg_shows_the_numbers_and_is_the_same_every_time(tmp_path):
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fixed"}):
+        for name in ("a.svg", "b.svg"):
+            summary_figure(tmp_path / name, CURVE, EVALUATION, "SAE of tiny")
+    text = (tmp_path / "a.svg").read_text()
+    shown = re.sub(r"<[^>]+>", " ", text)
+    for expected in ("97.0 %", "30.0 %", "-200.0 %", "0.120", "0.500", "this SAE", "PCA, same L0", "SAE of tiny"):
+        assert expected in shown
+    assert text == (tmp_path / "b.svg").read_text()
+
+
+@pytest.mark.parametrize("curve", [CURVE, None])
+def test_a_png_is_written_even_without_a_curve_or_numbers(tmp_path, curve):
+    summary_figure(tmp_path / "a.png", curve, EVALUATION if curve else {}, "t")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
