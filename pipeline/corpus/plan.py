@@ -18,7 +18,8 @@ from sae.errors import ConfigError
 
 from .windows import COLUMN_DTYPES, WindowTable
 
-MAX_SEQUENCES = 64  # of one llama_decode; every sequence costs memory in the KV cache's bookkeeping
+MAX_SEQUENCES = 64  # of one llama_decode
+KV_CELLS_PER_TOKEN = 2  # every sequence has KV cells for a whole window; short windows may leave half of them unused
 SHARDS_WANTED = 16  # a kill loses at most one shard of work: small corpora get several
 MIN_CHUNK_ROWS = 16
 DTYPES = {"auto": 2, "float16": 2, "bfloat16": 2, "float32": 4}  # bytes of a stored value
@@ -107,7 +108,7 @@ def make_plan(table: WindowTable, *, hooks: dict[str, int], extract: ExtractConf
         raise ConfigError(f"extract.dtype={extract.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     itemsize = DTYPES[extract.dtype]
     chunk_rows, shard_rows = _layout(table.rows, hooks, itemsize, store)
-    batch_windows = _batches(table.window_starts, extract.batch_tokens)
+    batch_windows = _batches(table.window_starts, extract.batch_tokens, table.context_tokens)
     layout = {"hooks": hooks, "shard_rows": shard_rows, "chunk_rows": chunk_rows, "dtype": extract.dtype}
     batches = hashlib.sha256(batch_windows.tobytes()).hexdigest()
     described = json.dumps({**layout, "batches": batches}, sort_keys=True)
@@ -141,8 +142,9 @@ def _layout(rows: int, hooks: dict[str, int], itemsize: int, store: StoreConfig)
     return chunk_rows, rounded_up
 
 
-def _batches(window_starts: np.ndarray, batch_tokens: int) -> np.ndarray:
+def _batches(window_starts: np.ndarray, batch_tokens: int, context_tokens: int) -> np.ndarray:
     """Greedy borders: each batch takes windows in order while they fit."""
+    most = min(MAX_SEQUENCES, max(1, KV_CELLS_PER_TOKEN * batch_tokens // context_tokens))
     longest = int(np.diff(window_starts).max())
     if longest > batch_tokens:
         raise ConfigError(
@@ -154,5 +156,5 @@ def _batches(window_starts: np.ndarray, batch_tokens: int) -> np.ndarray:
     while borders[-1] < n_windows:
         start = borders[-1]
         fits = int(np.searchsorted(window_starts, window_starts[start] + batch_tokens, side="right")) - 1
-        borders.append(min(fits, start + MAX_SEQUENCES, n_windows))
+        borders.append(min(fits, start + most, n_windows))
     return np.array(borders, np.int64)
