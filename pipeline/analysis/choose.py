@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
 
 from .firings import LatentStats
@@ -20,7 +22,7 @@ def choose_latents(
     Left out: latents with under 40 firings or under 8 windows (nothing to see) and the densest (above
     `max_density` of the rows; they carry background). The rest are ranked by E[a^2], what they add to the
     reconstruction, within their kind and within thirds of log density, so that frequent latents do not fill
-    the list. `preferred` (for instance latents a concept was found for) come first within their kind.
+    the list. `preferred` (for instance latents a concept was found for) take every other place within their kind.
     """
     density_F = stats.count_F / max(1, rows)
     eligible = (stats.count_F >= MIN_FIRINGS) & (stats.windows_F >= MIN_WINDOWS) & (density_F <= max_density)
@@ -37,11 +39,12 @@ def choose_latents(
 
 
 def _interleaved(mask: np.ndarray, stats: LatentStats, first: list[int]) -> list[int]:
-    """The latents of `mask`: `first`, then one from each third of density in turn, by E[a^2] within a third."""
+    """The latents of `mask`: `first` and the others in turn; the others one from each third of density, by E[a^2]."""
     latents = np.flatnonzero(mask)
     if not len(latents):
         return []
     by_density = latents[np.argsort(stats.count_F[latents], kind="stable")]
     thirds = [part[np.argsort(-stats.mean_square_F[part], kind="stable")] for part in np.array_split(by_density, 3)]
     turns = [int(part[i]) for i in range(max(map(len, thirds))) for part in reversed(thirds) if i < len(part)]
-    return list(dict.fromkeys([*first, *turns]))
+    mixed = [f for pair in zip_longest(first, turns) for f in pair if f is not None]
+    return list(dict.fromkeys(mixed))

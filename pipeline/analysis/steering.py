@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -81,32 +82,51 @@ def random_directions(direction_D: np.ndarray, count: int, rng: np.random.Genera
     return {f"random {i}": row.astype(np.float32) for i, row in enumerate(drawn_CD)}
 
 
-def gain_per_latent(
+def responses(
     model: Model,
     windows: list[TokenWindow],
     hook: HookPoint,
     candidates: Mapping[int, tuple[np.ndarray, float, np.ndarray]],
+    factors: Sequence[float],
     *,
     config: SpliceConfig | None = None,
-) -> dict[int, float]:
-    """Rise of the mean log-probability of a latent's own promoted tokens when it is steered at its coefficient.
+) -> dict[int, list[float]]:
+    """Change of the mean log-probability of a latent's own promoted tokens, steered at factor * its coefficient.
 
-    `candidates` maps a latent to (direction_D, coefficient, its promoted token ids).
+    `candidates` maps a latent to (direction_D, coefficient, its promoted token ids); one value per factor.
     """
-    sums: dict[int, float] = dict.fromkeys(candidates, 0.0)
+    sums: dict[str, float] = {}
     seen = 0
 
     def observe(run: str, logits_NV: np.ndarray, log_z_N: np.ndarray) -> None:
         nonlocal seen
         seen += len(log_z_N) if run == CLEAN else 0
         for latent, (_, _, promoted_P) in candidates.items():
-            if run in (CLEAN, str(latent)):
+            if run == CLEAN or run.startswith(f"{latent}/"):
                 log_p = float((logits_NV[:, promoted_P].astype(np.float64) - log_z_N[:, None]).mean(axis=1).sum())
-                sums[latent] += -log_p if run == CLEAN else log_p
+                key = f"{run}/{latent}" if run == CLEAN else run
+                sums[key] = sums.get(key, 0.0) + log_p
 
-    runs = {str(f): _shift(np.float32(coeff) * d_D) for f, (d_D, coeff, _) in candidates.items()}
+    runs = {
+        f"{f}/{i}": _shift(np.float32(factor * coeff) * d_D)
+        for f, (d_D, coeff, _) in candidates.items()
+        for i, factor in enumerate(factors)
+    }
     splice(model, windows, runs, hook, config=config, observe=observe)
-    return {latent: total / max(1, seen) for latent, total in sums.items()}
+    return {
+        f: [(sums[f"{f}/{i}"] - sums[f"{CLEAN}/{f}"]) / max(1, seen) for i in range(len(factors))] for f in candidates
+    }
+
+
+def clearest(changes: Mapping[int, Sequence[float]], factors: Sequence[float]) -> int:
+    """The latent of the largest change at the last factor, of those that rise at every step where there are any."""
+
+    def rises(latent: int) -> bool:
+        points = sorted([(0.0, 0.0), *zip(factors, changes[latent], strict=True)])
+        return all(low < high for (_, low), (_, high) in pairwise(points))
+
+    rising = [latent for latent in changes if rises(latent)]
+    return max(rising or list(changes), key=lambda latent: changes[latent][-1])
 
 
 def complete(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.analysis.promoted import direct_effect, extremes
-from pipeline.analysis.steering import complete, gain_per_latent, random_directions, steering_curves
+from pipeline.analysis.steering import clearest, complete, random_directions, responses, steering_curves
 from pipeline.config import ReportConfig
 from pipeline.corpus.windows import WindowTable
 from pipeline.evaluation.evaluate import take_windows
@@ -33,6 +33,7 @@ from .markup import count, percent
 DEFAULT_PROMPT = "def read_lines(path):\n    "
 LENS_TOKENS = 24
 STEER_FACTORS = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # times the strongest activation seen
+CHOICE_FACTORS = (-0.5, 0.5, 1.0, 1.5)
 CURVE_ROWS, CHOICE_ROWS = 768, 256
 CANDIDATES = 10
 CONTROLS = 2
@@ -190,8 +191,8 @@ def _steering(
     latent = candidates[0]
     if len(candidates) > 1:
         tried = {f: (i.weights.W_dec_FD[f], _scale(searched, f), up(f)) for f in candidates}
-        gains = gain_per_latent(i.model, sample(CHOICE_ROWS), hook, tried, config=config)
-        latent = max(gains, key=lambda f: gains[f])
+        changes = responses(i.model, sample(CHOICE_ROWS), hook, tried, CHOICE_FACTORS, config=config)
+        latent = clearest(changes, CHOICE_FACTORS)
     scale, direction_D = _scale(searched, latent), i.weights.W_dec_FD[latent]
     directions = {"own": direction_D, **random_directions(direction_D, CONTROLS, rng)}
     coeffs = [round(f * scale, 3) for f in STEER_FACTORS]

@@ -25,6 +25,7 @@ class Context:
     peak: int
     document: str = ""
     byte_offset: int = -1
+    line: int = 0  # counted from 1; 0: not known
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,6 +38,20 @@ def tiles(evaluation: Mapping[str, Any]) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
+def verdict(evaluation: Mapping[str, Any]) -> str:
+    """One sentence: what running on the reconstruction costs, beside the best baseline."""
+    own = evaluation.get("delta_ce_nats")
+    if own is None:
+        return ""
+    text = f"Running on its reconstruction costs the model {number(own)} nats per token"
+    rivals = {n: r["delta_ce_nats"] for n, r in evaluation.get("baselines", {}).items() if n not in SCALE}
+    rivals = {n: cost for n, cost in rivals.items() if cost is not None}
+    if rivals:
+        best = min(rivals, key=lambda n: rivals[n])
+        text += f"; the best baseline ({BASELINE_NAMES.get(best, best)}) costs {number(rivals[best])}"
+    return text + "."
+
+
 def evaluation_section(evaluation: Mapping[str, Any]) -> str:
     """The table: this SAE, the baselines at the same L0, and the ends of the scale."""
     rows = [_row("This SAE", {**evaluation.get("same_rows", evaluation), **_spliced(evaluation)}, "own")]

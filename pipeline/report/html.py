@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 
-from .data import Completion, LatentCard, LensMap, ReportData, SteeringCurve, TrainingCurve
-from .evaluation_section import density_figure, evaluation_section, tiles
+from .data import Completion, Context, LatentCard, LensMap, ReportData, SteeringCurve, TrainingCurve
+from .evaluation_section import density_figure, evaluation_section, tiles, verdict
 from .markup import count, escape, number, percent, plain_visible, tokens_line, visible
 from .svg import Axes, Series, line_chart, short, spark_bars
 
@@ -43,7 +43,8 @@ def _header(data: ReportData) -> str:
     links = [("#latents", "Latents", data.latents), ("#steering", "Steering", data.steering or data.completions)]
     links += [("#lens", "Logit lens", data.lens), ("#made", "How it was made", data.provenance or data.identity)]
     nav = "".join(f'<a href="{target}">{label}</a>' for target, label, there in links if there)
-    return f'<h1>{escape(data.title)}</h1><p class="lead">{escape(data.summary)}</p><nav>{nav}</nav>'
+    lead = f'<p class="lead">{escape(data.summary)}</p><p class="lead">{escape(verdict(data.evaluation))}</p>'
+    return f"<h1>{escape(data.title)}</h1>{lead}<nav>{nav}</nav>"
 
 
 def _training(curve: TrainingCurve | None) -> str:
@@ -123,7 +124,7 @@ def _latent_card(card: LatentCard) -> str:
     contexts = "".join(
         f'<li><span class="v">{c.values[c.peak]:.1f}</span>'
         f"<code>{tokens_line(c.pieces, c.values, card.max_activation, c.peak)}</code>"
-        f'<cite title="{plain_visible(c.document)}">{_place(c.document, c.byte_offset)}</cite></li>'
+        f'<cite title="{plain_visible(c.document)}">{_place(c)}</cite></li>'
         for c in card.contexts
     )
     return (
@@ -141,8 +142,10 @@ def _words(label: str, pieces: Sequence[tuple[str, float]]) -> str:
     return f'<p class="words"><span>{label}</span>{items}</p>'
 
 
-def _place(document: str, byte_offset: int) -> str:
-    return visible(document) + (f" @{byte_offset}" if byte_offset >= 0 else "")
+def _place(context: Context) -> str:
+    if context.line > 0:
+        return f"{visible(context.document)}:{context.line}"
+    return visible(context.document) + (f" @{context.byte_offset}" if context.byte_offset >= 0 else "")
 
 
 def _steering(curve: SteeringCurve | None, completions: Sequence[Completion]) -> str:

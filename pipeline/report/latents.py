@@ -37,6 +37,7 @@ class Searched:
     stats: LatentStats
     window_N: np.ndarray
     agreements: dict[int, Agreement]
+    sources: Mapping[str, bytes]
 
 
 class Vocabulary:
@@ -87,7 +88,12 @@ def search(
         properties_CN, known_N = row_properties(table, firings.table_row_N, lengths_N, sources)
         found = agreements(firings, properties_CN, known_N)
     return Searched(
-        table=table, firings=firings, stats=latent_stats(firings, window_N), window_N=window_N, agreements=found
+        table=table,
+        firings=firings,
+        stats=latent_stats(firings, window_N),
+        window_N=window_N,
+        agreements=found,
+        sources=sources or {},
     )
 
 
@@ -165,10 +171,13 @@ def _context(row: int, searched: Searched, vocabulary: Vocabulary, row_E: np.nda
     places = searched.firings.table_row_N[row_E[near]] - first
     inside = (places >= 0) & (places < len(values))
     values[places[inside]] = value_E[near][inside]
+    document, offset = table.documents[int(table.doc_N[at])].name, int(table.byte_offset_N[at])
+    source = searched.sources.get(document)
     return Context(
         pieces=[vocabulary.text(t) for t in table.token_N[first:stop].tolist()],
         values=values.tolist(),
         peak=at - first,
-        document=table.documents[int(table.doc_N[at])].name,
-        byte_offset=int(table.byte_offset_N[at]),
+        document=document,
+        byte_offset=offset,
+        line=source.count(b"\n", 0, offset) + 1 if source is not None else 0,
     )

@@ -38,10 +38,12 @@ def test_frequencies_are_mixed_not_only_the_most_frequent():
     assert logs.max() - logs.min() > 1
 
 
-def test_preferred_latents_come_first_within_their_kind():
+def test_preferred_latents_take_every_other_place_of_their_kind():
     s = stats()
     context = [f for f in range(300) if s.token_r2_F[f] < 0.5 and 100 < s.count_F[f] < 2000][-3:]
-    assert choose_latents(s, 100_000, 10, preferred=context)[:3] == context
+    chosen = choose_latents(s, 100_000, 12, preferred=context)
+    assert chosen[0:6:2] == context
+    assert not set(chosen[1:6:2]) & set(context)
 
 
 def test_one_kind_missing_fills_the_list_with_the_other():

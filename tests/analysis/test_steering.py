@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.analysis.promoted import direct_effect, extremes
-from pipeline.analysis.steering import complete, gain_per_latent, random_directions, steering_curves
+from pipeline.analysis.steering import clearest, complete, random_directions, responses, steering_curves
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
 from pipeline.evaluation.splice import SpliceConfig, split_windows
@@ -103,17 +103,24 @@ def test_random_directions_have_the_norm_and_no_common_direction():
     assert np.abs(cosines - np.eye(3)).max() < 0.3
 
 
-def test_the_gain_is_the_difference_of_the_curves_ends(tiny, direction):
+def test_responses_are_differences_of_the_latents_own_curves(tiny, direction):
     model, _, cut = tiny
-    other = np.roll(direction, 5)
     config = SpliceConfig(session=ONE)
-    tokens = {f: extremes(direct_effect(model.unembed(), d), 3)[0] for f, d in ((5, direction), (9, other))}
-    gains = gain_per_latent(
-        model, cut, LAST, {5: (direction, 2.0, tokens[5]), 9: (other, 3.0, tokens[9])}, config=config
-    )
-    for latent, d, coeff in ((5, direction, 2.0), (9, other, 3.0)):
-        curve = steering_curves(model, cut, LAST, {"own": d}, tokens[latent], [0.0, coeff], config=config)["own"]
-        assert gains[latent] == pytest.approx(curve.log_prob[1] - curve.log_prob[0], abs=1e-6)
+    tried = {}
+    for latent, d, coeff in ((5, direction, 2.0), (51, np.roll(direction, 5), 3.0)):
+        tried[latent] = (d, coeff, extremes(direct_effect(model.unembed(), d), 3)[0])
+    changes = responses(model, cut, LAST, tried, [-0.5, 1.0], config=config)
+    for latent, (d, coeff, promoted) in tried.items():
+        at = [0.0, -0.5 * coeff, coeff]
+        curve = steering_curves(model, cut, LAST, {"own": d}, promoted, at, config=config)["own"]
+        expected = np.array(curve.log_prob[1:]) - curve.log_prob[0]
+        np.testing.assert_allclose(changes[latent], expected, atol=1e-6)
+
+
+def test_the_clearest_latent_rises_at_every_step():
+    factors = [-0.5, 0.5, 1.0]
+    assert clearest({1: [-1, 1, 2], 2: [0.5, 3, 9], 3: [-2, 4, 3.9]}, factors) == 1  # 2 rises below zero, 3 falls back
+    assert clearest({2: [0.5, 3, 9], 3: [-2, 4, 3.9]}, factors) == 2  # none rises: the largest
 
 
 def test_completions_are_greedy_and_steering_by_nothing_changes_nothing(tiny, direction):

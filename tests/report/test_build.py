@@ -1,0 +1,110 @@
+"""The whole report on the tiny model, from inputs to a file."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.config import ReportConfig
+from pipeline.corpus.readers import Document
+from pipeline.corpus.windows import windows
+from pipeline.llama.hooks import HookPoint
+from pipeline.llama.model import Model
+from pipeline.llama.session import Session, capture
+from pipeline.report.collect import ReportInputs, build_report, headline, read_training_curve
+from sae import runtime
+from sae.errors import FormatError
+from sae.untrained import untrained_weights
+from tests.tiny_llama import write_tiny_llama
+
+ONE = {"n_threads": 1, "kv_type": "f32", "flash_attn": "off"}
+HOOK = "blocks.2.hook_resid_post"
+TEXT = '"""Docs of {0}."""\n\n\ndef f{0}(a, b="<script>"):\n    # note {0}\n    return [{0} * (a + b)]\n\n'
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    write_tiny_llama(folder / "tiny.gguf")
+    texts = {f"{i}.py": TEXT.format(i) * (2 + i % 3) for i in range(12)}
+    rows = [{"step": s, "tokens": 2048 * s, "fvu": 1 / (s + 1), "dead": 13} for s in (1, 2, 3, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with Model(folder / "tiny.gguf") as model:
+        table = windows(model, [Document(name=n, text=t) for n, t in texts.items()], 64)
+        tokens = [table.window_tokens(w) for w in range(table.n_windows)]
+        with Session(model, n_ctx=512, n_seq_max=4, **ONE) as session:
+            x_ND = np.concatenate([c[HOOK] for c in capture(session, tokens, [HookPoint.parse(HOOK)])])
+        free_ND = x_ND[table.flags_N == 0]
+        weights = untrained_weights(64, 128, 4, free_ND.mean(axis=0), 30.0, HOOK, {}, 0, sample_ND=free_ND)
+        inputs = ReportInputs(
+            model=model, weights=weights, windows=table, evaluation={"fvu": 0.5, "ce_recovered": 0.9},
+            config=ReportConfig(top_latents=6, contexts=3, tokens=0, prompt="def f1("), session=ONE,
+            metrics_path=folder / "metrics.jsonl", dead_after_tokens=1000, corpus_name="a few lines",
+            sources={n: t.encode() for n, t in texts.items()},
+        )  # fmt: skip
+        data = build_report(folder / "report.html", inputs)
+        a_NF = np.zeros((table.rows, 128), np.float32)
+        idx, vals = runtime.encode(weights, x_ND)
+        np.put_along_axis(a_NF, idx, vals, axis=1)
+        a_NF[table.flags_N != 0] = 0
+        yield folder, data, table, a_NF, model
+
+
+def test_the_file_is_one_page_with_all_sections_and_no_leftover(built):
+    folder, data, *_ = built
+    page = (folder / "report.html").read_text()
+    for part in ('id="latents"', 'id="steering"', 'id="lens"', 'id="made"', "Training", "Is it any good?"):
+        assert part in page
+    assert "<script" not in page
+    assert sorted(p.name for p in folder.iterdir()) == ["metrics.jsonl", "report.html", "tiny.gguf"]
+    assert "6 latents shown" in headline(data)
+
+
+def test_contexts_show_the_tokens_and_activations_of_the_table(built):
+    _, data, table, a_NF, model = built
+    assert len(data.latents) == 6
+    for card in data.latents:
+        column = a_NF[:, card.latent]
+        fires = column > 0
+        assert card.density == pytest.approx(fires.sum() / (table.flags_N == 0).sum())
+        assert card.max_activation == pytest.approx(column.max(), rel=1e-4)
+        assert sum(card.histogram) == fires.sum()
+        peaks = [max(column[table.window_N == w]) for w in np.unique(table.window_N)]
+        strongest = sorted(peaks, reverse=True)[: len(card.contexts)]
+        np.testing.assert_allclose([c.values[c.peak] for c in card.contexts], strongest, rtol=1e-4)
+        for context in card.contexts:
+            rows = np.flatnonzero(np.isclose(column, context.values[context.peak], rtol=1e-4))
+            row = next(r for r in rows if table.byte_offset_N[r] == context.byte_offset)
+            first = row - context.peak
+            shown = table.token_N[first : first + len(context.pieces)]
+            assert context.pieces == [model.piece(int(t)).decode("utf-8", "backslashreplace") for t in shown]
+            np.testing.assert_allclose(context.values, column[first : first + len(shown)], atol=1e-3)
+            text = TEXT.format(context.document.removesuffix(".py")) * 4
+            assert context.line == text.encode()[: context.byte_offset].count(b"\n") + 1
+
+
+def test_the_steered_latent_is_one_of_the_cards_and_moves_its_tokens(built):
+    _, data, *_ = built
+    assert data.steering is not None
+    assert data.steering.latent in {card.latent for card in data.latents}
+    assert data.steering.log_prob[-1] > data.steering.log_prob[2]
+    assert data.steering.kl[2] == 0
+    assert len(data.completions) == 2
+    assert data.lens is not None
+    assert len(data.lens.cells) == 5
+
+
+def test_a_resumed_runs_repeated_steps_count_once(built):
+    folder, *_ = built
+    curve = read_training_curve(folder / "metrics.jsonl", 128, 1000)
+    assert curve.tokens == [2048, 4096, 6144]
+    assert curve.fvu == [1 / 2, 1 / 3, 1 / 4]
+    assert curve.dead_share == [13 / 128] * 3
+
+
+def test_a_damaged_training_log_is_named(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"tokens": 1, "fvu": 0.5}\n{"tok')
+    with pytest.raises(FormatError, match="line 2"):
+        read_training_curve(tmp_path / "m.jsonl", 128)
