@@ -126,7 +126,7 @@ class Model:
     def _hook_points(self) -> dict[str, str]:
         from .session import Session
 
-        with Session(self, n_ctx=64, n_seq_max=1, flash_attn="off") as session:
+        with Session(self, n_ctx=64, n_threads=1, flash_attn="off") as session:
             return session.hook_points()
 
     def hook_points(self) -> dict[str, str]:
