@@ -264,7 +264,7 @@ def test_skipped_documents_are_in_the_summary(model, tmp_path):
     assert summary["documents"] == 1
 
 
-def test_ten_megabytes_are_cut_into_windows_in_seconds(model):
+def test_a_document_is_tokenised_as_a_whole_and_cut_at_megabytes_per_second(model):
     text = "".join(d.text for d in DOCUMENTS)
     documents = [Document(name=str(i), text=text * (1_000_000 // len(text.encode()))) for i in range(2)]
     started = time.process_time()
