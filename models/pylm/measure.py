@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.generate import generate
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session
 
@@ -74,19 +75,11 @@ class NGram:
         return total
 
 
-def complete(model: Model, session: Session, prompt: str, n: int) -> str:
-    """Greedy completion."""
+def complete(model: Model, session: Session, prompt: str, n: int, temperature: float = 0.6) -> str:
+    """A sampled completion (seed 0)."""
     tokens = [data.BOS_ID, *model.tokenize(prompt.encode()).tolist()]
-    prompt_length = len(tokens)
-    for _ in range(n):
-        session.clear()
-        array = np.array(tokens, np.int32)
-        logits = session.decode(array, np.zeros_like(array), np.arange(len(array), dtype=np.int32), logits="last")
-        assert logits is not None
-        tokens.append(int(logits[0].argmax()))
-        if tokens[-1] == data.EOS_ID:
-            break
-    return b"".join(model.piece(t) for t in tokens[prompt_length:]).decode(errors="replace")
+    events = generate(session, model, tokens, max_tokens=n, temperature=temperature, seed=0)
+    return "".join(event.text for event in events if event.phase == "response")
 
 
 PROMPTS = (

@@ -14,7 +14,7 @@ from .inputs import threads
 
 
 def run(args: list[str]) -> None:
-    from ..llama import devices
+    from ..llama import doctor as devices
 
     out = Console(highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -29,8 +29,8 @@ def run(args: list[str]) -> None:
         if name not in versions():
             table.add_row(name, value)
     for device in devices.backends():
-        memory = f"{device['free_bytes'] / 2**30:.1f} of {device['total_bytes'] / 2**30:.1f} GiB free"
-        table.add_row(f"device {device['name']}", f"{device['description']} ({device['kind']}), {memory}")
+        memory = f"{device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f} GiB free"
+        table.add_row(f"device {device['name']}", f"{device['description']} ({device['type']}), {memory}")
     usage = shutil.disk_usage(Path.cwd())
     table.add_row("disk here", f"{usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free")
     out.print(table)
