@@ -24,7 +24,7 @@ from sae.weights import SAEWeights
 
 from .baselines import ConstantReplacement, PCAReplacement, Replacement, SAEReplacement, fit_pca
 from .losses import Interval, clustered_mean
-from .splice import CLEAN, MAX_SEQUENCES, SpliceConfig, SpliceResult, TokenWindow, batches, splice, split_windows
+from .splice import CLEAN, SpliceConfig, SpliceResult, TokenWindow, batches, splice, split_windows
 
 SAE, MEAN, ZERO = "sae", "mean", "zero"
 FEW_DOCUMENTS = 10  # below, a t interval over documents says little: windows are the clusters
@@ -123,10 +123,21 @@ def captured_rows(
     """The unflagged rows of the chosen windows at `hook`, captured through llama.cpp a few windows at a time."""
     lengths_W = np.diff(table.window_starts)[chosen_W]
     rows = max(batch_tokens, int(lengths_W.max(initial=1)))
-    llama = Session(model, n_ctx=rows, n_batch=rows, n_seq_max=MAX_SEQUENCES, **dict(session or {}))
+    cut = [TokenWindow(tokens=table.window_tokens(w), flags=np.empty(0), document=int(w)) for w in chosen_W]
+    groups = list(batches(cut, rows))
+    if not groups:
+        return
+    together = max(map(len, groups))
+    llama = Session(
+        model,
+        n_ctx=together * int(lengths_W.max()),
+        n_batch=rows,
+        n_seq_max=together,
+        kv_unified=False,
+        **dict(session or {}),
+    )
     try:
-        cut = [TokenWindow(tokens=table.window_tokens(w), flags=np.empty(0), document=int(w)) for w in chosen_W]
-        for group in batches(cut, rows):
+        for group in groups:
             captured = capture(llama, [w.tokens for w in group], [hook])
             x_ND = np.concatenate([c[str(hook)] for c in captured])
             row_N = np.concatenate([np.arange(*table.window_starts[w.document : w.document + 2]) for w in group])

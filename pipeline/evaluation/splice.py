@@ -47,8 +47,8 @@ class TokenWindow:
 class SpliceConfig:
     """How the forward passes are made. `logits_bytes` bounds the clean logits held in memory."""
 
-    batch_tokens: int = 512  # with one KV for all sequences, attention grows with the batch
-    logits_bytes: int = 96 << 20
+    batch_tokens: int = 512
+    logits_bytes: int = 64 << 20
     outlier_norm: float = 0.0  # rows of a larger norm are flagged; 0: none
     session: Mapping[str, Any] | None = None  # further arguments of Session: n_threads, kv_type, flash_attn
 
@@ -87,11 +87,16 @@ def split_windows(table: WindowTable) -> list[TokenWindow]:
 
 
 def batches(windows: list[TokenWindow], batch_tokens: int) -> Iterator[list[TokenWindow]]:
-    """Consecutive windows, together at most `batch_tokens` rows, or a single longer window."""
+    """Consecutive windows, together at most `batch_tokens` rows, or a single longer window.
+
+    Each window gets a KV as long as the longest: so few windows that those hold at most twice the rows.
+    """
+    longest = max((len(w.tokens) for w in windows), default=1)
+    limit = min(MAX_SEQUENCES, max(1, 2 * batch_tokens // longest))
     batch: list[TokenWindow] = []
     rows = 0
     for window in windows:
-        if batch and (rows + len(window.tokens) > batch_tokens or len(batch) == MAX_SEQUENCES):
+        if batch and (rows + len(window.tokens) > batch_tokens or len(batch) == limit):
             yield batch
             batch, rows = [], 0
         batch.append(window)
@@ -125,9 +130,11 @@ def splice(
     parts: dict[str, list[np.ndarray]] = {}
     session = Session(
         model,
-        n_ctx=max(sum(len(w.tokens) for w in group) for group in groups),
+        # A KV of its own for each window: attending over the whole batch's cells, masked, costs a tenth.
+        n_ctx=max(map(len, groups)) * max(len(w.tokens) for w in windows),
         n_batch=piece,
         n_seq_max=max(map(len, groups)),
+        kv_unified=False,
         **dict(config.session or {}),
     )
     try:

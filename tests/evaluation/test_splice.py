@@ -158,6 +158,9 @@ def test_batches_hold_whole_windows_and_lose_none(tiny):
     groups = list(batches(cut, 90))
     assert [w.document for g in groups for w in g] == [w.document for w in cut]
     assert all(sum(len(w.tokens) for w in g) <= 90 for g in groups)
+    short = [TokenWindow(tokens=np.zeros(2, int), flags=np.zeros(2, int), document=i) for i in range(60)]
+    groups = list(batches([*short, cut[0]], 90))
+    assert max(map(len, groups)) * len(cut[0].tokens) <= 180  # one long window does not blow the KV up
 
 
 def test_no_windows_or_a_reconstruction_of_another_width_is_said(tiny):
