@@ -200,8 +200,7 @@ class ActivationStore:
 
     def _damaged(self, commit: Commit, what: str) -> StoreError:
         return StoreError(
-            f"shard {commit.shard} of {self.path} is damaged: {what}; "
-            "`ggscope extract resume=RUN` captures it again"
+            f"shard {commit.shard} of {self.path} is damaged: {what}; `ggscope extract resume=RUN` captures it again"
         )
 
 

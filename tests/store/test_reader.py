@@ -148,7 +148,7 @@ def test_a_damaged_shard_is_named_and_can_be_done_again(tmp_path, damage, fast_p
     else:
         file.unlink()
     store = ActivationStore(tmp_path, fast_path=fast_path)
-    with pytest.raises(StoreError, match=r"shard 2 of .* is damaged.*resume extract to redo"):
+    with pytest.raises(StoreError, match=r"shard 2 of .* is damaged.*captures it again"):
         store.rows(HOOK, 60, 70) if damage != "column missing" else store.column("token")
     np.testing.assert_array_equal(store.rows(HOOK, 0, 64), acts[HOOK][:64])
     assert [(p.shard, p.file) for p in store.verify()] == [(2, relative)]
