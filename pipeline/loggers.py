@@ -86,9 +86,9 @@ class WandbLogger(MetricsLogger):
 
 
 def open_loggers(config: LoggerConfig, folder: Path, settings: dict[str, Any], resume_step: int) -> list[MetricsLogger]:
-    loggers: list[MetricsLogger] = [JsonlLogger(folder / "metrics.jsonl", resume_step)]
+    optional: list[MetricsLogger] = []  # first: a missing package is found before a file is opened
     if config.tensorboard:
-        loggers.append(TensorBoardLogger(folder / "tensorboard"))
+        optional.append(TensorBoardLogger(folder / "tensorboard"))
     if config.wandb:
-        loggers.append(WandbLogger(folder, config.wandb_project, settings))
-    return loggers
+        optional.append(WandbLogger(folder, config.wandb_project, settings))
+    return [JsonlLogger(folder / "metrics.jsonl", resume_step), *optional]

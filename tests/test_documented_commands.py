@@ -22,6 +22,25 @@ SMALL = {
 }
 
 
+BLOCKER = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {package!r}:
+            raise ImportError(name + " is blocked by the test")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def environment(folder: Path, command: str) -> dict[str, str]:
+    """torch cannot be imported except by train, and llama_cpp cannot by train: never both in one process."""
+    package = "llama_cpp" if command == "train" else "torch"
+    path = folder / f"without_{package}"
+    path.mkdir(exist_ok=True)
+    (path / "sitecustomize.py").write_text(BLOCKER.format(package=package))
+    return os.environ | {"COLUMNS": "200", "PYTHONPATH": str(path)}
+
+
 def blocks(path: Path) -> list[list[str]]:
     """The command lines of every ```sh block that is not marked as not run here."""
     found = []
@@ -32,7 +51,7 @@ def blocks(path: Path) -> list[list[str]]:
     return found
 
 
-def test_the_readme_s_stages_run_one_after_the_other(tmp_path):
+def test_the_readme_s_stages_run_one_after_the_other_and_only_train_needs_torch(tmp_path):
     lines = [line for block in blocks(ROOT / "README.md") for line in block]
     assert {shlex.split(line)[1] for line in lines} >= set(COMMANDS) - {"run", "doctor", "completion"}
     for line in lines:
@@ -40,7 +59,7 @@ def test_the_readme_s_stages_run_one_after_the_other(tmp_path):
         assert program == "ggscope"
         done = subprocess.run(
             [sys.executable, "-m", "pipeline.cli", command, *args, *SMALL.get(command, [])],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"},
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment(tmp_path, command),
         )  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ends = [text for text in done.stdout.splitlines() if text.startswith(f"{command} ")]
@@ -62,7 +81,9 @@ def test_help_s_examples_use_settings_that_exist():
             known = flat_defaults(name)
             for override in checked_overrides(name, take_texts(name, rest)[1]):
                 key = override.split("=")[0]
-                assert override == "-m" or key in known or (ROOT / "conf" / key).is_dir() or key in ("resume", "run_dir"), key
+                assert (
+                    override == "-m" or key in known or (ROOT / "conf" / key).is_dir() or key in ("resume", "run_dir")
+                ), key
 
 
 def test_the_readme_and_the_help_list_the_same_commands():

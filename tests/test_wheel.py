@@ -23,26 +23,50 @@ def installed(tmp_path_factory):
     """The environment of a Python that finds the wheel's packages before this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in tracked.stdout.splitlines():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     subprocess.run([*pip, "--target", str(folder / "site"), str(source)], check=True, timeout=300)
     return os.environ | {"PYTHONPATH": str(folder / "site"), "COLUMNS": "200"}
 
 
 def test_the_wheel_holds_the_packages_the_configs_and_the_model(installed):
     site = Path(installed["PYTHONPATH"])
-    for name in ("conf/run.yaml", "conf/experiment/demo_cpu.yaml", "pipeline/data/pylm.gguf", "sae/model.py", "convert/sae_gguf.py"):
+    for name in (
+        "conf/run.yaml",
+        "conf/experiment/demo_cpu.yaml",
+        "pipeline/data/pylm.gguf",
+        "sae/model.py",
+        "convert/sae_gguf.py",
+    ):
         assert (site / name).is_file(), name
     assert not (site / "models").exists()
     assert not (site / "tests").exists()
 
 
 def test_the_whole_pipeline_runs_from_the_wheel(installed, tmp_path):
-    where = subprocess.run([sys.executable, "-c", "import pipeline; print(pipeline.__file__)"], cwd=tmp_path, env=installed, capture_output=True, text=True, check=True)
+    where = subprocess.run(
+        [sys.executable, "-c", "import pipeline; print(pipeline.__file__)"],
+        cwd=tmp_path,
+        env=installed,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert where.stdout.startswith(installed["PYTHONPATH"])
     command = [sys.executable, "-m", "pipeline.cli", "run", "experiment=demo_cpu", *TINY]
     done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=600)
@@ -56,6 +80,8 @@ def test_the_whole_pipeline_runs_from_the_wheel(installed, tmp_path):
     assert evaluation["ce_recovered"] > 0.5
     assert set(evaluation["baselines"]) >= {"pca", "untrained", "random_model"}
     assert "SAE beside its baselines" in done.stdout
-    again = subprocess.run([*command, f"resume={run}"], cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(
+        [*command, f"resume={run}"], cwd=tmp_path, env=installed, capture_output=True, text=True, timeout=120
+    )
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("already finished, kept") == 7

@@ -1,0 +1,121 @@
+"""Run folders, manifests, metric loggers."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from pipeline.config import Config, LoggerConfig, TrainerConfig
+from pipeline.loggers import JsonlLogger, open_loggers
+from pipeline.run import RunContext, new_folder, newest_finished, read_manifest, resume_folder, running, write_json
+from sae.errors import ConfigError, InterruptedRunError
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def started(command="train", config=None):
+    config = config or Config()
+    return RunContext(command=command, folder=new_folder(command, config), config=config)
+
+
+def test_two_runs_of_one_second_get_folders_of_their_own():
+    folders = {new_folder("train", Config()) for _ in range(5)}
+    assert len(folders) == 5
+
+
+def test_the_manifest_says_running_then_finished_with_inputs_outputs_and_numbers():
+    context = started()
+    with running(context):
+        assert read_manifest(context.folder)["status"] == "running"
+        context.add_input("store", "a.zarr", "00ff")
+        context.outputs["sae"] = "x"
+        context.metrics["fvu"] = 0.25
+    manifest = read_manifest(context.folder)
+    assert manifest["status"] == "finished"
+    assert manifest["inputs"]["store"] == {"path": "a.zarr", "sha256": "00ff"}
+    assert (manifest["outputs"], manifest["metrics"]) == ({"sae": "x"}, {"fvu": 0.25})
+    assert manifest["config"]["trainer"]["lr"] == 0.002
+    assert {"python", "numpy", "llama-cpp-python"} <= set(manifest["versions"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), "interrupted"), (ConfigError("no"), "failed"), (ValueError("x"), "failed")],
+)
+def test_a_run_that_ends_badly_says_so(error, status):
+    context = started()
+    with pytest.raises(InterruptedRunError if status == "interrupted" else type(error)), running(context):
+        raise error
+    assert read_manifest(context.folder)["status"] == status
+
+
+def test_the_newest_finished_run_is_taken_and_unfinished_ones_are_not():
+    with pytest.raises(ConfigError, match="ggscope train"):
+        newest_finished("train", "evaluate")
+    done = started()
+    with running(done):
+        pass
+    with pytest.raises(ConfigError), running(started()):
+        raise ConfigError("broken")
+    assert newest_finished("train", "evaluate")[0].resolve() == done.folder
+
+
+def test_resume_finds_the_unfinished_run_and_names_a_changed_setting():
+    context = started(config=Config(trainer=TrainerConfig(lr=0.5)))
+    with pytest.raises(InterruptedRunError), running(context):
+        raise KeyboardInterrupt
+    same = Config(trainer=TrainerConfig(lr=0.5, log_steps=3), resume="latest")
+    assert resume_folder("train", same, ("trainer",)) == context.folder
+    with pytest.raises(ConfigError, match=r"trainer\.lr: 0\.5 -> 0\.1"):
+        resume_folder("train", Config(trainer=TrainerConfig(lr=0.1), resume=str(context.folder)), ("trainer",))
+    with pytest.raises(ConfigError, match="holds no run of"):
+        resume_folder("extract", Config(resume=str(context.folder)), ("corpus",))
+
+
+def test_a_manifest_is_replaced_whole(tmp_path):
+    path = tmp_path / "m.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_metrics_file_continues_at_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlLogger(path)
+    for step in (10, 20, 30):
+        first.log({"step": step, "fvu": 1 / step})
+    first.close()
+    with open(path, "a") as f:
+        f.write('{"step": 40, "fv')  # what a kill leaves
+    again = JsonlLogger(path, resume_step=20)
+    again.log({"step": 30, "fvu": 0.5})
+    again.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 10, "fvu": 0.1}, {"step": 20, "fvu": 0.05}, {"step": 30, "fvu": 0.5},
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_gets_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = open_loggers(LoggerConfig(tensorboard=True), tmp_path, {}, 0)
+    for logger in loggers:
+        logger.log({"step": 5, "fvu": 0.25, "note": "text"})
+        logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("fvu")] == [(5, 0.25)]
+
+
+@pytest.mark.parametrize(("setting", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_missing_logger_package_is_named(setting, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"ggscope\[{setting}\]"):
+        open_loggers(LoggerConfig(**{setting: True}), tmp_path, {}, 0)
