@@ -18,6 +18,7 @@ from .corpora import window_table
 from .inputs import check_host, describe_model, load_sae, open_model, open_sae, open_store, relative, session_options
 
 EVALUATION_NAME = "evaluation.json"
+PCA_ROWS = 200_000  # of the store, spread evenly
 LABELS = {"sae": "SAE", "pca": "PCA", "untrained": "untrained SAE", "random_model": "SAE of a random model"}
 
 
@@ -80,7 +81,7 @@ def baselines(weights: SAEWeights, store: ActivationStore, random_sae: str, seed
         weights.host, seed, sample_ND=sample[:4096],
     )  # fmt: skip
     found: dict[str, Replacement] = {
-        "pca": pca_baseline(store, weights.hook, weights.k),
+        "pca": pca_baseline(store, weights.hook, weights.k, PCA_ROWS),
         "untrained": SAEReplacement(untrained),
     }
     if random_sae:
