@@ -7,9 +7,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae.weights import SAEWeights
-
 from sae.errors import ConfigError
+from sae.weights import SAEWeights
 
 from ..config import ModelConfig
 from ..run import RunContext, newest_finished, read_manifest

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages.inputs import model_path
 from pipeline.config import ModelConfig
+from pipeline.stages.inputs import model_path
 
 SMALL = ["corpus.max_tokens=12000", "store.shard_rows=2048"]
 TRAIN = ["sae.num_latents=256", "sae.k=8", "trainer.tokens=40960", "trainer.dead_after_tokens=8000"]

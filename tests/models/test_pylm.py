@@ -10,11 +10,11 @@ import pytest
 from models.pylm import data
 from models.pylm.measure import NGram, model_bits
 from models.pylm.train import TOKENIZER
+from pipeline.config import ModelConfig
 from pipeline.corpus.stdlib import is_held_out, stdlib_files, stdlib_root
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session
 from pipeline.stages.inputs import model_path
-from pipeline.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
