@@ -62,7 +62,7 @@ COMMANDS: dict[str, Command] = {
     "patch": Command(
         summary="activation patching between a clean and a corrupted prompt",
         groups=("model", "patch"),
-        examples=("ggscope patch --clean 'import os' --corrupted 'import re' --answer '.path' --wrong '.compile'",),
+        examples=("ggscope patch --clean 'for name in names: print(' --corrupted 'for path in paths: print(' --answer 'name' --wrong 'path'",),
         prompts=(("--clean", "patch.clean"), ("--corrupted", "patch.corrupted"), ("--answer", "patch.answer"), ("--wrong", "patch.wrong")),
     ),
     "report": Command(

@@ -7,6 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
@@ -127,6 +131,13 @@ def relative(path: Path | str) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def print_wide(table: Table) -> None:
+    """Print a table whole, past the terminal's edge if need be: a cut number is worse than a long line."""
+    out = Console(highlight=False)
+    needed = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
+    Console(highlight=False, width=max(out.width, needed), soft_wrap=True).print(table)
 
 
 def threads(n: int) -> int:

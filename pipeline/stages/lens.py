@@ -15,7 +15,7 @@ from ..lenses.patching import prompt_tokens
 from ..llama.model import Model
 from ..llama.session import Session
 from ..run import RunContext, write_json
-from .inputs import describe_model, open_model, relative, session_options
+from .inputs import describe_model, open_model, print_wide, relative, session_options
 
 LENS_NAME = "lens.json"
 COLUMNS_SHOWN = 10  # the terminal shows the last positions, the file has all
@@ -38,7 +38,7 @@ def run(context: RunContext) -> None:
         if config.format == "json":
             Console(soft_wrap=True, highlight=False).print(json.dumps(values), markup=False)
         else:
-            Console(highlight=False).print(table(model, result))
+            print_wide(table(model, result))
         given = f"{describe_model(model)}, {len(tokens)} tokens"
     path = context.folder / LENS_NAME
     write_json(path, values)

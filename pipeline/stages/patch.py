@@ -15,7 +15,7 @@ from ..lenses.patching import PatchResult, patch_sweep, prompt_tokens
 from ..llama.model import Model
 from ..llama.session import Session
 from ..run import RunContext, write_json
-from .inputs import describe_model, open_model, relative, session_options
+from .inputs import describe_model, open_model, print_wide, relative, session_options
 
 PATCH_NAME = "patch.json"
 PICTURE_NAME = "patch.png"
@@ -47,7 +47,7 @@ def run(context: RunContext) -> None:
     if config.format == "json":
         Console(soft_wrap=True, highlight=False).print(json.dumps(values), markup=False)
     else:
-        Console(highlight=False).print(table(result, clean, corrupted))
+        print_wide(table(result, clean, corrupted))
     write_json(context.folder / PATCH_NAME, values)
     picture(result, clean, corrupted, str(context.folder / PICTURE_NAME))
     context.outputs |= {"patch": str(context.folder / PATCH_NAME), "picture": str(context.folder / PICTURE_NAME)}
@@ -75,7 +75,7 @@ def table(result: PatchResult, clean: list[str], corrupted: list[str]) -> Table:
     shown = Table(title="share of the clean answer restored (1: all, 0: none)", title_justify="left")
     shown.add_column("block", justify="right")
     for position in result.positions:
-        shown.add_column(Text(label(clean[position], corrupted[position])), justify="right")
+        shown.add_column(Text(label(clean[position], corrupted[position])), justify="right", no_wrap=True)
     for row in reversed(range(len(result.blocks))):
         cells = [
             Text(f"{v:.2f}", style="bold green" if v > 0.5 else "" if v > 0.1 else "dim") for v in result.grid_LP[row]
