@@ -51,7 +51,7 @@ _INDEX = {name: i for i, name in enumerate(PROPERTIES)}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """`share` of a latent's firings have the property; `base` of all rows do."""
+    """`share` of a latent's strong firings have the property; `base` of all rows do."""
 
     name: str
     share: float
@@ -200,24 +200,30 @@ def agreements(
     min_share: float = 0.8,
     min_gain: float = 0.7,
     max_base: float = 0.5,
+    strong: float = 0.35,
+    min_firings: int = 20,
 ) -> dict[int, Agreement]:
-    """For each latent the property its firings tell most about, where they do.
+    """For each latent the property its strong firings tell most about, where they do.
 
-    share = P(property | fires), base = P(property), over the rows known. Kept where share >= min_share,
-    base <= max_base and (share - base) / (1 - base) >= min_gain; of several, the one of the largest KL of Bernoulli(share) to
+    share = P(property | fires with at least `strong` times its strongest activation), base = P(property), over the
+    rows known. Kept where there are `min_firings` of them, share >= min_share, base <= max_base and
+    (share - base) / (1 - base) >= min_gain; of several, the one of the largest KL of Bernoulli(share) to
     Bernoulli(base), which prefers the rarer property.
     """
     if not known_N.any():
         return {}
     base_C = properties_CN[:, known_N].mean(axis=1)
-    known_E = known_N[firings.row_E]
-    latent_E, row_E = firings.latent_E[known_E], firings.row_E[known_E]
+    max_F = np.zeros(firings.num_latents, np.float32)
+    np.maximum.at(max_F, firings.latent_E, firings.value_E)
+    used_E = known_N[firings.row_E] & (firings.value_E >= strong * max_F[firings.latent_E])
+    latent_E, row_E = firings.latent_E[used_E], firings.row_E[used_E]
     count_F = np.bincount(latent_E, minlength=firings.num_latents)
     share_CF = np.stack(
         [np.bincount(latent_E, weights=mask_N[row_E], minlength=firings.num_latents) for mask_N in properties_CN]
     ) / np.maximum(count_F, 1)
     base_C1 = np.clip(base_C, 1e-9, 1 - 1e-9)[:, None]
     good_CF = (share_CF >= min_share) & ((share_CF - base_C1) / (1 - base_C1) >= min_gain) & (base_C1 <= max_base)
+    good_CF &= count_F >= min_firings
     inner_CF = np.clip(share_CF, 1e-9, 1 - 1e-9)
     gain_CF = inner_CF * np.log(inner_CF / base_C1) + (1 - inner_CF) * np.log((1 - inner_CF) / (1 - base_C1))
     best_F = np.where(good_CF, gain_CF, -1.0).argmax(axis=0)

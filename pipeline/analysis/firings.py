@@ -36,7 +36,7 @@ class LatentStats:
     count_F: np.ndarray  # firings
     max_F: np.ndarray
     mean_square_F: np.ndarray  # E[a^2] over all rows
-    windows_F: np.ndarray  # windows it fires in
+    breadth_F: np.ndarray  # effective number of groups (documents or windows) it fires in: 1 / sum p_g^2
     token_r2_F: np.ndarray  # see token_r2
     top_token_F: np.ndarray  # the token it fires on most often; -1 where it never fires
     top_share_F: np.ndarray  # share of its firings on that token
@@ -65,15 +65,16 @@ def collect_firings(
     )
 
 
-def latent_stats(firings: Firings, window_N: np.ndarray) -> LatentStats:
-    """`window_N` is the window of each searched row."""
+def latent_stats(firings: Firings, group_N: np.ndarray) -> LatentStats:
+    """`group_N` is the document or the window of each searched row."""
     f = firings
     count_F = np.bincount(f.latent_E, minlength=f.num_latents)
     max_F = np.zeros(f.num_latents, np.float32)
     np.maximum.at(max_F, f.latent_E, f.value_E)
     square_F = np.bincount(f.latent_E, weights=f.value_E.astype(np.float64) ** 2, minlength=f.num_latents)
-    n_windows = int(window_N.max(initial=0)) + 1
-    seen = np.unique(f.latent_E.astype(np.int64) * n_windows + window_N[f.row_E])
+    n_groups = int(group_N.max(initial=0)) + 1
+    seen, times = np.unique(f.latent_E.astype(np.int64) * n_groups + group_N[f.row_E], return_counts=True)
+    together_F = np.bincount(seen // n_groups, weights=times.astype(np.float64) ** 2, minlength=f.num_latents)
     pair_token, pair_latent, pair_count, r2_F = _per_token(f)
     order = np.lexsort((pair_token, -pair_count, pair_latent))  # the commonest token of a latent first, ties: lowest
     latents, first = np.unique(pair_latent[order], return_index=True)
@@ -85,7 +86,7 @@ def latent_stats(firings: Firings, window_N: np.ndarray) -> LatentStats:
         count_F=count_F,
         max_F=max_F,
         mean_square_F=square_F / max(1, f.rows),
-        windows_F=np.bincount(seen // n_windows, minlength=f.num_latents),
+        breadth_F=count_F.astype(np.float64) ** 2 / np.maximum(together_F, 1),
         token_r2_F=r2_F,
         top_token_F=top_token_F,
         top_share_F=top_share_F,
@@ -142,17 +143,18 @@ def of_latent(firings: Firings, latents: np.ndarray) -> dict[int, tuple[np.ndarr
     }
 
 
-def strongest_rows(row_E: np.ndarray, value_E: np.ndarray, window_N: np.ndarray, limit: int) -> np.ndarray:
-    """The rows of the strongest firings of one latent, at most one of a window, strongest first."""
+def strongest_rows(
+    row_E: np.ndarray, value_E: np.ndarray, window_N: np.ndarray, document_N: np.ndarray, limit: int
+) -> np.ndarray:
+    """The rows of the strongest firings of one latent, strongest first.
+
+    At most one of a window, and one of a document where there are enough documents; then further windows.
+    """
     order = np.lexsort((row_E, -value_E))
-    _, first = np.unique(window_N[row_E[order]], return_index=True)
-    return row_E[order[np.sort(first)[:limit]]]
-
-
-def spread_rows(row_E: np.ndarray, value_E: np.ndarray, window_N: np.ndarray, share: float, limit: int) -> np.ndarray:
-    """Rows around the `share` quantile of a latent's firings, one of a window: what it does when it fires weakly."""
-    if not len(row_E):
-        return row_E
-    order = np.argsort(np.abs(value_E - np.quantile(value_E, share)), kind="stable")
-    _, first = np.unique(window_N[row_E[order]], return_index=True)
-    return row_E[order[np.sort(first)[:limit]]]
+    ranked = row_E[order]
+    _, in_window = np.unique(window_N[ranked], return_index=True)
+    candidates = np.sort(in_window)  # the best row of each window, strongest first
+    _, in_document = np.unique(document_N[ranked[candidates]], return_index=True)
+    first = np.sort(in_document)[:limit]
+    rest = np.setdiff1d(np.arange(len(candidates)), first)[: limit - len(first)]
+    return ranked[candidates[np.sort(np.r_[first, rest])]]

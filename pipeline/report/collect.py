@@ -148,7 +148,7 @@ def _summary(i: ReportInputs) -> str:
     on = f", trained on {count(trained)} activations" if trained else ""
     return (
         f"{count(w.num_latents)} latents, at most {w.k} active per token{on} that llama.cpp computed while the model "
-        f"read {i.corpus_name}; every number here is from documents kept out of the training."
+        f"read {i.corpus_name}; judged on documents kept out of the training."
     )
 
 

@@ -44,7 +44,7 @@ class LatentCard:
     demoted: list[tuple[str, float]]
     histogram: list[int] = field(default_factory=list)  # firings per bin of (0, max_activation]
     concept: str = ""  # a ground-truth property of the text where it fires, where one was found
-    concept_share: float = 0.0  # of its firings
+    concept_share: float = 0.0  # of its strong firings
     concept_base: float = 0.0  # of all rows
 
 

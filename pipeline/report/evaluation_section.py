@@ -12,9 +12,9 @@ from .svg import Axes, bar_chart
 BASELINE_NAMES = {
     "pca": "PCA at the same L0",
     "untrained": "SAE before training",
-    "random_model": "SAE trained on the same model with random weights",
-    "mean": "every activation replaced by the mean",
-    "zero": "every activation set to zero",
+    "random_model": "SAE of a random-weights model",
+    "mean": "the mean everywhere",
+    "zero": "zeros everywhere",
 }
 SCALE = ("mean", "zero")  # not rivals: the ends of the scale
 
@@ -64,7 +64,7 @@ def evaluation_section(evaluation: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{n}<small>{way}&nbsp;</small></th>" for n, way in heads)
     return (
         "<h3>Is it any good?</h3>"
-        f'<div class="scroll"><table class="eval"><thead><tr><th>the model runs on …</th>{head}</tr></thead>'
+        f'<div class="scroll"><table class="eval"><thead><tr><th>the model runs on</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{_notes(evaluation)}"
     )
 

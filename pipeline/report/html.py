@@ -22,7 +22,7 @@ def render(data: ReportData) -> str:
     sections = [
         _header(data),
         tiles(data.evaluation),
-        f'<div class="two"><div>{evaluation_section(data.evaluation)}</div><div>{_training(data.training)}</div></div>',
+        f'<div class="two wide"><div>{evaluation_section(data.evaluation)}</div><div>{_training(data.training)}</div></div>',
         _explanations(data),
         _latents(data),
         _steering(data.steering, data.completions),
@@ -57,7 +57,13 @@ def _training(curve: TrainingCurve | None) -> str:
     fvu = Series(label="FVU", x=curve.tokens[start:], y=curve.fvu[start:])
     out.append(line_chart([fvu], axes, title="FVU of the training batches (lower is better)"))
     if curve.dead_share:
-        axes = Axes(x_label="tokens trained on", y_label="dead share", x_format=short, y_format=lambda v: percent(v, 0))
+        axes = Axes(
+            x_label="tokens trained on",
+            y_label="dead share",
+            x_format=short,
+            y_format=lambda v: percent(v, 0),
+            y_range=(0.0, max(0.05, 1.1 * max(curve.dead_share))),
+        )
         dead = Series(label="dead", x=curve.tokens, y=curve.dead_share, style="s2")
         window = f" for {short(curve.dead_after_tokens)} tokens" if curve.dead_after_tokens else " lately"
         out.append(line_chart([dead], axes, title=f"Latents that have not fired{window}"))
@@ -91,15 +97,16 @@ def _latents(data: ReportData) -> str:
     token = [c for c in data.latents if c.token_r2 >= CONTEXT_R2]
     out = [
         '<h2 id="latents">Latents</h2>',
-        f"<p>Chosen from {count(data.latent_rows)} rows searched: neither dead nor among the densest, half of them "
+        f"<p>Chosen from {count(data.latent_rows)} rows searched (windows taken evenly from the documents): neither dead nor among the densest, half of them "
         "reading their surroundings. In each line the outlined token is where the latent fires most; colour is its "
         "activation there, hover for the value; · is a space, ↵ a line end. The lines of one latent come from "
-        "different windows.</p>",
+        "different documents where there are enough.</p>",
         '<p class="note"><b>Promotes / demotes</b>: W_U (g ⊙ W_dec[f]), less its mean over the vocabulary: the change '
         "of the logits if the latent's direction reached the final norm (gain g) and the unembedding W_U directly, up "
         "to the norm's positive scale. Later blocks can change it. <b>Known from the current token</b>: the share of "
         "the latent's variance that the average activation on that token predicts, each row predicted from the others "
-        "(R², 0 % to 100 %).</p>",
+        "(R², 0 % to 100 %). A <b>green mark</b> is what the syntax tree of the source says of the tokens where the "
+        "latent fires at a third of its strongest or more; hover for how common that is.</p>",
     ]
     for name, cards in (("Latents that read their surroundings", context), ("Latents of particular tokens", token)):
         if cards:
@@ -117,7 +124,8 @@ def _latent_card(card: LatentCard) -> str:
     ]
     head = "".join(f'<span class="tag">{tag}</span>' for tag in tags)
     if card.concept:
-        title = f"by the source's syntax tree; {percent(card.concept_base, 0)} of all tokens are"
+        base = percent(card.concept_base, 0)
+        title = f"share of its strong firings, by the source's syntax tree; of all tokens {base} are"
         share = percent(card.concept_share, 0)
         head += f'<span class="concept" title="{escape(title)}">{share} {escape(card.concept)}</span>'
     spark = spark_bars(card.histogram, title=f"activations of latent {card.latent}, log counts")
@@ -128,8 +136,8 @@ def _latent_card(card: LatentCard) -> str:
         for c in card.contexts
     )
     return (
-        f'<article class="latent" id="f{card.latent}"><header><strong>#{card.latent}</strong>{head}'
-        f'<span class="push"></span>{spark}</header>'
+        f'<article class="latent" id="f{card.latent}"><header><div><strong>#{card.latent}</strong>{head}</div>'
+        f"{spark}</header>"
         f"{_words('promotes', card.promoted)}{_words('demotes', card.demoted)}"
         f'<ol class="ctx">{contexts}</ol></article>'
     )
@@ -181,7 +189,7 @@ def _curves(curve: SteeringCurve) -> list[str]:
     return [
         f'<p>x′ = x + coefficient · W_dec[<a href="#f{curve.latent}">{curve.latent}</a>] at every token but the flagged '
         f"ones, on {count(curve.positions)} held-out tokens{chosen}. A latent that means something moves its promoted "
-        "tokens up step by step; a random direction of the same length only disturbs.</p>",
+        "tokens up step by step; a random direction of the same length moves them far less, and alike both ways.</p>",
         f'<p class="words"><span>promoted</span>{promoted}</p><div class="two">',
         chart("mean log-probability, nats", curve.log_prob, curve.control_log_prob, "Promoted tokens: log-probability"),
         chart("KL, nats per token", curve.kl, curve.control_kl, "KL to the plain run: what the change costs"),

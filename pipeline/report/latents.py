@@ -26,6 +26,7 @@ from .markup import piece_text
 BEFORE, AFTER = 24, 10  # tokens shown around the strongest one
 SHOWN_TOKENS = 12  # promoted and demoted
 BINS = 24
+FEW_DOCUMENTS = 20  # below, a latent's breadth is counted in windows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class Searched:
     firings: Firings
     stats: LatentStats
     window_N: np.ndarray
+    document_N: np.ndarray
     agreements: dict[int, Agreement]
     sources: Mapping[str, bytes]
 
@@ -66,8 +68,8 @@ def search(
     session: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Searched:
-    """Capture at most `tokens` rows of the table (windows drawn from `seed`), encode, and count."""
-    order_W = np.random.default_rng(seed).permutation(table.n_windows)
+    """Capture at most `tokens` rows of the table (in the order of even_order), encode, and count."""
+    order_W = even_order(table, np.random.default_rng(seed))
     chosen_W = take_windows(table, order_W, tokens)
     total = int(np.diff(table.window_starts)[chosen_W].sum())
 
@@ -81,7 +83,8 @@ def search(
                 progress("contexts", done, total)
 
     firings = collect_firings(parts(), table, weights.num_latents)
-    window_N = table.window_N[firings.table_row_N]
+    window_N, document_N = table.window_N[firings.table_row_N], table.doc_N[firings.table_row_N]
+    few = len(np.unique(document_N)) < FEW_DOCUMENTS
     found: dict[int, Agreement] = {}
     if sources:
         lengths_N = vocabulary.length_V[firings.token_N]
@@ -90,11 +93,23 @@ def search(
     return Searched(
         table=table,
         firings=firings,
-        stats=latent_stats(firings, window_N),
+        stats=latent_stats(firings, window_N if few else document_N),
         window_N=window_N,
+        document_N=document_N,
         agreements=found,
         sources=sources or {},
     )
+
+
+def even_order(table: WindowTable, rng: np.random.Generator) -> np.ndarray:
+    """All windows, the documents in turn: a long document does not crowd out the others at the front."""
+    shuffled_W = rng.permutation(table.n_windows)
+    document_W = table.doc_N[table.window_starts[shuffled_W]]
+    by_document = np.argsort(document_W, kind="stable")
+    starts = np.searchsorted(document_W[by_document], document_W[by_document])
+    turn_W = np.empty(table.n_windows, np.int64)
+    turn_W[by_document] = np.arange(table.n_windows) - starts
+    return shuffled_W[np.argsort(turn_W, kind="stable")]
 
 
 def latent_cards(
@@ -108,7 +123,7 @@ def latent_cards(
 ) -> list[LatentCard]:
     """Cards of the latents worth reading, those that read their surroundings first."""
     stats, rows = searched.stats, searched.firings.rows
-    named = [f for f in _by_agreement(searched) if stats.windows_F[f] >= contexts]
+    named = [f for f in _by_agreement(searched) if stats.count_F[f] >= contexts]
     chosen = choose_latents(stats, rows, count, preferred=named)
     if not chosen:
         return []
@@ -140,7 +155,7 @@ def _card(
     up, down = extremes(effect_V, SHOWN_TOKENS, vocabulary.special_V)
     agreement = searched.agreements.get(latent)
     counts_B, _ = np.histogram(value_E, bins=BINS, range=(0, float(stats.max_F[latent])))
-    peaks = strongest_rows(row_E, value_E, searched.window_N, contexts)
+    peaks = strongest_rows(row_E, value_E, searched.window_N, searched.document_N, contexts)
     return LatentCard(
         latent=latent,
         density=float(stats.count_F[latent] / max(1, searched.firings.rows)),

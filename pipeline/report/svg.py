@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .markup import escape
 
 WIDTH, HEIGHT = 520, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 56, 24, 12, 42
 
 Format = Callable[[float], str]
 

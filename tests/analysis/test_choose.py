@@ -16,7 +16,7 @@ def stats(rows=100_000, latents=300, seed=0):
         count_F=count_F,
         max_F=np.ones(latents),
         mean_square_F=rng.random(latents),
-        windows_F=count_F // 2,
+        breadth_F=count_F / 2,
         token_r2_F=np.where(count_F > 0, np.tile([0.05, 0.95, 0.99], latents // 3), np.nan),
         top_token_F=np.zeros(latents, int),
         top_share_F=np.ones(latents),

@@ -93,9 +93,9 @@ def test_rows_take_the_property_of_their_tokens_last_byte_and_agreements_name_th
     fires = np.r_[np.arange(20), 40]  # latent 0: 20 of 21 firings in the docstring; latent 1: anywhere
     everywhere = np.arange(0, len(data), 2)
     firings = Firings(
-        row_E=np.r_[fires, everywhere],
-        latent_E=np.r_[np.zeros(21, int), np.ones(len(everywhere), int)],
-        value_E=np.ones(21 + len(everywhere), np.float32),
+        row_E=np.r_[fires, everywhere, np.arange(50, 60)],
+        latent_E=np.r_[np.zeros(21, int), np.ones(len(everywhere), int), np.zeros(10, int)],
+        value_E=np.r_[np.full(21 + len(everywhere), 3.0), np.ones(10)].astype(np.float32),  # ten weak ones elsewhere
         table_row_N=rows,
         token_N=rows,
         num_latents=3,
@@ -105,6 +105,8 @@ def test_rows_take_the_property_of_their_tokens_last_byte_and_agreements_name_th
     assert found[0].name == "inside a docstring"
     assert found[0].share == pytest.approx(20 / 21)
     assert found[0].base == pytest.approx(26 / len(data))
+    assert agreements(firings, properties, known, strong=0) == {}  # with the weak firings: 20 of 31
+    assert agreements(firings, properties, known, min_firings=22) == {}
     assert agreements(firings, properties, np.zeros(len(data), bool)) == {}
 
 

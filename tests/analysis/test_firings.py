@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.analysis.firings import collect_firings, latent_stats, of_latent, spread_rows, strongest_rows
+from pipeline.analysis.firings import collect_firings, latent_stats, of_latent, strongest_rows
 
 ROWS, LATENTS, K = 300, 12, 3
 
@@ -53,7 +53,7 @@ def test_leave_one_out_r2_equals_the_loop_over_rows(searched):
     assert np.isnan(r2_F[LATENTS - 1])  # never fires
 
 
-def test_counts_maxima_windows_and_top_tokens_equal_loops(searched):
+def test_counts_maxima_breadth_and_top_tokens_equal_loops(searched):
     dense_NF, token_N, window_N, firings = searched
     stats = latent_stats(firings, window_N)
     np.testing.assert_array_equal(stats.count_F, (dense_NF > 0).sum(axis=0))
@@ -61,7 +61,8 @@ def test_counts_maxima_windows_and_top_tokens_equal_loops(searched):
     np.testing.assert_allclose(stats.mean_square_F, (dense_NF.astype(np.float64) ** 2).mean(axis=0))
     for f in range(LATENTS - 1):
         fires = dense_NF[:, f] > 0
-        assert stats.windows_F[f] == len(set(window_N[fires].tolist()))
+        shares = np.unique(window_N[fires], return_counts=True)[1] / fires.sum()
+        assert stats.breadth_F[f] == pytest.approx(1 / (shares**2).sum())
         tokens, counts = np.unique(token_N[fires], return_counts=True)
         assert stats.top_token_F[f] == tokens[counts.argmax()]
         assert stats.top_share_F[f] == pytest.approx(counts.max() / fires.sum())
@@ -73,14 +74,20 @@ def test_strongest_rows_come_from_different_windows_strongest_first(searched):
     rows, values = of_latent(firings, np.array([2, 4]))[4]
     np.testing.assert_array_equal(rows, np.flatnonzero(dense_NF[:, 4] > 0))
     np.testing.assert_array_equal(values, dense_NF[rows, 4])
-    best = strongest_rows(rows, values, window_N, 5)
+    best = strongest_rows(rows, values, window_N, np.zeros(ROWS, int), 5)
     per_window = {w: dense_NF[window_N == w, 4].max() for w in set(window_N.tolist())}
     np.testing.assert_array_equal(dense_NF[best, 4], sorted(per_window.values(), reverse=True)[:5])
     assert len(set(window_N[best].tolist())) == 5
 
 
-def test_spread_rows_lie_near_the_quantile(searched):
+def test_documents_come_once_each_before_a_second_window_of_one(searched):
     dense_NF, _, window_N, firings = searched
     rows, values = of_latent(firings, np.array([4]))[4]
-    middle = spread_rows(rows, values, window_N, 0.5, 4)
-    assert np.abs(dense_NF[middle, 4] - np.median(values)).max() < 0.2
+    document_N = window_N // 5  # three documents of five windows
+    best = strongest_rows(rows, values, window_N, document_N, 3)
+    expected = sorted((dense_NF[document_N == d, 4].max() for d in range(3)), reverse=True)
+    np.testing.assert_array_equal(dense_NF[best, 4], expected)
+    more = strongest_rows(rows, values, window_N, document_N, 7)
+    assert set(best.tolist()) <= set(more.tolist())
+    assert len(set(window_N[more].tolist())) == 7
+    assert (np.diff(dense_NF[more, 4]) <= 0).all()

@@ -14,6 +14,7 @@ from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
 from pipeline.report.collect import ReportInputs, build_report, headline, read_training_curve
+from pipeline.report.latents import even_order
 from sae import runtime
 from sae.errors import FormatError
 from sae.untrained import untrained_weights
@@ -71,7 +72,7 @@ def test_contexts_show_the_tokens_and_activations_of_the_table(built):
         assert card.density == pytest.approx(fires.sum() / (table.flags_N == 0).sum())
         assert card.max_activation == pytest.approx(column.max(), rel=1e-4)
         assert sum(card.histogram) == fires.sum()
-        peaks = [max(column[table.window_N == w]) for w in np.unique(table.window_N)]
+        peaks = [max(column[table.doc_N == d]) for d in np.unique(table.doc_N)]
         strongest = sorted(peaks, reverse=True)[: len(card.contexts)]
         np.testing.assert_allclose([c.values[c.peak] for c in card.contexts], strongest, rtol=1e-4)
         for context in card.contexts:
@@ -108,3 +109,14 @@ def test_a_damaged_training_log_is_named(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"tokens": 1, "fvu": 0.5}\n{"tok')
     with pytest.raises(FormatError, match="line 2"):
         read_training_curve(tmp_path / "m.jsonl", 128)
+
+
+def test_windows_come_from_all_documents_in_turn(built):
+    _, _, table, *_ = built
+    order = even_order(table, np.random.default_rng(0))
+    assert sorted(order.tolist()) == list(range(table.n_windows))
+    documents = table.doc_N[table.window_starts[order]]
+    sizes = np.bincount(table.doc_N[table.window_starts[:-1]])
+    assert len(set(documents[: len(sizes)].tolist())) == len(sizes)  # each once before any twice
+    twice = int((sizes >= 2).sum())
+    assert len(set(documents[len(sizes) : len(sizes) + twice].tolist())) == twice
