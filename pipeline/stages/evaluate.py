@@ -15,11 +15,20 @@ from ..evaluation.evaluate import evaluate, pca_baseline, reconstruction_on_stor
 from ..run import RunContext, write_json
 from ..store.reader import ActivationStore
 from .corpora import window_table
-from .inputs import check_host, describe_model, load_sae, open_model, open_sae, open_store, relative, session_options
+from .inputs import (
+    LABELS,
+    check_host,
+    describe_model,
+    load_sae,
+    open_model,
+    open_sae,
+    open_store,
+    relative,
+    session_options,
+)
 
 EVALUATION_NAME = "evaluation.json"
 PCA_ROWS = 200_000  # of the store, spread evenly
-LABELS = {"sae": "SAE", "pca": "PCA", "untrained": "untrained SAE", "random_model": "SAE of a random model"}
 
 
 def run(context: RunContext) -> None:

@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 STORE_NAME = "activations.zarr"
 SAE_NAME = "sae"
+# what an evaluation compares, as people read it
+LABELS = {
+    "sae": "SAE",
+    "pca": "PCA, k components",
+    "untrained": "untrained SAE",
+    "random_model": "SAE of a random model",
+    "mean": "mean ablation",
+    "zero": "zero ablation",
+}
 
 
 def model_path(config: ModelConfig) -> Path:

@@ -87,13 +87,13 @@ def sources(config: CorpusConfig, table: WindowTable) -> dict[str, bytes] | None
 
 
 def provenance(context: RunContext, model: Model, weights: SAEWeights, path: Path) -> list[tuple[str, str]]:
-    training = weights.training
+    training, settings = weights.training, weights.training.get("config", {})
     facts = [
         ("model", f"{Path(model.path).name}, sha256 {model.id.sha256}"),
         ("SAE", f"{relative(path)}, sha256 {context.inputs['sae']['sha256']}"),
         (
             "trained on",
-            f"{training.get('tokens', '?')} rows, lr {training.get('lr', '?')}, seed {training.get('seed', '?')}",
+            f"{training.get('tokens', '?')} rows, lr {settings.get('lr', '?')}, seed {settings.get('seed', '?')}",
         ),
     ]
     return facts + [(name, value) for name, value in versions().items() if name != "platform"]

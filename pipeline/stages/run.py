@@ -8,13 +8,12 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sae.errors import InterruptedRunError, SAEError
 
 from ..run import RunContext, read_manifest
-from .inputs import SAE_NAME, STORE_NAME, model_path, relative
+from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, print_wide, relative
 
 EXPERIMENT = "this_run"
 PATIENCE_SECONDS = 2.0  # a Ctrl-C reaches the child by itself; only a signal to us alone is passed on
@@ -130,23 +129,25 @@ def finish(context: RunContext) -> None:
     table.add_column("")
     for title in columns.values():
         table.add_column(title, justify="right")
-    for name, values in {"SAE": evaluation, **evaluation.get("baselines", {})}.items():
+    for name, values in {"sae": evaluation, **evaluation.get("baselines", {})}.items():
         cells = [values.get(key) for key in columns]
         table.add_row(
-            name,
+            LABELS.get(name, name),
             *(
                 "" if c is None else f"{c:.4f}" if key != "l0" else f"{c:.1f}"
                 for key, c in zip(columns, cells, strict=True)
             ),
         )
-    Console(highlight=False).print(table)
+    print_wide(table)
     context.metrics = {key: evaluation.get(key) for key in columns}
     extract, train = metrics_of(context, "extract"), metrics_of(context, "train")
     report = context.folder / "report" / "report.html"
     context.outputs["report"] = str(report)
-    context.add_input("model", model_path(context.config.model), "")
+    path = model_path(context.config.model)
+    sha256 = (read_manifest(context.folder / "extract") or {}).get("inputs", {}).get("model", {}).get("sha256", "")
+    context.add_input("model", path, sha256)
     context.three_lines(
-        f"{relative(model_path(context.config.model))}, {extract.get('rows', 0):,} rows captured at {', '.join(context.config.hooks.points)}",
+        f"{relative(path)} (sha256 {sha256[:12]}), {extract.get('rows', 0):,} rows captured at {', '.join(context.config.hooks.points)}",
         f"{extract.get('tokens_per_s', 0):,.0f} tokens/s captured, {train.get('tokens_per_s', 0):,.0f} tokens/s trained; "
         f"FVU {evaluation.get('fvu', float('nan')):.4f}, CE recovered {evaluation.get('ce_recovered', float('nan')):.4f}",
         f"open {relative(report)}",
