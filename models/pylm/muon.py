@@ -5,6 +5,8 @@ torch.optim.Muon iterates in bfloat16, which a CPU without bfloat16 arithmetic r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def orthogonalised(g_BMN: Tensor, iterations: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """p <- p (1 - lr wd) - lr 0.2 sqrt(max(M, N)) orthogonalised(nesterov momentum): AdamW's step size."""
 
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -38,6 +40,7 @@ class Muon(torch.optim.Optimizer):
             for shape, params in shapes.items():
                 updates = []
                 for p in params:
+                    assert p.grad is not None
                     buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     buffer.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(torch.lerp(p.grad, buffer, group["momentum"]))
