@@ -132,6 +132,10 @@ class EvalCallback:
         self._plan = None
         self.error = None
 
+    def interrupt(self) -> None:
+        """End the decode under way as an exception of a hook would; called between two callbacks."""
+        self.error = self.error or KeyboardInterrupt()
+
     def _entry(self, address: int, ask: bool, _user_data: int | None) -> bool:
         try:
             if ask:

@@ -19,6 +19,7 @@ from .graph import GraphMap, Inventory, Target
 from .hooks import HookPoint
 from .log import log_tail
 from .model import Model
+from .signals import deferred_signals
 from .switching import quick_switching
 from .symbols import lc
 
@@ -245,7 +246,8 @@ class Session:
         log_tail.clear()
         self._callback.arm(plan, self.graph)
         try:
-            with quick_switching() if plan.hooks else contextlib.nullcontext():
+            quick = quick_switching() if plan.hooks else contextlib.nullcontext()
+            with quick, deferred_signals(self._callback.interrupt):
                 code = lc.llama_decode(self._open(), batch.c)
                 lc.llama_synchronize(self._handle)
             if self._callback.error is not None:
