@@ -9,7 +9,8 @@ import numpy as np
 from .firings import LatentStats
 
 MIN_FIRINGS = 40
-MIN_BREADTH = 6
+BREADTH_SHARE = 1 / 8  # of the documents, in effect
+MIN_BREADTH = 4
 MAX_DENSITY = 0.03
 TOKEN_R2 = 0.5  # above, most of a latent's variance is known from the current token
 
@@ -19,14 +20,16 @@ def choose_latents(
 ) -> list[int]:
     """`count` latents worth reading, half of them not predictable from the current token, strongest kind of each first.
 
-    Left out: latents with under 40 firings or in effect under 6 documents (nothing general to see) and the densest (above
-    `max_density` of the rows; they carry background). The rest are ranked by E[a^2], what they add to the
-    reconstruction, within their kind and within thirds of log density, so that frequent latents do not fill
-    the list. `preferred` (for instance latents a concept was found for) take every other place within their kind.
+    Left out: latents with under 40 firings or, in effect, in under an eighth of the documents (nothing general to
+    see), and the densest (above `max_density` of the rows; they carry background). The rest are ranked by E[a^2],
+    what they add to the reconstruction, within their kind and within thirds of log density, so that frequent latents
+    do not fill the list. `preferred` (for instance latents a property of the text was found for) take every other
+    place within their kind.
     """
     density_F = stats.count_F / max(1, rows)
-    eligible = (stats.count_F >= MIN_FIRINGS) & (stats.breadth_F >= MIN_BREADTH) & (density_F <= max_density)
-    eligible &= np.isfinite(stats.token_r2_F)
+    eligible = (stats.count_F >= MIN_FIRINGS) & (density_F <= max_density) & np.isfinite(stats.token_r2_F)
+    broad = eligible & (stats.breadth_F >= max(MIN_BREADTH, BREADTH_SHARE * stats.groups))
+    eligible = broad if broad.sum() >= count else eligible & (stats.breadth_F >= MIN_BREADTH)
     if not eligible.any():  # a tiny run: better the little there is than an empty report
         eligible = stats.count_F > 0
     context = eligible & ~(stats.token_r2_F >= TOKEN_R2)

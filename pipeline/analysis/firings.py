@@ -36,7 +36,8 @@ class LatentStats:
     count_F: np.ndarray  # firings
     max_F: np.ndarray
     mean_square_F: np.ndarray  # E[a^2] over all rows
-    breadth_F: np.ndarray  # effective number of groups (documents or windows) it fires in: 1 / sum p_g^2
+    breadth_F: np.ndarray  # effective number of groups (documents or windows): 1 / sum p_g^2, p_g its share of sum a^2
+    groups: int  # that there are
     token_r2_F: np.ndarray  # see token_r2
     top_token_F: np.ndarray  # the token it fires on most often; -1 where it never fires
     top_share_F: np.ndarray  # share of its firings on that token
@@ -73,8 +74,10 @@ def latent_stats(firings: Firings, group_N: np.ndarray) -> LatentStats:
     np.maximum.at(max_F, f.latent_E, f.value_E)
     square_F = np.bincount(f.latent_E, weights=f.value_E.astype(np.float64) ** 2, minlength=f.num_latents)
     n_groups = int(group_N.max(initial=0)) + 1
-    seen, times = np.unique(f.latent_E.astype(np.int64) * n_groups + group_N[f.row_E], return_counts=True)
-    together_F = np.bincount(seen // n_groups, weights=times.astype(np.float64) ** 2, minlength=f.num_latents)
+    key_E = f.latent_E.astype(np.int64) * n_groups + group_N[f.row_E]
+    keys, inverse = np.unique(key_E, return_inverse=True)
+    mass = np.bincount(inverse, weights=f.value_E.astype(np.float64) ** 2, minlength=len(keys))
+    together_F = np.bincount(keys // n_groups, weights=mass**2, minlength=f.num_latents)
     pair_token, pair_latent, pair_count, r2_F = _per_token(f)
     order = np.lexsort((pair_token, -pair_count, pair_latent))  # the commonest token of a latent first, ties: lowest
     latents, first = np.unique(pair_latent[order], return_index=True)
@@ -86,7 +89,8 @@ def latent_stats(firings: Firings, group_N: np.ndarray) -> LatentStats:
         count_F=count_F,
         max_F=max_F,
         mean_square_F=square_F / max(1, f.rows),
-        breadth_F=count_F.astype(np.float64) ** 2 / np.maximum(together_F, 1),
+        breadth_F=np.divide(square_F**2, together_F, out=np.zeros(f.num_latents), where=together_F > 0),
+        groups=len(np.unique(group_N)),
         token_r2_F=r2_F,
         top_token_F=top_token_F,
         top_share_F=top_share_F,

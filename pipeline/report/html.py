@@ -103,7 +103,7 @@ def _latents(data: ReportData) -> str:
         "different documents where there are enough.</p>",
         '<p class="note"><b>Promotes / demotes</b>: W_U (g ⊙ W_dec[f]), less its mean over the vocabulary: the change '
         "of the logits if the latent's direction reached the final norm (gain g) and the unembedding W_U directly, up "
-        "to the norm's positive scale. Later blocks can change it. <b>Known from the current token</b>: the share of "
+        "to the norm's positive scale. Later blocks can change it. <b>Known from its token</b>: the share of "
         "the latent's variance that the average activation on that token predicts, each row predicted from the others "
         "(R², 0 % to 100 %). A <b>green mark</b> is what the syntax tree of the source says of the tokens where the "
         "latent fires at a third of its strongest or more; hover for how common that is.</p>",
@@ -115,19 +115,20 @@ def _latents(data: ReportData) -> str:
 
 
 def _latent_card(card: LatentCard) -> str:
-    rate = f"1 in {count(1 / card.density)}" if card.density > 0 else "none"
+    rate = f"1 in {count(1 / card.density)}" if card.density > 0 else "nothing"
     tags = [
-        f"fires on <b>{rate}</b> tokens",
-        f"known from the current token <b>{percent(max(card.token_r2, 0.0), 0)}</b>",
+        f"fires on <b>{rate}</b>",
+        f"known from its token <b>{percent(max(card.token_r2, 0.0), 0)}</b>",
         f'most often on <span class="tok">{visible(card.top_token)}</span> <b>{percent(card.top_token_share, 0)}</b>',
         f"strongest <b>{number(card.max_activation, 1)}</b>, median <b>{number(card.median_activation, 1)}</b>",
     ]
-    head = "".join(f'<span class="tag">{tag}</span>' for tag in tags)
+    head = ""
     if card.concept:
         base = percent(card.concept_base, 0)
         title = f"share of its strong firings, by the source's syntax tree; of all tokens {base} are"
         share = percent(card.concept_share, 0)
-        head += f'<span class="concept" title="{escape(title)}">{share} {escape(card.concept)}</span>'
+        head = f'<span class="concept" title="{escape(title)}">{share} {escape(card.concept)}</span>'
+    head += "".join(f'<span class="tag">{tag}</span>' for tag in tags)
     spark = spark_bars(card.histogram, title=f"activations of latent {card.latent}, log counts")
     contexts = "".join(
         f'<li><span class="v">{c.values[c.peak]:.1f}</span>'

@@ -17,6 +17,7 @@ def stats(rows=100_000, latents=300, seed=0):
         max_F=np.ones(latents),
         mean_square_F=rng.random(latents),
         breadth_F=count_F / 2,
+        groups=64,
         token_r2_F=np.where(count_F > 0, np.tile([0.05, 0.95, 0.99], latents // 3), np.nan),
         top_token_F=np.zeros(latents, int),
         top_share_F=np.ones(latents),
@@ -44,6 +45,14 @@ def test_preferred_latents_take_every_other_place_of_their_kind():
     chosen = choose_latents(s, 100_000, 12, preferred=context)
     assert chosen[0:6:2] == context
     assert not set(chosen[1:6:2]) & set(context)
+
+
+def test_latents_of_a_few_documents_are_left_out_while_there_are_others():
+    s = stats()
+    s.breadth_F[:] = np.where(np.arange(300) % 2, 7.0, 9.0)
+    assert all(f % 2 == 0 for f in choose_latents(s, 100_000, 20))
+    s.breadth_F[:] = 7.0
+    assert len(choose_latents(s, 100_000, 20)) == 20
 
 
 def test_one_kind_missing_fills_the_list_with_the_other():

@@ -61,12 +61,15 @@ def test_counts_maxima_breadth_and_top_tokens_equal_loops(searched):
     np.testing.assert_allclose(stats.mean_square_F, (dense_NF.astype(np.float64) ** 2).mean(axis=0))
     for f in range(LATENTS - 1):
         fires = dense_NF[:, f] > 0
-        shares = np.unique(window_N[fires], return_counts=True)[1] / fires.sum()
+        square_N = dense_NF[:, f].astype(np.float64) ** 2
+        shares = np.array([square_N[window_N == w].sum() for w in range(ROWS // 20)]) / square_N.sum()
         assert stats.breadth_F[f] == pytest.approx(1 / (shares**2).sum())
         tokens, counts = np.unique(token_N[fires], return_counts=True)
         assert stats.top_token_F[f] == tokens[counts.argmax()]
         assert stats.top_share_F[f] == pytest.approx(counts.max() / fires.sum())
     assert stats.top_token_F[LATENTS - 1] == -1
+    assert stats.breadth_F[LATENTS - 1] == 0
+    assert stats.groups == ROWS // 20
 
 
 def test_strongest_rows_come_from_different_windows_strongest_first(searched):
