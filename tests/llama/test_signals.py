@@ -38,8 +38,8 @@ def test_ctrl_c_at_any_moment_of_a_decode_comes_out_as_keyboard_interrupt(sessio
     struck = 0
     for _ in range(60):
         timer = threading.Timer(float(rng.uniform(0, 0.02)), os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         try:
+            timer.start()  # inside: a short timer strikes before it returns
             for _ in range(1000):
                 decode(session, (hook,))
         except KeyboardInterrupt:

@@ -1,0 +1,108 @@
+"""apply and convert through the command line: readings, interventions, texts from stdin, control vectors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from convert.control_vector import read_control_vector
+from sae.checkpoint import load_weights
+
+from .conftest import ggscope, last_line
+
+
+@pytest.fixture(scope="module")
+def sae(made):
+    return next(made.glob("runs/train/*/sae"))
+
+
+def events(done):
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def apply(sae, folder, *args, prompt="import os\n", code=0):
+    options = [f"sae.path={sae}", "apply.format=jsonl", "apply.max_tokens=6", "model.n_threads=1"]
+    return ggscope("apply", *options, *args, "--prompt", prompt, cwd=folder, code=code)
+
+
+def test_every_token_but_bos_has_its_latents_l0_and_fvu(sae, tmp_path):
+    read = events(apply(sae, tmp_path))
+    assert [e["pos"] for e in read] == list(range(len(read)))
+    assert read[0]["flagged"]
+    assert read[0]["latents"] == []
+    assert all(0 < e["l0"] <= 8 and e["fvu"] > 0 and len(e["latents"]) <= 3 for e in read[1:])
+    assert "".join(e["text"] for e in read if e["phase"] == "prompt").endswith("import os\n")
+    (file,) = tmp_path.glob("runs/apply/*/readout.jsonl")
+    assert [json.loads(line) for line in file.read_text().splitlines()] == read
+
+
+def test_a_prompt_comes_from_stdin_as_well(sae, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "apply",
+        f"sae.path={sae}",
+        "apply.format=jsonl",
+        "apply.max_tokens=6",
+        "-",
+    ]
+    done = subprocess.run(
+        command, input="import os\n\n", cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert [e["token"] for e in events(done)] == [e["token"] for e in events(apply(sae, tmp_path))]
+
+
+def test_interventions_change_what_they_should(sae, tmp_path):
+    plain = events(apply(sae, tmp_path))
+    latent = plain[2]["latents"][0][0]
+    chosen = f"intervention.latents=[{latent}]"
+    steered = events(apply(sae, tmp_path, "intervention=steer", chosen, "intervention.coeff=300"))
+    nothing = events(apply(sae, tmp_path, "intervention=steer", chosen, "intervention.coeff=0"))
+    ablated = events(apply(sae, tmp_path, "intervention=ablate", chosen))
+    late = events(
+        apply(sae, tmp_path, "intervention=clamp", chosen, "intervention.value=300", "intervention.phase=response")
+    )
+    assert nothing == plain
+    assert [e["logprob"] for e in steered[1:]] != [e["logprob"] for e in plain[1:]]
+    assert [e["logprob"] for e in ablated[1:]] != [e["logprob"] for e in plain[1:]]
+    prompt = [e for e in plain if e["phase"] == "prompt"]
+    assert [e["logprob"] for e in late[: len(prompt)]] == [e["logprob"] for e in prompt]
+    assert late[len(prompt) :] != plain[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["intervention=steer"], "intervention.latents"),
+        (["intervention=steer", "intervention.latents=[9999]"], "9999"),
+        (["intervention.kind=flip", "intervention.latents=[1]"], "steer, clamp, ablate"),
+        (["intervention=ablate", "intervention.latents=[1]", "intervention.token_range=[5,2]"], "token_range"),
+        (["apply.format=xml"], "text or jsonl"),
+        (["apply.temperature=-1"], "temperature"),
+        (["sae.path=nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_one_line(args, expected, sae, tmp_path):
+    assert expected in last_line(apply(sae, tmp_path, *args, code=2))
+
+
+def test_convert_writes_a_verified_file_and_a_control_vector(sae, tmp_path):
+    options = [f"convert.source={sae}", "convert.probe_tokens=600", "model.n_threads=1"]
+    done = ggscope(
+        "convert", *options, "convert.encoder_type=Q8_0", "convert.latent=7", "convert.coeff=2.5", cwd=tmp_path
+    )
+    assert "top-k overlap" in done.stdout
+    (vector,) = tmp_path.glob("runs/convert/*/latent_7.gguf")
+    directions = read_control_vector(vector)
+    assert list(directions) == [3]
+    assert np.array_equal(directions[3], np.float32(2.5) * load_weights(sae).W_dec_FD[7])
+    assert "Q4_9" in last_line(ggscope("convert", *options, "convert.encoder_type=Q4_9", cwd=tmp_path, code=2))
+    assert "0..255" in last_line(ggscope("convert", *options, "convert.latent=256", cwd=tmp_path, code=2))
