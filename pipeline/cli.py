@@ -22,13 +22,14 @@ from typing import Any
 from sae.errors import ConfigError, SAEError
 
 from .commands import COMMANDS
-from .config import Config
+from .config import Config, check_ranges
 
 # numpy's BLAS threads spin for a while after each product and then take the cores from llama.cpp's threads, which
 # wait for each other: evaluate took 1.5 times as long. Must be set before numpy is loaded; 2**4 cycles is the least.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 HYDRA_FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--cfg", "-c", "--package", "-p"}
+HYDRA_FLAGS = {"-m", "--multirun", "--resolve", "--info", "-i", "--hydra-help", "--run", "-r"}
 INTRO = "ggscope: train k-sparse autoencoders on what llama.cpp computes, and run them back inside it."
 
 
@@ -140,12 +141,16 @@ def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
     checked, skip = [], False
     for arg in args:
         if skip or arg.startswith("-"):
+            if not skip and arg.split("=")[0] not in HYDRA_FLAGS | HYDRA_FLAGS_WITH_VALUE:
+                raise ConfigError(f"unknown flag {arg}; settings are key=value, see `ggscope {name} --help`")
             skip = not skip and arg in HYDRA_FLAGS_WITH_VALUE
             checked.append(arg)
-        elif "=" in arg or arg.startswith("~"):
+        elif "=" in arg and not arg.startswith("~") and arg.partition("=")[0].strip() == arg.partition("=")[0]:
             checked.append(quoted(arg))
         else:
             raise ConfigError(f"expected key=value, got {arg!r}; see `ggscope {name} --help`")
+    if skip:
+        raise ConfigError(f"{checked[-1]}: expected a value after it")
     return checked
 
 
@@ -160,6 +165,7 @@ def run_stage(name: str, config: Config) -> None:
     """Open the run folder and call `pipeline.stages.<name>.run`."""
     from .run import RunContext, new_folder, resume_folder, running
 
+    check_ranges(config)
     groups = COMMANDS[name].groups
     folder = resume_folder(name, config, groups) if config.resume else new_folder(name, config)
     context = RunContext(command=name, folder=folder, config=config, resumed=bool(config.resume))
@@ -247,6 +253,9 @@ def exit_code_of(error: BaseException, name: str) -> int:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         text = str(error) if cause is error else f"{error} {cause}"
         print(f"ggscope {name}: {suggestion(text, name)}", file=sys.stderr)
+        return 2
+    if isinstance(error, OSError) and error.errno != errno.ENOSPC and error.filename is not None:
+        print(f"ggscope {name}: {error.filename}: {error.strerror}; name a path that can be used", file=sys.stderr)
         return 2
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         print(

@@ -40,7 +40,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "convert": Command(
         summary="write an SAE as GGUF and verify it; a latent as a control vector",
-        groups=("model", "corpus", "convert"),
+        groups=("model", "corpus", "sae", "convert"),
         examples=("ggscope convert convert.encoder_type=Q8_0", "ggscope convert convert.latent=123 convert.coeff=4"),
     ),
     "apply": Command(

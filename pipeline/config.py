@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sae.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -197,3 +199,33 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     run_dir: str = ""
     resume: str = ""
+
+
+# settings with a least value; counts whose 0 means "all" or "chosen" start at 0
+LEAST: dict[str, float] = {
+    "model.n_threads": 0, "model.n_gpu_layers": -1, "model.n_ctx": 0,
+    "corpus.context_tokens": 2, "corpus.max_tokens": 0, "corpus.max_documents": 0, "corpus.seed": -1,
+    "store.buffer_bytes": 1, "store.chunk_bytes": 1, "store.shard_rows": 0,
+    "extract.batch_tokens": 1, "extract.ubatch_tokens": 1, "extract.calibration_tokens": 1, "extract.outlier_factor": 1,
+    "sae.num_latents": 1, "sae.k": 1,
+    "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
+    "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
+    "convert.latent": -1, "convert.probe_tokens": 1,
+    "apply.max_tokens": 0, "apply.temperature": 0, "apply.top_latents": 0, "apply.seed": 0,
+    "lens.top": 1,
+    "report.top_latents": 0, "report.contexts": 1, "report.tokens": 1, "report.steer_latent": -1,
+}  # fmt: skip
+
+
+def check_ranges(config: Config) -> None:
+    """ConfigError for a number below what makes sense, one that is not finite, or a hook point named twice."""
+    for key, least in LEAST.items():
+        group, item = key.split(".")
+        value = getattr(getattr(config, group), item)
+        if not least <= value < float("inf"):
+            raise ConfigError(f"{key}={value}: expected a number of at least {least}")
+    points = config.hooks.points
+    if len(set(points)) != len(points):
+        raise ConfigError(f"hooks.points names a point twice: {', '.join(points)}")
+    if config.intervention.latents and config.intervention.kind == "none":
+        raise ConfigError("intervention.latents without a kind does nothing: add intervention=steer, clamp or ablate")

@@ -78,9 +78,11 @@ def sample(logits_V: np.ndarray, temperature: float, rng: np.random.Generator) -
     """argmax at temperature 0, else one draw from softmax(logits / temperature)."""
     if temperature == 0:
         return int(logits_V.argmax())
-    scaled_V = logits_V.astype(np.float64) / temperature
-    cumulative_V = np.cumsum(np.exp(scaled_V - scaled_V.max()))
-    return int(np.searchsorted(cumulative_V, rng.random() * cumulative_V[-1], side="right"))
+    with np.errstate(over="ignore"):  # a tiny temperature: -inf, which exp takes to 0
+        scaled_V = (logits_V.astype(np.float64) - logits_V.max()) / temperature
+    cumulative_V = np.cumsum(np.exp(scaled_V))
+    drawn = np.searchsorted(cumulative_V, rng.random() * cumulative_V[-1], side="right")
+    return min(int(drawn), len(logits_V) - 1)
 
 
 class _Run:
@@ -103,7 +105,8 @@ class _Run:
 
     def events(self, prompt: np.ndarray, max_tokens: int) -> Iterator[ReadoutEvent]:
         self.session.clear()
-        self.sequences.start(_SEQ, [flagged_token(self.model, int(token)) for token in prompt])
+        # the first row is flagged like in a store, whether it is BOS or not
+        self.sequences.start(_SEQ, [i == 0 or flagged_token(self.model, int(t)) for i, t in enumerate(prompt)])
         self.edits_key = edits_key(self.interventions, self.sequences)
         logprobs, readings, logits_V = self._prompt(prompt)
         token, last = self._next(logits_V, max_tokens)

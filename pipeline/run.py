@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from sae.errors import ConfigError, InterruptedRunError
 from .config import Config
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 PACKAGES = ("ggscope", "llama-cpp-python", "torch", "numpy", "zarr", "hydra-core", "gguf", "safetensors")
 
 
@@ -126,6 +128,10 @@ def new_folder(command: str, config: Config, root: Path = Path("runs")) -> Path:
     if config.run_dir:
         folder = Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            raise ConfigError(
+                f"run_dir={folder} already holds a run; continue it with resume={folder} or name another folder"
+            )
         return folder.resolve()
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
@@ -214,10 +220,21 @@ def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path
 
 @contextmanager
 def running(context: RunContext) -> Iterator[RunContext]:
-    """Keep the manifest true whatever happens inside."""
+    """Keep the manifest true whatever happens inside; one process at a time in a run folder."""
+    with open(context.folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends, however it ends
+        except OSError:
+            raise ConfigError(f"another process works in {context.folder}; wait for it or stop it first") from None
+        with _manifest_kept(context):
+            yield context
+
+
+@contextmanager
+def _manifest_kept(context: RunContext) -> Iterator[None]:
     context.write("running")
     try:
-        yield context
+        yield
     except (KeyboardInterrupt, InterruptedRunError) as error:
         context.write("interrupted", str(error))
         if isinstance(error, InterruptedRunError):

@@ -257,11 +257,11 @@ def _run(losses: SpliceResult, name: str, cluster_N: np.ndarray) -> dict[str, An
 
 
 def recovered(ablated_N: np.ndarray, run_N: np.ndarray, clean_N: np.ndarray) -> float:
-    """(CE_ablated - CE_run) / (CE_ablated - CE_clean); NaN where the ablation costs nothing."""
+    """(CE_ablated - CE_run) / (CE_ablated - CE_clean); NaN where the ablation costs nothing or even helps."""
     if not len(clean_N):
         return math.nan
     cost = float(ablated_N.mean() - clean_N.mean())
-    return math.nan if cost == 0 else float(ablated_N.mean() - run_N.mean()) / cost
+    return math.nan if cost <= 0 else float(ablated_N.mean() - run_N.mean()) / cost
 
 
 def _quality(metrics: ReconstructionMetrics) -> dict[str, Any]:

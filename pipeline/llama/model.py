@@ -134,7 +134,11 @@ class Model:
         return dict(self._hook_points)
 
     def unembed(self) -> Unembedding:
-        """The final norm and the output matrix of this file, float32."""
+        """The final norm and the output matrix of this file, float32; read once."""
+        return self._unembedding
+
+    @cached_property
+    def _unembedding(self) -> Unembedding:
         from .unembed import read_unembedding
 
         return read_unembedding(self.path)

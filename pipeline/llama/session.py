@@ -58,7 +58,9 @@ class Session:
         self.n_seq_max = _between("n_seq_max", n_seq_max, 1, _MAX_SEQUENCES)
         self.kv_unified = kv_unified or n_seq_max == 1
         n_ctx = _between("n_ctx", n_ctx, 1, 1 << 30)
-        n_batch = _between("n_batch", n_batch or min(n_ctx, 2048), 1, 1 << 24)
+        # llama.cpp aborts the process where a batch cannot hold one token of each sequence
+        n_ctx = _between("n_ctx", n_ctx, self.n_seq_max, 1 << 30)
+        n_batch = _between("n_batch", n_batch or min(n_ctx, 2048), self.n_seq_max, 1 << 24)
         n_ubatch = min(n_batch, _between("n_ubatch", n_ubatch or 512, 1, 1 << 24))
         params = lc.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_ubatch, n_seq_max

@@ -23,8 +23,9 @@ from ..llama.model import Model
 from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
 from ..run import RunContext
-from .inputs import check_host, describe_model, open_model, open_sae, relative, session_options
+from .inputs import check_host, context_tokens, describe_model, open_model, open_sae, relative, session_options
 
+LONGEST = 1 << 20  # positions
 READOUT_NAME = "readout.jsonl"
 KINDS = ("none", "steer", "clamp", "ablate")
 
@@ -39,7 +40,7 @@ def run(context: RunContext) -> None:
     with open_model(context) as model:
         check_host(context, weights, model)
         tokens = tokens_of(model, config)
-        n_ctx = context.config.model.n_ctx or len(tokens) + config.max_tokens + 1
+        n_ctx = context_tokens(context, model, len(tokens) + config.max_tokens)
         session = Session(model, n_ctx=n_ctx, **session_options(context.config.model))
         chosen = interventions(context.config.intervention, weights)
         reader = Reader(weights, top=config.top_latents)
@@ -102,6 +103,8 @@ def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:
             raise ConfigError(
                 f"intervention.token_range: expected [first,last] and no positions, got {config.token_range}"
             )
+        if config.token_range[1] >= LONGEST:
+            raise ConfigError(f"intervention.token_range: positions end at {LONGEST - 1}, got {config.token_range}")
         return tuple(range(config.token_range[0], config.token_range[1] + 1))
     return tuple(config.positions) or None
 

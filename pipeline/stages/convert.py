@@ -17,7 +17,7 @@ from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..run import RunContext, file_sha256
 from .corpora import window_table
-from .inputs import check_host, load_sae, open_model, relative, sae_path, session_options
+from .inputs import check_host, load_sae, open_model, outlier_norm, relative, sae_path, session_options
 
 GGUF_NAME = "sae.gguf"
 
@@ -50,7 +50,9 @@ def probe_rows(context: RunContext, model: Model, weights: SAEWeights, tokens: i
     table = window_table(context, model, split="held_out", max_tokens=0)
     chosen = take_windows(table, np.arange(table.n_windows), tokens)
     hook = HookPoint.parse(weights.hook)
-    parts = captured_rows(model, table, chosen, hook, session=session_options(context.config.model))
+    parts = captured_rows(
+        model, table, chosen, hook, outlier_norm=outlier_norm(weights), session=session_options(context.config.model)
+    )
     return np.concatenate([part.x_ND for part in parts])
 
 

@@ -9,11 +9,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sae.errors import ConfigError
+
 from ..run import versions
 from .inputs import threads
 
 
 def run(args: list[str]) -> None:
+    if args:
+        raise ConfigError(f"expected `ggscope doctor` alone, got {' '.join(args)}")
     from ..llama import doctor as devices
 
     out = Console(highlight=False)

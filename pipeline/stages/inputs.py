@@ -15,7 +15,7 @@ from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
 from ..config import ModelConfig
-from ..run import RunContext, newest_finished, read_manifest
+from ..run import RunContext, newest_finished, read_manifest, runs_of
 
 if TYPE_CHECKING:
     from ..llama.model import Model
@@ -84,12 +84,59 @@ def store_path(context: RunContext) -> Path:
     return path
 
 
-def open_store(context: RunContext) -> ActivationStore:
+def open_store(context: RunContext, weights: SAEWeights | None = None) -> ActivationStore:
+    """The store of the settings; without one that of `weights`' training where it is found, else the newest."""
     from ..store.reader import ActivationStore
 
-    store = ActivationStore(store_path(context))
+    wanted = weights.training.get("store_sha256", "") if weights is not None else ""
+    path = (own_store(wanted) if wanted and not context.config.store.path else None) or store_path(context)
+    store = ActivationStore(path)
+    if wanted and wanted != store_sha256(store.path):
+        context.console.print(
+            f"warning: the SAE was trained on another store than {relative(path)}", style="yellow", highlight=False
+        )
     context.add_input("store", store.path, store_sha256(store.path))
     return store
+
+
+def own_store(sha256: str) -> Path | None:
+    """The store of this hash among the finished extract runs."""
+    for _, manifest in runs_of("extract"):
+        path = Path(manifest.get("outputs", {}).get("store", ""))
+        if (path / "meta.json").is_file() and store_sha256(path) == sha256:
+            return path
+    return None
+
+
+def run_of_sae(command: str, weights: SAEWeights, needed_for: str) -> dict[str, Any]:
+    """The manifest of the newest finished `command` run about this very SAE."""
+    sae_id = weights.training.get("id")
+    if sae_id is None:  # an SAE made elsewhere: nothing to compare by
+        return newest_finished(command, needed_for)[1]
+    for _, manifest in runs_of(command):
+        if manifest.get("status") == "finished" and manifest.get("metrics", {}).get("sae_id") == sae_id:
+            return manifest
+    raise ConfigError(
+        f"{needed_for}: expected a finished `ggscope {command}` run of this SAE ({sae_id}) under "
+        f"{Path('runs').resolve()}, found none; run `ggscope {command}` on it or name its file"
+    )
+
+
+def outlier_norm(weights: SAEWeights) -> float:
+    """Rows of a larger norm were outside the training of this SAE and are outside its metrics; 0: none."""
+    return float(weights.training.get("outlier_threshold", 0.0))
+
+
+def context_tokens(context: RunContext, model: Model, needed: int) -> int:
+    """KV cells for `needed` tokens: `model.n_ctx` where given, else as many as needed, if the model was trained for it."""
+    if context.config.model.n_ctx:
+        return context.config.model.n_ctx
+    if needed > model.n_ctx_train:
+        raise ConfigError(
+            f"{needed} tokens are more than the {model.n_ctx_train} the model was trained for; shorten the prompt or "
+            "apply.max_tokens, or set model.n_ctx to try anyway"
+        )
+    return needed
 
 
 def store_sha256(path: Path) -> str:

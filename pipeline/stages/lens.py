@@ -15,7 +15,7 @@ from ..lenses.patching import prompt_tokens
 from ..llama.model import Model
 from ..llama.session import Session
 from ..run import RunContext, write_json
-from .inputs import describe_model, open_model, print_wide, relative, session_options
+from .inputs import context_tokens, describe_model, open_model, print_wide, relative, session_options
 
 LENS_NAME = "lens.json"
 COLUMNS_SHOWN = 10  # the terminal shows the last positions, the file has all
@@ -30,7 +30,7 @@ def run(context: RunContext) -> None:
     with open_model(context) as model:
         tokens = prompt_tokens(model, config.prompt)
         session = Session(
-            model, n_ctx=context.config.model.n_ctx or len(tokens) + 1, **session_options(context.config.model)
+            model, n_ctx=context_tokens(context, model, len(tokens)), **session_options(context.config.model)
         )
         result = logit_lens(session, model, tokens, top=config.top)
         session.close()

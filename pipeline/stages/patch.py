@@ -15,7 +15,7 @@ from ..lenses.patching import PatchResult, patch_sweep, prompt_tokens
 from ..llama.model import Model
 from ..llama.session import Session
 from ..run import RunContext, write_json
-from .inputs import describe_model, open_model, print_wide, relative, session_options
+from .inputs import context_tokens, describe_model, open_model, print_wide, relative, session_options
 
 PATCH_NAME = "patch.json"
 PICTURE_NAME = "patch.png"
@@ -31,7 +31,7 @@ def run(context: RunContext) -> None:
         raise ConfigError(f"patch.format: expected text or json, got {config.format!r}")
     with open_model(context) as model:
         count = len(prompt_tokens(model, config.clean))
-        n_ctx = context.config.model.n_ctx or SIDE_BY_SIDE * (count + 1)
+        n_ctx = context.config.model.n_ctx or SIDE_BY_SIDE * context_tokens(context, model, count)
         session = Session(model, n_ctx=n_ctx, n_seq_max=SIDE_BY_SIDE, **session_options(context.config.model))
         with context.progress("patching", model.n_layer * count, "runs") as progress:
             result = patch_sweep(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae.errors import FormatError
+from sae.errors import ConfigError, FormatError
 from sae.weights import SAEWeights
 
 from ..config import CorpusConfig
@@ -15,9 +15,18 @@ from ..corpus.windows import WindowTable
 from ..llama.model import Model
 from ..report.collect import ReportInputs, build_report, read_training_curve
 from ..report.figures import summary_figure
-from ..run import RunContext, newest_finished, versions
+from ..run import RunContext, versions
 from .corpora import window_table
-from .inputs import check_host, describe_model, open_model, open_sae, relative, session_options
+from .inputs import (
+    check_host,
+    describe_model,
+    open_model,
+    open_sae,
+    outlier_norm,
+    relative,
+    run_of_sae,
+    session_options,
+)
 
 REPORT_NAME = "report.html"
 PICTURE_NAME = "summary.png"
@@ -26,10 +35,11 @@ PICTURE_NAME = "summary.png"
 def run(context: RunContext) -> None:
     config = context.config.report
     path, weights = open_sae(context)
-    evaluation = read_evaluation(context)
-    metrics = (
-        Path(config.metrics) if config.metrics else Path(newest_finished("train", "report")[1]["outputs"]["metrics"])
-    )
+    evaluation = read_evaluation(context, weights)
+    metrics = Path(config.metrics or run_of_sae("train", weights, "report")["outputs"]["metrics"])
+    if not metrics.is_file():
+        raise ConfigError(f"report.metrics={metrics}: no such file; name the metrics.jsonl of the training")
+    dead_after = weights.training.get("config", {}).get("dead_after_tokens", 0)
     context.add_input("metrics", metrics)
     out, picture = context.folder / REPORT_NAME, context.folder / PICTURE_NAME
     with open_model(context) as model:
@@ -42,7 +52,8 @@ def run(context: RunContext) -> None:
             evaluation=evaluation,
             config=config,
             metrics_path=metrics,
-            dead_after_tokens=context.config.trainer.dead_after_tokens,
+            dead_after_tokens=dead_after,
+            outlier_norm=outlier_norm(weights),
             corpus_name=corpus_name(context.config.corpus),
             sources=sources(context.config.corpus, table),
             provenance=provenance(context, model, weights, path),
@@ -51,7 +62,7 @@ def run(context: RunContext) -> None:
         with context.progress("report", config.tokens, "rows") as progress:
             data = build_report(out, inputs, progress=lambda what, done, total: progress(done, total, note=what))
         given = f"{relative(path)} at {weights.hook} of {describe_model(model)}"
-    curve = read_training_curve(metrics, weights.num_latents, context.config.trainer.dead_after_tokens)
+    curve = read_training_curve(metrics, weights.num_latents, dead_after)
     summary_figure(picture, curve, evaluation, data.title)
     context.outputs |= {"report": str(out), "picture": str(picture)}
     context.metrics = {"latents_shown": len(data.latents), "bytes": out.stat().st_size}
@@ -62,15 +73,19 @@ def run(context: RunContext) -> None:
     )
 
 
-def read_evaluation(context: RunContext) -> dict[str, Any]:
-    """The evaluation that is shown: `report.evaluation`, or the newest one."""
-    named = context.config.report.evaluation
-    path = Path(named) if named else Path(newest_finished("evaluate", "report")[1]["outputs"]["evaluation"])
+def read_evaluation(context: RunContext, weights: SAEWeights) -> dict[str, Any]:
+    """The evaluation of this SAE: `report.evaluation`, or the newest one. FormatError, ConfigError for another's."""
+    path = Path(context.config.report.evaluation or run_of_sae("evaluate", weights, "report")["outputs"]["evaluation"])
     context.add_input("evaluation", path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: expected the evaluation.json of `ggscope evaluate` ({error})") from None
+    if not isinstance(evaluation, dict) or "fvu" not in evaluation:
+        raise FormatError(f"{path}: expected the evaluation.json of `ggscope evaluate`, got another JSON file")
+    if evaluation.get("sae_id") != weights.training.get("id"):
+        raise ConfigError(f"{path} is the evaluation of another SAE; run `ggscope evaluate` on this one")
+    return evaluation
 
 
 def corpus_name(config: CorpusConfig) -> str:

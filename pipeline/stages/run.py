@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from sae.errors import InterruptedRunError, SAEError
+from sae.errors import FormatError, InterruptedRunError, SAEError
 
 from ..run import RunContext, read_manifest
+from .corpora import check_held_out
 from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, print_wide, relative
 
 EXPERIMENT = "this_run"
@@ -21,13 +23,13 @@ PATIENCE_SECONDS = 2.0  # a Ctrl-C reaches the child by itself; only a signal to
 
 def run(context: RunContext) -> None:
     folder, config = context.folder, context.config
+    check_held_out(config.corpus)  # before hours of capture
     save_settings(context)
+    random_model = random_copy(context) if config.evaluate.baselines else None
     store, sae = folder / "extract" / STORE_NAME, folder / "train" / SAE_NAME
     stage(context, "extract", "extract", f"store.path={store}")
     stage(context, "train", "train", f"store.path={store}")
-    random_sae = ""
-    if config.evaluate.baselines:
-        random_sae = random_baseline(context)
+    random_sae = random_baseline(context, random_model) if random_model else ""
     stage(
         context, "evaluate", "evaluate", f"store.path={store}", f"sae.path={sae}", f"evaluate.random_sae={random_sae}"
     )
@@ -84,15 +86,27 @@ def child(command: list[str]) -> int:
         raise
 
 
-def random_baseline(context: RunContext) -> str:
-    """An SAE trained the same way on the same architecture with re-drawn weights; returns its folder."""
+def random_copy(context: RunContext) -> Path | None:
+    """The model with its matrices redrawn, or None (with a warning) where its types cannot be written."""
     from ..llama.random_weights import write_random_copy
 
-    config, folder = context.config, context.folder / "random"
-    model = folder / "model.gguf"
+    config = context.config
+    model = context.folder / "random" / "model.gguf"
     if not model.exists():
-        folder.mkdir(exist_ok=True)
-        write_random_copy(model_path(config.model), model, seed=config.evaluate.seed)
+        model.parent.mkdir(exist_ok=True)
+        try:
+            write_random_copy(model_path(config.model), model, seed=config.evaluate.seed)
+        except FormatError as error:
+            context.console.print(
+                f"warning: no random-weights baseline for this model: {error}", style="yellow", highlight=False
+            )
+            return None
+    return model
+
+
+def random_baseline(context: RunContext, model: Path) -> str:
+    """An SAE trained the same way on the same architecture with re-drawn weights; returns its folder."""
+    config, folder = context.config, context.folder / "random"
     rows = config.evaluate.random_model_tokens
     limit = config.corpus.max_tokens
     share = min(1.0, rows / limit) if limit else 1.0
@@ -105,7 +119,12 @@ def random_baseline(context: RunContext) -> str:
     ]
     stage(context, "extract", "random/extract", *source, f"store.path={store}")
     stage(
-        context, "train", "random/train", f"store.path={store}", f"trainer.tokens={int(config.trainer.tokens * share)}"
+        context,
+        "train",
+        "random/train",
+        f"store.path={store}",
+        f"trainer.tokens={int(config.trainer.tokens * share)}",
+        f"trainer.warmup_steps={int(config.trainer.warmup_steps * share)}",
     )
     return str(folder / "train" / SAE_NAME)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import hashlib
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from sae.errors import ConfigError
@@ -14,6 +15,7 @@ from .inputs import SAE_NAME, open_store, relative, store_sha256, threads
 
 if TYPE_CHECKING:
     from sae.trainer import TrainConfig
+    from sae.weights import SAEWeights
 
     from ..store.reader import ActivationStore
 
@@ -55,17 +57,30 @@ def run(context: RunContext) -> None:
         finally:
             for logger in loggers:
                 logger.close()
+    weights = with_origin(weights, store, hook)
     out = context.folder / SAE_NAME
     save_weights(out, weights)
     context.outputs |= {"sae": str(out), "metrics": str(context.folder / "metrics.jsonl")}
-    last = log.last
+    last = log.last or weights.training["metrics"]  # a finished run that is resumed logs nothing
     context.metrics = {key: value for key, value in last.items() if isinstance(value, int | float)}
+    context.metrics["sae_id"] = weights.training["id"]
     context.three_lines(
         f"{relative(store.path)} (sha256 {store_sha256(store.path)[:12]}), {store.n_rows:,} rows at {hook}, width {weights.d_in}",
         f"{weights.num_latents} latents, k={weights.k}, {last.get('tokens', 0):,} tokens; FVU {last.get('fvu', float('nan')):.4f}, "
         f"L0 {last.get('l0', float('nan')):.1f}, {last.get('revived_total', 0)} latents revived, {last.get('tokens_per_s', 0):,.0f} tokens/s",
         relative(out),
     )
+
+
+def with_origin(weights: SAEWeights, store: ActivationStore, hook: str) -> SAEWeights:
+    """The SAE with what later stages check it by: an id, its store, and the norm above which rows were left out."""
+    digest = hashlib.sha256(weights.W_enc_FD.tobytes() + weights.W_dec_FD.tobytes()).hexdigest()
+    origin = {
+        "id": digest[:16],
+        "store_sha256": store_sha256(store.path),
+        "outlier_threshold": store.hooks[hook].outlier_threshold,
+    }
+    return replace(weights, training=weights.training | origin)
 
 
 class Reporter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ModelConfig
+from pipeline.corpus.stdlib import is_held_out
 from pipeline.stages.inputs import model_path
 
 from .conftest import SMALL, TRAIN, ggscope, last_line
@@ -158,3 +160,41 @@ def test_a_sweep_runs_every_combination(copy):
     assert done.stdout.count("train    output") == 2
     found = sorted(json.loads(p.read_text())["config"]["sae"]["k"] for p in copy.glob("runs/train/*/manifest.json"))
     assert found == [4, 8, 8]
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(copy):
+    (run,) = copy.glob("runs/extract/*")
+    assert "already holds a run" in last_line(ggscope("train", *TRAIN, f"run_dir={run}", cwd=copy, code=2))
+    assert json.loads((run / "manifest.json").read_text())["command"] == "extract"
+
+
+def test_two_processes_do_not_share_a_run(copy):
+    (run,) = copy.glob("runs/train/*")
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process" in last_line(ggscope("train", *TRAIN, f"resume={run}", cwd=copy, code=2))
+    done = ggscope("train", *TRAIN, f"resume={run}", cwd=copy)  # finished already: the same numbers again
+    assert "L0 8.0" in done.stdout
+
+
+def test_the_evaluation_of_another_sae_is_refused(copy):
+    (copy / "other.json").write_text('{"fvu": 0.5, "sae_id": "0123"}')
+    assert "another SAE" in last_line(ggscope("report", "report.evaluation=other.json", cwd=copy, code=2))
+    assert "of this SAE" in last_line(ggscope("report", cwd=copy, code=2))
+
+
+def test_evaluate_takes_the_store_of_the_sae_not_the_newest(copy):
+    (own,) = copy.glob("runs/extract/*/activations.zarr")
+    ggscope("extract", "corpus.max_tokens=4000", cwd=copy)
+    options = ["evaluate.tokens=2000", "evaluate.splice_tokens=600", "model.n_threads=1"]
+    ggscope("evaluate", *options, cwd=copy)
+    (run,) = copy.glob("runs/evaluate/*/manifest.json")
+    assert json.loads(run.read_text())["inputs"]["store"]["path"] == str(own)
+
+
+def test_a_run_with_nothing_to_evaluate_on_stops_before_it_captures(tmp_path):
+    name = next(f"{n}.txt" for n in "abcdefgh" if not is_held_out(f"{n}.txt"))
+    (tmp_path / name).write_text("some text\n" * 200)
+    line = last_line(ggscope("run", "corpus=text", f"corpus.paths=[{name}]", cwd=tmp_path, code=2))
+    assert "held out" in line
+    assert not list(tmp_path.glob("runs/run/*/extract"))
