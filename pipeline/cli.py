@@ -30,6 +30,10 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 HYDRA_FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--cfg", "-c", "--package", "-p"}
 HYDRA_FLAGS = {"-m", "--multirun", "--resolve", "--info", "-i", "--hydra-help", "--run", "-r"}
+PATH_KEYS = {
+    "run_dir", "resume", "model.path", "store.path", "sae.path", "convert.source", "convert.out",
+    "evaluate.random_sae", "report.evaluation", "report.metrics",
+}  # fmt: skip
 INTRO = "ggscope: train k-sparse autoencoders on what llama.cpp computes, and run them back inside it."
 
 
@@ -89,20 +93,21 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=node)
 
 
-def quoted(override: str) -> str:
+def quoted(override: str, *, multirun: bool = False) -> str:
     """The override as it is where Hydra's grammar takes it, else with its value quoted."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
+    key, sign, value = override.partition("=")
     try:
-        OverridesParser.create().parse_overrides([override])
-        return override
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+        if multirun or not (parsed.is_sweep_override() and key in PATH_KEYS):  # a comma in a path is no sweep
+            return override
     except OverrideParseException:
-        key, sign, value = override.partition("=")
         if not sign or not key.strip("+~.").replace(".", "").replace("_", "").replace("/", "").isalnum():
             raise
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'{key}="{escaped}"'
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def read_text(source: str) -> str:
@@ -139,6 +144,7 @@ def take_texts(name: str, args: list[str]) -> tuple[dict[str, str], list[str]]:
 def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
     """Quote what the grammar cannot take; turn a bare path into the key it stands for."""
     checked, skip = [], False
+    multirun = not {"-m", "--multirun"}.isdisjoint(args)
     for arg in args:
         if skip or arg.startswith("-"):
             if not skip and arg.split("=")[0] not in HYDRA_FLAGS | HYDRA_FLAGS_WITH_VALUE:
@@ -146,7 +152,7 @@ def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
             skip = not skip and arg in HYDRA_FLAGS_WITH_VALUE
             checked.append(arg)
         elif "=" in arg and not arg.startswith("~") and arg.partition("=")[0].strip() == arg.partition("=")[0]:
-            checked.append(quoted(arg))
+            checked.append(quoted(arg, multirun=multirun))
         else:
             raise ConfigError(f"expected key=value, got {arg!r}; see `ggscope {name} --help`")
     if skip:

@@ -127,7 +127,7 @@ def test_texts_pass_outside_the_grammar(tmp_path):
 
 
 def test_a_path_the_grammar_cannot_parse_is_quoted():
-    for value in ("a (1).gguf", "x, y=2.gguf", 'q"uote.gguf', "plain.gguf"):
+    for value in ("a (1).gguf", "x, y=2.gguf", "a,b.gguf", 'q"uote.gguf', "plain.gguf"):
         assert composed("train", quoted(f"model.path={value}")).model.path == value
     assert checked_overrides("train", ["--config-dir", "folder", "sae.k=1"]) == ["--config-dir", "folder", "sae.k=1"]
 
