@@ -48,7 +48,13 @@ def run(context: RunContext) -> None:
             session, model, tokens, interventions=chosen, readers=[reader],
             max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
         )  # fmt: skip
-        events = show(stream, context.folder / READOUT_NAME, as_json=config.format == "jsonl", top=config.top_latents)
+        events = show(
+            stream,
+            context.folder / READOUT_NAME,
+            as_json=config.format == "jsonl",
+            top=config.top_latents,
+            bos=model.bos,
+        )
         session.close()
         given = f"{describe_model(model)} and {relative(path)} at {weights.hook}"
     made = [e for e in events if e.phase == "response"]
@@ -109,7 +115,7 @@ def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:
     return tuple(config.positions) or None
 
 
-def show(stream: object, path: Path, *, as_json: bool, top: int) -> list[ReadoutEvent]:
+def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None) -> list[ReadoutEvent]:
     """Print every event as it comes and keep it in `path` (JSONL)."""
     out = Console(highlight=False, soft_wrap=True)
     events: list[ReadoutEvent] = []
@@ -124,7 +130,7 @@ def show(stream: object, path: Path, *, as_json: bool, top: int) -> list[Readout
             else:
                 out.print(line(event, top))
     if not as_json:
-        prompt = "".join(e.text for e in events if e.phase == "prompt")
+        prompt = "".join(e.text for e in events if e.phase == "prompt" and not (e.pos == 0 and e.token == bos))
         made = "".join(e.text for e in events if e.phase == "response")
         out.print(f"\n{escape(prompt)}[bold green]{escape(made)}[/bold green]\n")
     return events
