@@ -15,9 +15,9 @@ from sae.weights import SAEWeights
 from ..evaluation.evaluate import captured_rows, take_windows
 from ..llama.hooks import HookPoint
 from ..llama.model import Model
-from ..run import RunContext, file_sha256
+from ..run import RunContext
 from .corpora import window_table
-from .inputs import check_host, load_sae, open_model, outlier_norm, relative, sae_path, session_options
+from .inputs import check_host, load_sae, open_model, outlier_norm, relative, sae_path, sae_sha256, session_options
 
 GGUF_NAME = "sae.gguf"
 
@@ -26,7 +26,7 @@ def run(context: RunContext) -> None:
     config = context.config.convert
     source = Path(config.source).expanduser() if config.source else sae_path(context)
     weights = load_sae(source)
-    sha256 = file_sha256(source / "sae.safetensors") if (source / "sae.safetensors").exists() else ""
+    sha256 = sae_sha256(source)
     context.add_input("sae", source, sha256)
     out = Path(config.out).expanduser() if config.out else context.folder / GGUF_NAME
     with open_model(context) as model:

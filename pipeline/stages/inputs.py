@@ -15,7 +15,7 @@ from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
 from ..config import ModelConfig
-from ..run import RunContext, newest_finished, read_manifest, runs_of
+from ..run import RunContext, file_sha256, newest_finished, read_manifest, runs_of
 
 if TYPE_CHECKING:
     from ..llama.model import Model
@@ -78,9 +78,14 @@ def store_path(context: RunContext) -> Path:
     """`store.path`, or the store of the newest finished extract run (which one is printed)."""
     if context.config.store.path:
         return Path(context.config.store.path).expanduser()
-    _, manifest = newest_finished("extract", context.command)
-    path = Path(manifest["outputs"]["store"])
-    context.console.print(f"using the newest store: {relative(path)}", highlight=False)
+    return newest_output(context, "extract", "store", "store")
+
+
+def newest_output(context: RunContext, command: str, output: str, label: str) -> Path:
+    """An output of the newest finished run of `command`; says on the console which one it is."""
+    _, manifest = newest_finished(command, context.command)
+    path = Path(manifest["outputs"][output])
+    context.console.print(f"using the newest {label}: {relative(path)}", highlight=False)
     return path
 
 
@@ -91,11 +96,12 @@ def open_store(context: RunContext, weights: SAEWeights | None = None) -> Activa
     wanted = weights.training.get("store_sha256", "") if weights is not None else ""
     path = (own_store(wanted) if wanted and not context.config.store.path else None) or store_path(context)
     store = ActivationStore(path)
-    if wanted and wanted != store_sha256(store.path):
+    found = store_sha256(store.path)
+    if wanted and wanted != found:
         context.console.print(
             f"warning: the SAE was trained on another store than {relative(path)}", style="yellow", highlight=False
         )
-    context.add_input("store", store.path, store_sha256(store.path))
+    context.add_input("store", store.path, found)
     return store
 
 
@@ -141,8 +147,6 @@ def context_tokens(context: RunContext, model: Model, needed: int) -> int:
 
 def store_sha256(path: Path) -> str:
     """What a store is of: the hash of its meta.json (model, corpus, plan, settings)."""
-    from ..run import file_sha256
-
     return file_sha256(path / "meta.json")
 
 
@@ -150,10 +154,7 @@ def sae_path(context: RunContext) -> Path:
     """`sae.path` (a checkpoint folder or a GGUF), or the SAE of the newest finished train run."""
     if context.config.sae.path:
         return Path(context.config.sae.path).expanduser()
-    _, manifest = newest_finished("train", context.command)
-    path = Path(manifest["outputs"]["sae"])
-    context.console.print(f"using the newest SAE: {relative(path)}", highlight=False)
-    return path
+    return newest_output(context, "train", "sae", "SAE")
 
 
 def load_sae(path: Path) -> SAEWeights:
@@ -171,13 +172,16 @@ def load_sae(path: Path) -> SAEWeights:
 
 
 def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
-    from ..run import file_sha256
-
     path = sae_path(context)
     weights = load_sae(path)
-    file = path if path.is_file() else path / "sae.safetensors"
-    context.add_input("sae", path, file_sha256(file) if file.exists() else "")
+    context.add_input("sae", path, sae_sha256(path))
     return path, weights
+
+
+def sae_sha256(path: Path) -> str:
+    """Hash of an SAE's file: the GGUF itself, or the tensors of a checkpoint folder; empty where neither is there."""
+    file = path if path.is_file() else path / "sae.safetensors"
+    return file_sha256(file) if file.exists() else ""
 
 
 def relative(path: Path | str) -> str:
