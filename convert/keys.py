@@ -10,7 +10,6 @@ ARCHITECTURE = "sae"
 VERSION = 1
 NORM_MODES = ("none",)
 MATRIX_TYPES = ("F32", "F16", "Q8_0")
-Q8_0_BLOCK = 32
 
 SAE_VERSION = "sae.version"
 SAE_COUNT = "sae.count"

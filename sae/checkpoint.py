@@ -20,7 +20,6 @@ VERSION = 1
 TENSORS = "sae.safetensors"
 META = "sae.json"
 REQUIRED = ("W_enc", "b_enc", "W_dec", "b_dec", "mean")
-OPTIONAL = ("threshold", "freq")
 FIELDS = {
     "W_enc": "W_enc_FD",
     "b_enc": "b_enc_F",

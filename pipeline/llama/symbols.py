@@ -22,8 +22,6 @@ _P = ctypes.c_void_p
 
 MAX_SRC = 10
 TYPE_F32 = 0
-TYPE_I32 = 26
-TYPE_I64 = 27
 
 
 class GgmlTensor(ctypes.Structure):
