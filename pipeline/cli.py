@@ -47,8 +47,11 @@ def overview() -> str:
 def help_of(name: str) -> str:
     """Usage, examples and every setting (with its default) of one command."""
     command = COMMANDS[name]
-    lines = [f"ggscope {name}: {command.summary}", "", "examples:"]
-    lines += [f"  {example}" for example in command.examples]
+    lines = [f"ggscope {name}: {command.summary}", ""]
+    if command.verbs or command.path_key:
+        words = ["|".join(command.verbs)] * bool(command.verbs) + ["[PATH...]"] * bool(command.path_key)
+        lines += [f"usage: ggscope {name} {' '.join(words)} [key=value ...]; PATH sets {command.path_key}", ""]
+    lines += ["examples:", *(f"  {example}" for example in command.examples)]
     if command.prompts:
         lines += ["", "texts:"]
         lines += [f"  {flag} TEXT, {flag}-file FILE" for flag, _ in command.prompts]
@@ -141,8 +144,38 @@ def take_texts(name: str, args: list[str]) -> tuple[dict[str, str], list[str]]:
     return texts, rest
 
 
+def take_words(name: str, args: list[str]) -> tuple[str, list[str], list[str]]:
+    """Split the verb and the paths off: `(verb, paths, the rest)`. Paths are the words before the first setting."""
+    command, rest = COMMANDS[name], list(args)
+    verb = ""
+    if command.verbs:
+        verb = rest.pop(0) if rest else ""
+        if verb not in command.verbs:
+            close = difflib.get_close_matches(verb, command.verbs, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(
+                f"expected `ggscope {name} {'|'.join(command.verbs)} ...`, got {verb or 'nothing'!r}{hint}"
+            )
+    paths = []
+    while command.path_key and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+        paths.append(rest.pop(0))
+    return verb, paths, rest
+
+
+def with_paths(name: str, config: Config, paths: list[str]) -> Config:
+    """The settings with the paths of the command line put where the command wants them."""
+    if not paths:
+        return config
+    group, item = COMMANDS[name].path_key.split(".")
+    several = isinstance(getattr(getattr(config, group), item), list)
+    if not several and len(paths) > 1:
+        raise ConfigError(f"`ggscope {name}` takes one path, got {len(paths)}: {' '.join(paths)}")
+    value = paths if several else paths[0]
+    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{item: value})})
+
+
 def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
-    """Quote what the grammar cannot take; turn a bare path into the key it stands for."""
+    """Quote what the grammar cannot take; `format=json` is short for the command's own `<command>.format=json`."""
     checked, skip = [], False
     multirun = not {"-m", "--multirun"}.isdisjoint(args)
     for arg in args:
@@ -151,6 +184,8 @@ def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
                 raise ConfigError(f"unknown flag {arg}; settings are key=value, see `ggscope {name} --help`")
             skip = not skip and arg in HYDRA_FLAGS_WITH_VALUE
             checked.append(arg)
+        elif arg.startswith("format=") and f"{name}.format" in flat_defaults(name):
+            checked.append(f"{name}.{arg}")
         elif "=" in arg and not arg.startswith("~") and arg.partition("=")[0].strip() == arg.partition("=")[0]:
             checked.append(quoted(arg, multirun=multirun))
         else:
@@ -167,21 +202,26 @@ def with_texts(config: Config, texts: dict[str, str]) -> Config:
     return config
 
 
-def run_stage(name: str, config: Config) -> None:
-    """Open the run folder and call `pipeline.stages.<name>.run`."""
+def run_stage(name: str, config: Config, verb: str = "") -> None:
+    """Open the run folder (of a command that keeps one) and call `pipeline.stages.<name>.run`."""
     from .run import RunContext, new_folder, resume_folder, running
 
     check_ranges(config)
+    stage = importlib.import_module(f"pipeline.stages.{name}")
+    if not COMMANDS[name].keeps_run:
+        stage.run(RunContext(command=name, verb=verb, folder=Path.cwd(), config=config))
+        return
     groups = COMMANDS[name].groups
     folder = resume_folder(name, config, groups) if config.resume else new_folder(name, config)
-    context = RunContext(command=name, folder=folder, config=config, resumed=bool(config.resume))
-    stage = importlib.import_module(f"pipeline.stages.{name}")
+    context = RunContext(command=name, verb=verb, folder=folder, config=config, resumed=bool(config.resume))
     with running(context):
         stage.run(context)
 
 
-def hydra_task(name: str, texts: dict[str, str], failures: list[Exception]) -> Callable[[Any], None]:
-    """The function Hydra calls once a job. A failure in this process is kept, so that Hydra adds no lines of its own."""
+def hydra_task(
+    name: str, words: tuple[str, list[str]], texts: dict[str, str], failures: list[Exception]
+) -> Callable[[Any], None]:
+    """The function Hydra calls once a job; `words` are verb and paths. A failure in this process is kept, so that Hydra adds no lines of its own."""
     owner = os.getpid()
 
     def task(cfg: Any) -> None:
@@ -190,7 +230,7 @@ def hydra_task(name: str, texts: dict[str, str], failures: list[Exception]) -> C
         try:
             config = OmegaConf.to_object(cfg)
             assert isinstance(config, Config)
-            run_stage(name, with_texts(config, texts))
+            run_stage(name, with_paths(name, with_texts(config, texts), words[1]), words[0])
         except Exception as error:
             if os.getpid() != owner:  # a launcher's worker: the exception is the only way back
                 raise
@@ -200,6 +240,7 @@ def hydra_task(name: str, texts: dict[str, str], failures: list[Exception]) -> C
 
 
 def run_command(name: str, args: list[str]) -> None:
+    verb, paths, args = take_words(name, args)
     texts, rest = take_texts(name, args)
     overrides = checked_overrides(name, rest)
     import hydra
@@ -208,7 +249,9 @@ def run_command(name: str, args: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out instead of being printed
     sys.argv = [f"ggscope {name}", *overrides]
     failures: list[Exception] = []
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(hydra_task(name, texts, failures))()
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(
+        hydra_task(name, (verb, paths), texts, failures)
+    )()
     for later in failures[1:]:
         exit_code_of(later, name)
     if failures:

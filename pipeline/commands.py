@@ -11,17 +11,20 @@ class Command:
     groups: tuple[str, ...] = ()  # config groups it reads
     examples: tuple[str, ...] = ()
     prompts: tuple[tuple[str, str], ...] = ()  # (flag, config key): texts that bypass Hydra's grammar
+    verbs: tuple[str, ...] = ()  # the first word after the command
+    path_key: str = ""  # config key of the path(s) that follow
+    keeps_run: bool = True  # makes a run folder; those that only look do not
 
 
 COMMANDS: dict[str, Command] = {
     "run": Command(
         summary="extract, train, evaluate, convert and report in one go",
-        groups=("model", "hooks", "corpus", "store", "extract", "sae", "trainer", "logger", "evaluate", "convert", "report"),
+        groups=("model", "hooks", "corpus", "store", "extract", "executor", "sae", "trainer", "logger", "evaluate", "convert", "report"),
         examples=("ggscope run experiment=demo_cpu", "ggscope run experiment=demo_cpu model.path=my.gguf", "ggscope run resume=latest experiment=demo_cpu"),
     ),
     "extract": Command(
         summary="capture activations of a GGUF model into a zarr store",
-        groups=("model", "hooks", "corpus", "store", "extract"),
+        groups=("model", "hooks", "corpus", "store", "extract", "executor"),
         examples=(
             "ggscope extract corpus.max_tokens=200000",
             "ggscope extract model.path=my.gguf hooks.points=[blocks.12.hook_resid_post] corpus=text corpus.paths=[notes/*.md]",
@@ -30,7 +33,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         summary="fit a k-sparse autoencoder on a store",
-        groups=("store", "hooks", "sae", "trainer", "logger"),
+        groups=("store", "hooks", "sae", "trainer", "logger", "model", "corpus", "extract"),
         examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train -m sae.k=16,32,64", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr"),
     ),
     "evaluate": Command(

@@ -26,7 +26,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HooksConfig:
-    """Hook points by the field's names, blocks counted from 0."""
+    """Hook points by the field's names, blocks counted from 0; `*` and ranges (`blocks.2..5.`) stand for several."""
 
     points: list[str] = field(default_factory=list)
 
@@ -35,33 +35,76 @@ class HooksConfig:
 class CorpusConfig:
     """Documents and how they are cut into windows."""
 
-    kind: str = "stdlib"  # stdlib | text | jsonl
-    paths: list[str] = field(default_factory=list)  # files and globs of kind text / jsonl
-    text_key: str = "text"  # the field of a JSONL record
+    kind: str = "stdlib"  # stdlib | text | stdin | jsonl | parquet | datasets | tokens
+    paths: list[str] = field(default_factory=list)  # files, globs and fsspec URLs
+    text_key: str = "text"  # the field or column of a record that holds the text
+    messages_key: str = ""  # ... or the one that holds chat messages, for the model's own chat template
+    filter: list[str] = field(
+        default_factory=list
+    )  # conditions on a record's fields, all must hold: [lang==en,score>=0.5]
+    dataset: str = ""  # kind datasets: what datasets.load_dataset takes (a name, or json, parquet, ... with paths)
+    dataset_config: str = ""
+    dataset_split: str = "train"
+    token_dtype: str = "uint16"  # kind tokens: uint16 | uint32 | int32
     split: str = "train"  # train | held_out | all
     context_tokens: int = 256  # window length, BOS included
     max_tokens: int = 0  # rows in all, 0: no limit
     max_documents: int = 0
-    packing: str = "documents"  # one window never crosses a document
+    packing: str = (
+        "documents"  # documents: one window never crosses a document; concat: windows cut from all of them joined
+    )
+    bos: str = "auto"  # at the start of a window: auto (where the model adds one) | always | never
     seed: int = 0  # order in which documents are taken; decides which ones a limit keeps
+    generate_tokens: int = 0  # > 0: each document is a prompt, its rows go on with that many generated tokens
+    generate_temperature: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreConfig:
-    path: str = ""  # empty: extract makes one in its run folder, other commands take the newest
+    path: str = (
+        ""  # a folder or s3://bucket/prefix; empty: extract makes one in its run folder, other commands take the newest
+    )
     buffer_bytes: int = 1 << 30  # two shard buffers of all hooks fit in it
     chunk_bytes: int = 512 << 10
     shard_rows: int = 0  # 0: chosen from buffer_bytes
     verify: bool = False  # on resume compare the sha256 of every committed shard too, not only the sizes
+    inputs: list[str] = field(default_factory=list)  # `ggscope store merge A B store.path=OUT`: the stores to read
+    format: str = "text"  # `ggscope store info`: text | json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractConfig:
     dtype: str = "auto"  # auto | float16 | bfloat16 | float32
+    backend: str = "auto"  # auto | callback | layer_inp
+    plan_only: bool = False  # print rows, bytes, seconds and free disk, and stop
     batch_tokens: int = 2048  # tokens of one llama_decode
     ubatch_tokens: int = 512
     calibration_tokens: int = 8192
     outlier_factor: float = 10.0  # a row is an outlier above this multiple of the median norm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorConfig:
+    """Where the shards of a store are captured: in this process, in several, on a Ray or a SLURM cluster."""
+
+    kind: str = "local"  # local | pool | ray | submitit
+    workers: int = 0  # 0: one for each GPU, else one for each two cores (ray: for each node of the cluster)
+    threads_per_worker: int = 0  # 0: the machine's cores shared out
+    gpus_per_worker: float = 0.0
+    retries: int = 3  # of shards whose worker died
+    address: str = ""  # ray: the cluster's address; empty: one made on this machine
+    cluster: str = ""  # submitit: slurm | local; empty: slurm where it is installed
+    partition: str = ""
+    account: str = ""
+    timeout_minutes: int = 240
+    memory_gb: int = 16
+    folder: str = ""  # submitit: its job files; empty: in the run folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    tensors: bool = False  # every node of the graph, not only those with a hook point
+    format: str = "text"  # text | json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +116,8 @@ class SAEConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
+    source: str = "store"  # store | stream: capture while training, without a store
+    queue_batches: int = 8  # stream: decoded batches that may wait for the trainer
     tokens: int = 4_000_000  # rows trained on, repeats of the store included
     batch_tokens: int = 2048
     lr: float = 2e-3
@@ -187,6 +232,8 @@ class Config:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -205,8 +252,11 @@ class Config:
 LEAST: dict[str, float] = {
     "model.n_threads": 0, "model.n_gpu_layers": -1, "model.n_ctx": 0,
     "corpus.context_tokens": 2, "corpus.max_tokens": 0, "corpus.max_documents": 0, "corpus.seed": -1,
+    "corpus.generate_tokens": 0, "corpus.generate_temperature": 0,
     "store.buffer_bytes": 1, "store.chunk_bytes": 1, "store.shard_rows": 0,
     "extract.batch_tokens": 1, "extract.ubatch_tokens": 1, "extract.calibration_tokens": 1, "extract.outlier_factor": 1,
+    "executor.workers": 0, "executor.threads_per_worker": 0, "executor.gpus_per_worker": 0, "executor.retries": 0,
+    "executor.timeout_minutes": 1, "executor.memory_gb": 1, "trainer.queue_batches": 1,
     "sae.num_latents": 1, "sae.k": 1,
     "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
     "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,

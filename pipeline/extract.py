@@ -24,7 +24,7 @@ from sae.errors import ConfigError, HookError, LlamaError, StoreError
 
 from .config import ExtractConfig, ModelConfig, StoreConfig
 from .corpus.plan import Plan, make_plan
-from .corpus.windows import COLUMN_DTYPES, FLAG_OUTLIER, WindowTable
+from .corpus.windows import COLUMN_DTYPES, FLAG_OUTLIER, FLAGS_ALL, WindowTable
 from .llama.hooks import HookPoint
 from .llama.model import Model
 from .llama.session import Hook, Rows, Session, capture
@@ -272,7 +272,7 @@ def _calibrate(capturer: Capturer) -> tuple[HookInfo, ...]:
     norms: dict[str, list[np.ndarray]] = {name: [] for name in plan.hooks}
     for index in chosen:
         batch = capturer.batch(index)
-        unflagged = capturer.table.flags_N[batch.start : batch.stop] == 0
+        unflagged = (capturer.table.flags_N[batch.start : batch.stop] & FLAGS_ALL) == 0
         for name, x_ND in batch.acts.items():
             largest[name] = max(largest[name], float(np.abs(x_ND).max()))
             norms[name].append(batch.norms[name][unflagged if unflagged.any() else slice(None)])

@@ -66,6 +66,7 @@ class RunContext:
     """One run of one command: its folder, its manifest, its console."""
 
     command: str
+    verb: str = ""
     folder: Path
     config: Config
     resumed: bool = False

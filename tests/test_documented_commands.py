@@ -69,7 +69,7 @@ def test_the_readme_s_stages_run_one_after_the_other_and_only_train_needs_torch(
 
 
 def test_help_s_examples_use_settings_that_exist():
-    from pipeline.cli import checked_overrides, flat_defaults, take_texts
+    from pipeline.cli import checked_overrides, flat_defaults, take_texts, take_words
 
     for name, command in COMMANDS.items():
         for example in command.examples:
@@ -77,7 +77,7 @@ def test_help_s_examples_use_settings_that_exist():
             assert words[:2] == ["ggscope", name]
             if not command.groups:
                 continue
-            rest = [word for word in words[2:] if word != "-"]
+            rest = [word for word in take_words(name, words[2:])[2] if word != "-"]
             known = flat_defaults(name)
             for override in checked_overrides(name, take_texts(name, rest)[1]):
                 key = override.split("=")[0]

@@ -21,7 +21,9 @@ FLAG_BOS = 1
 FLAG_SPECIAL = 2
 FLAG_FIRST = 4  # the first row of a window, whether BOS or not
 FLAG_OUTLIER = 8  # set during capture: the norm at some hook exceeds its threshold
-FLAGS_ALL = FLAG_BOS | FLAG_SPECIAL | FLAG_FIRST | FLAG_OUTLIER
+FLAG_NOT_FINITE = 16  # set during capture: the model gave a value that is not finite at some hook; stored as 0
+FLAG_GENERATED = 32  # the model's own continuation, not the document's text; marks, and leaves nothing out
+FLAGS_ALL = FLAG_BOS | FLAG_SPECIAL | FLAG_FIRST | FLAG_OUTLIER | FLAG_NOT_FINITE  # rows with any of these are left out
 
 PACKINGS = ("documents",)
 ALIGN_SLACK_BYTES = 64

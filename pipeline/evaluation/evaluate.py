@@ -141,7 +141,7 @@ def captured_rows(
             captured = capture(llama, [w.tokens for w in group], [hook])
             x_ND = np.concatenate([c[str(hook)] for c in captured])
             row_N = np.concatenate([np.arange(*table.window_starts[w.document : w.document + 2]) for w in group])
-            keep_N = table.flags_N[row_N] == 0
+            keep_N = (table.flags_N[row_N] & FLAGS_ALL) == 0
             if outlier_norm > 0:
                 keep_N &= np.linalg.norm(x_ND, axis=1) <= outlier_norm
             yield CapturedRows(x_ND=x_ND[keep_N], row_N=row_N[keep_N], rows=len(row_N))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.corpus.windows import FLAG_OUTLIER, WindowTable
+from pipeline.corpus.windows import FLAG_OUTLIER, FLAGS_ALL, WindowTable
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Hook, Rows, Session
@@ -81,7 +81,7 @@ def split_windows(table: WindowTable) -> list[TokenWindow]:
     """The windows of a table, in its order."""
     bounds = table.window_starts.tolist()
     return [
-        TokenWindow(tokens=table.token_N[a:b], flags=table.flags_N[a:b], document=int(table.doc_N[a]))
+        TokenWindow(tokens=table.token_N[a:b], flags=table.flags_N[a:b] & FLAGS_ALL, document=int(table.doc_N[a]))
         for a, b in pairwise(bounds)
     ]
 

@@ -12,7 +12,7 @@ from pipeline.analysis.choose import choose_latents
 from pipeline.analysis.concepts import Agreement, agreements, row_properties
 from pipeline.analysis.firings import Firings, LatentStats, collect_firings, latent_stats, of_latent, strongest_rows
 from pipeline.analysis.promoted import direct_effect, extremes
-from pipeline.corpus.windows import WindowTable
+from pipeline.corpus.windows import FLAGS_ALL, WindowTable
 from pipeline.evaluation.evaluate import captured_rows, take_windows
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
@@ -180,7 +180,7 @@ def _context(row: int, searched: Searched, vocabulary: Vocabulary, row_E: np.nda
     window = int(table.window_N[at])
     first = max(int(table.window_starts[window]), at - BEFORE)
     stop = min(int(table.window_starts[window + 1]), at + AFTER + 1)
-    first += int(table.flags_N[first] != 0)  # BOS says nothing here
+    first += int(table.flags_N[first] & FLAGS_ALL != 0)  # BOS says nothing here
     near = slice(*np.searchsorted(row_E, [row - BEFORE, row + AFTER + 1]))
     values = np.zeros(stop - first)
     places = searched.firings.table_row_N[row_E[near]] - first

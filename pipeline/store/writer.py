@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 import numpy as np
 import zarr
 
-from pipeline.corpus.windows import DocumentInfo
+from pipeline.corpus.windows import FLAGS_ALL, DocumentInfo
 from sae.errors import ShapeError, StoreError
 
 from .commits import Commit, commit_path, committed_shards, shard_stats, write_commit
@@ -103,7 +103,7 @@ class StoreWriter:
                 files.update(self._write(hook.array_path, shard, acts[hook.name]))
             for name in self.meta.columns:
                 files.update(self._write(f"columns/{name}", shard, columns[name]))
-            unflagged = columns["flags"] == 0
+            unflagged = (columns["flags"] & FLAGS_ALL) == 0
             commit = Commit(
                 shard=shard,
                 valid_rows=stop - start,
