@@ -1,0 +1,1 @@
+"""Capture: batches through llama.cpp, calibration, and the shards they become."""

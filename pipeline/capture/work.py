@@ -1,0 +1,64 @@
+"""The capture of a store as work that any process can do: by paths and settings, shard by shard, idempotent."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import ExtractConfig, ModelConfig, StoreConfig
+from ..corpus.plan import make_plan
+from ..corpus.spool import open_table
+from ..llama.model import Model
+from ..store.writer import ShardWriter
+from .capturer import Capturer
+from .shards import capture_shards
+
+if TYPE_CHECKING:
+    from ..executors.base import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureWork:
+    """Capture a store that was made, from a corpus that was spooled. What it opens stays open for the next call."""
+
+    model_path: str
+    spool: str  # folder of the tokenised corpus
+    store: str  # folder or URL
+    model: ModelConfig
+    extract: ExtractConfig
+    layout: StoreConfig  # with the hooks what decides the plan
+    hooks: tuple[tuple[str, int], ...]  # hook point, width
+
+    def missing(self) -> list[int]:
+        """Shards without a commit, ascending."""
+        return ShardWriter(self.store).missing()
+
+    def capture(self, shards: Sequence[int], *, place: Placement, done: Callable[[int], None]) -> None:
+        """Capture and commit these shards, leaving out those somebody committed; see `capture_shards`."""
+        writer = ShardWriter(self.store)
+        wanted = sorted(set(shards) & set(writer.missing()))
+        if wanted:
+            capture_shards(_opened(self, place.n_threads), writer, wanted, done)
+
+
+_kept: tuple[CaptureWork, int, Capturer] | None = None
+
+
+def _opened(work: CaptureWork, n_threads: int) -> Capturer:
+    """The capturer of this work in this process: loading a model for every few shards would cost more than they do."""
+    global _kept
+    if _kept is not None:
+        if _kept[:2] == (work, n_threads):
+            return _kept[2]
+        _kept[2].close()
+        _kept[2].model.close()
+        _kept = None
+    table = open_table(Path(work.spool))
+    plan = make_plan(table, hooks=dict(work.hooks), extract=work.extract, store=work.layout)
+    model = Model(work.model_path, n_gpu_layers=work.model.n_gpu_layers)
+    settings = dataclasses.replace(work.model, n_threads=n_threads)
+    _kept = (work, n_threads, Capturer(model, table, plan, work.extract, settings))
+    return _kept[2]
