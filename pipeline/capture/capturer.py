@@ -95,8 +95,7 @@ class Capturer:
         """Values of the rows `start : stop`, whole windows, by hook."""
         rows = slice(start, stop)
         acts = {name: np.empty((stop - start, width), np.float32) for name, width in self.plan.hooks.items()}
-        session = self._open()
-        session.clear()
+        session = self._open()  # its KV cache is empty: every decode here stops early, which clears it
         last_block = any(session.graph.find(point).outputs_only for point in self._points.values())
         window_N = self.table.window_N[rows]
         session.decode(
@@ -120,11 +119,13 @@ class Capturer:
         bad_N = np.zeros(borders[-1] - borders[0], bool)
         for start, stop in itertools.pairwise(borders):
             rows = slice(start - borders[0], stop - borders[0])
+            self._open().clear(wipe=True)  # keys and values that are not finite would spoil what follows, masked or not
             for name, x_ND in self._decode(start, stop).items():
                 bad_n = ~np.isfinite(x_ND).all(axis=1)
                 x_ND[bad_n] = 0
                 acts[name][rows], norms[name][rows] = x_ND, row_norms(x_ND)
                 bad_N[rows] |= bad_n
+        self._open().clear(wipe=True)
         return np.where(bad_N, FLAG_NOT_FINITE, 0).astype(np.uint8)
 
 
