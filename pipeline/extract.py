@@ -148,7 +148,7 @@ def extract(
                 capturer.close()
                 model.close()
                 executor, work = elsewhere
-                executor.run(work, done=counter.add)
+                executor.run(work, progress=lambda done, _total: counter.set(done))
             elif missing:
                 capture_shards(capturer, writer, missing, counter.add)
             seconds = time.monotonic() - started
@@ -161,10 +161,13 @@ class _Counter:
     def __init__(self, plan: Plan, missing: list[int], progress: Progress | None) -> None:
         self.captured, self._progress, self._total = 0, progress, plan.rows
         self._skipped = plan.rows - sum(stop - start for start, stop in map(plan.shard_range, missing))
-        self.add(0)
+        self.set(0)
 
     def add(self, rows: int) -> None:
-        self.captured += rows
+        self.set(self.captured + rows)
+
+    def set(self, rows: int) -> None:
+        self.captured = rows
         if self._progress is not None:
             self._progress(min(self._skipped + self.captured, self._total), self._total)
 

@@ -36,12 +36,17 @@ class CaptureWork:
         """Shards without a commit, ascending."""
         return ShardWriter(self.store).missing()
 
+    def rows(self, shards: Sequence[int]) -> int:
+        """Rows of these shards together."""
+        meta = ShardWriter(self.store).meta
+        return sum(stop - start for start, stop in map(meta.shard_range, shards))
+
     def capture(self, shards: Sequence[int], *, place: Placement, done: Callable[[int], None]) -> None:
         """Capture and commit these shards, leaving out those somebody committed; see `capture_shards`."""
         writer = ShardWriter(self.store)
         wanted = sorted(set(shards) & set(writer.missing()))
         if wanted:
-            capture_shards(_opened(self, place.n_threads), writer, wanted, done)
+            capture_shards(_opened(self, place.n_threads or self.model.n_threads), writer, wanted, done)
 
 
 _kept: tuple[CaptureWork, int, Capturer] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae.errors import ConfigError
 
@@ -14,8 +14,13 @@ from ..run import RunContext
 from ..store.reader import ActivationStore
 from ..store.schema import META_FILE
 from ..store.writer import invalidate
-from .corpora import window_table
+from .corpora import SPOOL_NAME, window_table
 from .inputs import STORE_NAME, describe_model, open_model, relative, store_sha256
+
+if TYPE_CHECKING:
+    from ..capture.work import CaptureWork
+    from ..executors import Executor
+    from ..llama.model import Model
 
 
 def run(context: RunContext) -> None:
@@ -39,8 +44,9 @@ def run(context: RunContext) -> None:
             return
         with context.progress("capturing", plan.rows) as progress:
             summary = extract(
-                model, table, plan, **settings, progress=progress, planned=lambda cost: print_plan(context, plan, cost)
-            )
+                model, table, plan, **settings, progress=progress, planned=lambda cost: print_plan(context, plan, cost),
+                elsewhere=executor_of(context, model, plan, path),
+            )  # fmt: skip
     context.outputs["store"] = str(path)
     context.metrics = summary
     warn_not_finite(context, summary)
@@ -50,6 +56,26 @@ def run(context: RunContext) -> None:
         f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['shards_done']} shards written, {summary['shards_skipped']} were there",
         f"{relative(path)} ({store_sha256(path)[:12]}, {summary['bytes'] / 1e6:,.0f} MB)",
     )
+
+
+def executor_of(context: RunContext, model: Model, plan: Plan, store: Path) -> tuple[Executor, CaptureWork] | None:
+    """The executor of the settings and the work for it; None where this process captures itself."""
+    config = context.config
+    if config.executor.kind == "local":
+        return None
+    from ..capture.work import CaptureWork
+    from ..executors import open_executor
+
+    work = CaptureWork(
+        model_path=str(model.path.resolve()),
+        spool=str(context.folder / SPOOL_NAME),
+        store=str(store),
+        model=config.model,
+        extract=config.extract,
+        layout=config.store,
+        hooks=tuple(plan.hooks.items()),
+    )
+    return open_executor(config.executor, context.folder), work
 
 
 def what_it_costs(plan: Plan, cost: Estimate) -> str:
