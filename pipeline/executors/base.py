@@ -6,6 +6,7 @@ a worker that dies costs the shard it was at, and every engine does no more than
 
 from __future__ import annotations
 
+import itertools
 import os
 import traceback
 from abc import ABC, abstractmethod
@@ -87,7 +88,7 @@ def even_tasks(missing: Sequence[int], workers: int) -> list[list[int]]:
     """The missing shards cut, in order, into one task a worker, as long as each other to one shard."""
     count = min(workers, len(missing))
     borders = [len(missing) * i // count for i in range(count + 1)] if count else [0]
-    return [list(missing[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    return [list(missing[a:b]) for a, b in itertools.pairwise(borders)]
 
 
 def attempt(

@@ -169,5 +169,3 @@ def settle(event: Event, ledger: Ledger, waiting: deque[list[int]]) -> None:
         if left:
             ledger.lost(left, event.died)
             waiting.appendleft(left)
-
-

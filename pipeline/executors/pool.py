@@ -6,14 +6,13 @@ dies costs its task only: every worker has its own process and pipe, so there is
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -22,10 +21,10 @@ from ..config import ExecutorConfig
 from .base import Placement, Work, attempt
 from .crew import Crew, CrewExecutor, Event
 from .placement import gpus_of, show_only, thread_count, visible_gpus, worker_count
+from .processes import die_with_parent, held_interrupts, leave_orphaned, portable
 
 WAIT_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0  # for a worker to leave by itself, then for it to obey SIGTERM
-PR_SET_PDEATHSIG = 1
 
 
 class PoolExecutor(CrewExecutor):
@@ -91,12 +90,9 @@ class PoolCrew(Crew):
         process = self._context.Process(
             target=serve, args=(theirs, self._work, place, environment, os.getpid()), daemon=True
         )
-        # A Ctrl-C goes to the whole process group: ours to answer, not that of a worker still starting.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        resource_tracker.ensure_running()  # ORDER: `start` would do it, and unblock SIGINT in doing so
+        with held_interrupts():
             process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the end of the process is the end of the pipe
         return _Worker(process=process, pipe=ours)
 
@@ -121,9 +117,7 @@ def _cause(exit_code: int | None) -> str:
 
 def serve(pipe: Connection, work: bytes, place: Placement, environment: dict[str, str], parent: int) -> None:
     """A worker's life: tasks come through the pipe, rows, ends and errors go back."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     die_with_parent(parent)
     os.environ.update(environment)
 
@@ -149,25 +143,3 @@ def _load(work: bytes) -> tuple[Exception | None, Work | None]:
         return None, pickle.loads(work)
     except Exception as error:  # noqa: BLE001  a class that cannot be imported here, say: the parent's to raise
         return error, None
-
-
-def portable(error: BaseException) -> BaseException:
-    """The error, or where it cannot be pickled and read again, one of the same text."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001  pickling runs the error's own code
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends (Linux; elsewhere `leave_orphaned` has to do)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    leave_orphaned(parent)  # it may have ended before
-
-
-def leave_orphaned(parent: int) -> None:
-    """End this process if its parent has ended."""
-    if os.getppid() != parent:
-        os._exit(1)
