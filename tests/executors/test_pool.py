@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from pipeline.config import ExecutorConfig
 from pipeline.executors import open_executor
 from sae.errors import LlamaError, StoreError
+from tests.executors.drivers import start_driver, stop_the_parent
 from tests.executors.file_work import FileWork, alive, wait_until
 from tests.executors.kills import kill_mid_shard
 
-ROOT = Path(__file__).parents[2]
 POOL = ExecutorConfig(kind="pool", workers=2, threads_per_worker=1)
 
 
@@ -62,7 +60,7 @@ def test_a_dead_worker_costs_the_shard_it_was_at_and_the_rows_are_taken_back(tmp
 def test_a_shard_that_kills_every_worker_ends_the_run_and_the_others_stay(tmp_path):
     work = FileWork(folder=tmp_path, n_shards=4, dies={2: 99})
     config = ExecutorConfig(kind="pool", workers=1, threads_per_worker=1, retries=1)
-    with pytest.raises(StoreError, match="shard 2 was lost 2 times.*killed by SIGKILL"):
+    with pytest.raises(StoreError, match=r"shard 2 was lost 2 times.*killed by SIGKILL"):
         open_executor(config, tmp_path).run(work)
     assert work.missing() == [2, 3]
     assert work.starts_of(2) == 2
@@ -103,40 +101,6 @@ def test_each_worker_sees_its_own_gpu(tmp_path, monkeypatch):
     assert {tuple(words) for words in work.logged("place")} == {("0", "3", "0", "5"), ("1", "3", "1", "GPU-7")}
 
 
-DRIVER = """
-import signal, sys
-from pathlib import Path
-from pipeline.config import ExecutorConfig
-from pipeline.executors import open_executor
-from tests.executors.file_work import FileWork
-
-def terminate(number, frame):
-    raise KeyboardInterrupt
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, terminate)
-    folder = Path(sys.argv[1])
-    config = ExecutorConfig(kind=sys.argv[2], workers=2, threads_per_worker=1, cluster="local")
-    try:
-        open_executor(config, folder / "run").run(FileWork(folder=folder, n_shards=6, holds=2))
-    except KeyboardInterrupt:
-        sys.exit(130)
-"""
-
-
-def stop_the_parent(folder, kind, number):
-    """Send a signal to a run whose worker is at shard 2; returns the work and the exit code."""
-    (folder / "run").mkdir()
-    work = FileWork(folder=folder, n_shards=6, holds=2)
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(folder), kind], cwd=ROOT)
-    wait_until(lambda: bool(work.logged("held")) and len(work.missing()) < 6)
-    driver.send_signal(number)
-    code = driver.wait(60)
-    pids = [int(words[0]) for words in work.logged("task")]
-    wait_until(lambda: not any(map(alive, pids)), 20)
-    return work, code
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_parent_leaves_no_worker_and_a_run_that_goes_on(tmp_path, number):
     work, code = stop_the_parent(tmp_path, "pool", number)
@@ -152,12 +116,8 @@ def test_a_stopped_parent_leaves_no_worker_and_a_run_that_goes_on(tmp_path, numb
 
 
 def test_a_ctrl_c_to_the_whole_group_is_the_parents_to_answer(tmp_path):
-    (tmp_path / "run").mkdir()
     work = FileWork(folder=tmp_path, n_shards=6, holds=2)
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path), "pool"], cwd=ROOT, start_new_session=True,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    driver = start_driver(work, "pool", start_new_session=True, stderr=subprocess.PIPE)
     wait_until(lambda: bool(work.logged("held")))
     os.killpg(driver.pid, signal.SIGINT)
     _, errors = driver.communicate(timeout=60)
@@ -178,7 +138,7 @@ def test_kills_anywhere_in_a_task_leave_no_trace(model_path, tmp_path, straight,
 @pytest.mark.long
 def test_forty_deaths_cost_forty_shards(tmp_path):
     started = time.monotonic()
-    dies = {shard: 2 for shard in range(0, 60, 3)}
+    dies = dict.fromkeys(range(0, 60, 3), 2)
     work = FileWork(folder=tmp_path, n_shards=60, dies=dies)
     open_executor(POOL, tmp_path).run(work)
     assert [work.starts_of(shard) for shard in range(60)] == [1 + dies.get(shard, 0) for shard in range(60)]
