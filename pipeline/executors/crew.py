@@ -53,6 +53,9 @@ class Crew(ABC):
     def wait(self) -> list[Event]:
         """What happened since the last call; waits a second at most for something to happen."""
 
+    def release(self, worker: int) -> None:  # noqa: B027
+        """There is no task left for this idle worker; one that dies may make work for it again."""
+
     @abstractmethod
     def close(self) -> None:
         """Stop every worker."""
@@ -147,8 +150,9 @@ def drive(crew: Crew, ledger: Ledger, tasks: list[list[int]]) -> None:
         ledger.busy.update((worker, _Task(shards)) for worker, shards in fresh.items())
         if fresh:
             crew.start(fresh)
-        events = crew.wait()
-        for event in events:
+        for worker in idle[len(fresh) :]:
+            crew.release(worker)
+        for event in crew.wait():
             settle(event, ledger, waiting)
         if not crew.reports_rows:
             ledger.look()

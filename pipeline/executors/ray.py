@@ -7,15 +7,15 @@ folder: its files lie in a short temporary folder (socket paths have 107 bytes a
 from __future__ import annotations
 
 import logging
-import math
 import os
 import pickle
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ class RayCrew(Crew):
         with ExitStack() as stack:
             if not ray.is_initialized():
                 stack.enter_context(cluster(config))
-            wanted, self._n_threads = self._shape()
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            wanted, self._n_threads = shape(config, nodes)
             self.n_workers = min(wanted, shards)
             self._stack = stack.pop_all()
 
@@ -92,21 +93,31 @@ class RayCrew(Crew):
             return Event(worker=number, died=f"its Ray worker died ({type(death).__name__})")
         return Event(worker=number, ended=error is None, error=error)
 
-    def _shape(self) -> tuple[int, int]:
-        """Workers and threads of each: one worker a node unless the configuration says otherwise."""
-        config = self._config
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cpus = [int(node.get("CPU", 0)) for node in nodes]
-        gpus = sum(node.get("GPU", 0) for node in nodes)
-        each = config.gpus_per_worker
-        workers = config.workers or (int(gpus / each) if each else len(nodes))
-        threads = config.threads_per_worker or max(1, min(max(cpus), sum(cpus) // max(workers, 1)))
-        if threads * workers > sum(cpus) or threads > max(cpus) or each * workers > gpus or not workers:
-            raise ConfigError(
-                f"the Ray cluster has {sum(cpus)} CPUs ({max(cpus)} on its largest node) and {gpus:g} GPUs, too few for "
-                f"executor.workers={workers} of {threads} threads and {each:g} GPUs each; lower one of them"
-            )
-        return workers, threads
+    def release(self, worker: int) -> None:
+        if worker in self._actors:
+            ray.kill(self._actors.pop(worker))
+
+
+def shape(config: ExecutorConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[int, int]:
+    """Workers and threads of each on nodes of these resources: one worker a node, or a GPU share, unless said otherwise.
+
+    Raises ConfigError when they do not fit.
+    """
+    each = config.gpus_per_worker
+    slots = [int(node.get("GPU", 0) / each + 1e-9) if each else sys.maxsize for node in nodes]
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    workers = config.workers or (sum(slots) if each else len(nodes))
+
+    def room(threads: int) -> int:
+        return sum(min(slot, cpu // threads) for slot, cpu in zip(slots, cpus, strict=True))
+
+    threads = config.threads_per_worker or next((t for t in range(max(cpus), 1, -1) if room(t) >= workers), 1)
+    if not workers or room(threads) < workers:
+        raise ConfigError(
+            f"the Ray cluster has nodes of {cpus} CPUs and {sum(node.get('GPU', 0) for node in nodes):g} GPUs in all, "
+            f"no room for executor.workers={workers} of {threads} threads and {each:g} GPUs; lower one of them"
+        )
+    return workers, threads
 
 
 class RayWorker:
@@ -135,11 +146,11 @@ def cluster(config: ExecutorConfig) -> Iterator[None]:
     """
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
     with ExitStack() as stack:
-        stack.enter_context(_handlers_kept())
-        if config.address:
-            _connect(config.address)
-        else:
-            _make(config, stack)
+        with _handler_kept():
+            if config.address:
+                _connect(config.address)
+            else:
+                _make(config, stack)
         stack.callback(ray.shutdown)
         yield
 
@@ -162,7 +173,7 @@ def _make(config: ExecutorConfig, stack: ExitStack) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
     ray.init(
         address="local",
-        num_cpus=max(cores(), math.ceil(workers * thread_count(config, workers))),
+        num_cpus=max(cores(), workers * thread_count(config, workers)),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
@@ -172,12 +183,11 @@ def _make(config: ExecutorConfig, stack: ExitStack) -> None:
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM; ours stays."""
+def _handler_kept() -> Iterator[None]:
+    """`ray.init` takes SIGTERM for itself (in C++ too, which prints a stack and exits): ours comes back after it."""
     before = signal.getsignal(signal.SIGTERM)
-    main = threading.current_thread() is threading.main_thread()
     try:
         yield
     finally:
-        if main:
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

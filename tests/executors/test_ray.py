@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.config import ExecutorConfig
 from pipeline.executors import open_executor
-from pipeline.executors.ray import cluster
+from pipeline.executors.ray import cluster, shape
 from sae.errors import ConfigError, LlamaError, StoreError
+from tests.executors.drivers import stop_the_parent
 from tests.executors.file_work import FileWork, alive, wait_until
 from tests.executors.kills import kill_mid_shard
 
@@ -64,18 +65,39 @@ def test_a_shard_that_kills_every_ray_worker_ends_the_run(tmp_path):
 @pytest.mark.usefixtures("running")
 def test_more_than_the_cluster_has_is_refused_with_what_it_has(tmp_path):
     work = FileWork(folder=tmp_path, n_shards=3)
-    for config, named in (
-        (ExecutorConfig(kind="ray", workers=999), "999 of 1 threads"),
-        (ExecutorConfig(kind="ray", workers=1, gpus_per_worker=1.0), "0 GPUs, too few"),
-        (ExecutorConfig(kind="ray", gpus_per_worker=0.5), "workers=0"),
-    ):
-        with pytest.raises(ConfigError, match=named):
-            open_executor(config, tmp_path).run(work)
+    with pytest.raises(ConfigError, match=r"no room for executor\.workers=999"):
+        open_executor(ExecutorConfig(kind="ray", workers=999), tmp_path).run(work)
     assert work.missing() == [0, 1, 2]
+
+
+def test_workers_are_as_many_and_as_wide_as_the_nodes_take():
+    nodes = [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 16.0, "GPU": 1.0}, {"CPU": 8.0}]
+    assert shape(ExecutorConfig(), nodes) == (3, 8)
+    assert shape(ExecutorConfig(workers=5), nodes) == (5, 8)
+    assert shape(ExecutorConfig(workers=6), nodes) == (6, 5)  # 3 + 3 + 1 of them have room
+    assert shape(ExecutorConfig(workers=4, threads_per_worker=2), nodes) == (4, 2)
+    assert shape(ExecutorConfig(gpus_per_worker=1.0), nodes) == (5, 4)
+    assert shape(ExecutorConfig(gpus_per_worker=0.5, workers=2), nodes) == (2, 16)
+    for config in (
+        ExecutorConfig(workers=4, threads_per_worker=16),
+        ExecutorConfig(gpus_per_worker=5.0, workers=1),
+        ExecutorConfig(gpus_per_worker=8.0),
+    ):
+        with pytest.raises(ConfigError, match="5 GPUs in all, no room"):
+            shape(config, nodes)
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("running")
-@pytest.mark.parametrize("after_rows", [64, 300, 500])
+@pytest.mark.parametrize("after_rows", [64, 300, 420])
 def test_ray_workers_killed_anywhere_leave_no_trace(model_path, tmp_path, straight, after_rows):
     kill_mid_shard(RAY, model_path, tmp_path, straight, after_rows=after_rows)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_driver_takes_its_cluster_along(tmp_path, number):
+    work, code = stop_the_parent(tmp_path, "ray", number)
+    assert code == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+    assert 2 in work.missing()

@@ -65,6 +65,6 @@ def test_slurm_that_is_not_here_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("after_rows", [64, 300, 500])
+@pytest.mark.parametrize("after_rows", [64, 300, 420])
 def test_jobs_killed_anywhere_leave_no_trace(model_path, tmp_path, straight, after_rows):
     kill_mid_shard(JOBS, model_path, tmp_path, straight, after_rows=after_rows)
