@@ -1,0 +1,48 @@
+"""Worker processes on this machine: they leave Ctrl-C to their parent and do not outlive it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def held_interrupts() -> Iterator[None]:
+    """Processes started inside are born with SIGINT blocked.
+
+    A Ctrl-C goes to the whole process group, but is the parent's to answer; one of this moment comes after the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends (Linux; elsewhere `leave_orphaned` has to do)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    leave_orphaned(parent)  # it may have ended before
+
+
+def leave_orphaned(parent: int) -> None:
+    """End this process if its parent has ended."""
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def portable(error: BaseException) -> BaseException:
+    """The error, or where it cannot be pickled and read again, one of the same text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  pickling runs the error's own code
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
