@@ -19,7 +19,9 @@ BLOCK_SITES: dict[str, str] = {
     "attn_out": "hook_attn_out",  # what the attention adds to the residual
     "mlp_out": "hook_mlp_out",  # what the MLP adds to the residual
     "mlp_post": "mlp.hook_post",  # input of the MLP's down projection
-    "q": "attn.hook_q",  # before RoPE, all heads side by side
+    "router": "mlp.hook_router_scores",  # a mixture of experts: logits over the experts, before the choice
+    "expert_weights": "mlp.hook_expert_weights",  # ... after softmax or sigmoid, over all experts
+    "q": "attn.hook_q",  # what RoPE turns: after a norm of q, all heads side by side
     "k": "attn.hook_k",
     "v": "attn.hook_v",
     "rot_q": "attn.hook_rot_q",  # after RoPE

@@ -15,8 +15,9 @@ from sae.errors import ConfigError, LlamaError, ShapeError
 
 from .batches import Batch, split_equal, split_simple
 from .callback import Cells, DecodePlan, EvalCallback, Hook, Rows
-from .graph import GraphMap, Inventory, Target
+from .graph import GraphMap, Target
 from .hooks import HookPoint
+from .inventory import Inventory
 from .log import log_tail
 from .model import Model
 from .signals import deferred_signals
