@@ -25,7 +25,7 @@ from sae.errors import ConfigError, HookError, LlamaError, StoreError
 from .config import ExtractConfig, ModelConfig, StoreConfig
 from .corpus.plan import Plan, make_plan
 from .corpus.windows import COLUMN_DTYPES, FLAG_OUTLIER, FLAGS_ALL, WindowTable
-from .llama.hooks import HookPoint
+from .llama.hooks import NOT_STORABLE, HookPoint
 from .llama.model import Model
 from .llama.session import Hook, Rows, Session, capture
 from .store.reader import ActivationStore
@@ -33,7 +33,6 @@ from .store.schema import FLOAT16_MAX, META_FILE, STORED_DTYPES, HookInfo, Store
 from .store.writer import StoreWriter
 
 FLOAT16_CALIBRATED_MAX = FLOAT16_MAX / 4  # dtype=auto keeps this much room above the calibration rows
-NOT_STORABLE = frozenset({"pattern", "logits"})
 
 Progress = Callable[[int, int], None]
 
@@ -60,14 +59,14 @@ def plan_extraction(
 
 
 def hook_widths(model: Model, points: list[str]) -> dict[str, int]:
-    """Hook point, by its full name, to width."""
-    parsed = [HookPoint.parse(point) for point in points]
-    for point in parsed:
-        if point.site in NOT_STORABLE:
-            raise HookError(f"'{point}' cannot be stored: it has no fixed width per token; take it from the lens")
-    if not parsed:
+    """Hook point, by its full name, to width; wildcards and ranges are expanded."""
+    if not points:
         return {}
     with Session(model, n_ctx=8, n_threads=1) as session:  # one token: more threads only wait for each other
+        parsed = session.expand(points)
+        for point in parsed:
+            if point.site in NOT_STORABLE:
+                raise HookError(f"'{point}' cannot be stored: it has no fixed width per token; take it from the lens")
         rows = capture(session, [np.array([model.bos or 0])], parsed)[0]
     return {str(point): rows[str(point)].shape[1] for point in parsed}
 

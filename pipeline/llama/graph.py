@@ -8,19 +8,24 @@ decide nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sae.errors import HookError
 
-from .hooks import HookPoint, describe
+from .hooks import HookPoint, describe_tensors, described, expand
 from .inventory import Inventory, Node, root, rows_only, score_product, strip
 
 _NOT_ATTENTION = re.compile("SSM_|RWKV_|GATED_LINEAR_ATTN|GATED_DELTA|LIGHTNING")
 _WEIGHT = re.compile(r"blk\.(\d+)\.")
-# Architectures whose converter interleaves the rows of q and k; the rest keep HF's order.
-INTERLEAVED_QK = frozenset({"llama", "llama4", "mistral3", "granite", "granitemoe", "deci", "arcee", "smollm3"})
+# Architectures whose GGUF has the rows of q and k as RoPE pairs beside each other where HF has them half a head apart:
+# a matter of the converter, not to be seen in the graph. llama and mistral are tested, the others follow llama.cpp's
+# own converter. (llama4 turns neighbours in HF too: its rows are in HF's order.)
+INTERLEAVED_QK = frozenset(
+    {"llama", "mistral3", "granite", "granitemoe", "granitehybrid", "deci", "arcee", "smollm3", "arctic", "baichuan"}
+    | {"bailingmoe", "chameleon", "deepseek", "internlm2", "llada", "minicpm", "nanbeige", "olmo", "xverse"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,8 +284,19 @@ class GraphMap:
             why = " (flash attention never forms the pattern: set flash_attn=off)"
         raise HookError(
             f"no hook point '{point}'{why}; this {self.architecture} model has blocks 0..{self.blocks - 1} and "
-            f"{describe(self.targets)}"
+            f"{described(self.targets)}"
         )
+
+    def hook_points(self) -> dict[str, str]:
+        """Hook point -> ggml tensor name, in the order of computation."""
+        return {str(target.point): target.name for target in self._in_order()}
+
+    def _in_order(self) -> list[Target]:
+        return sorted(self.targets.values(), key=lambda target: target.index)
+
+    def expand(self, texts: Sequence[str]) -> list[HookPoint]:
+        """Hook points of texts that may hold wildcards and ranges: see `hooks.expand`."""
+        return expand(texts, [target.point for target in self._in_order()], [node.name for node in self.nodes])
 
     def _find_raw(self, point: HookPoint) -> Target:
         name, _, number = point.tensor.partition("#")
@@ -288,6 +304,6 @@ class GraphMap:
         if number:
             found = [n for n in found if str(n.occurrence) == number]
         if not found:
-            near = sorted({n.name for n in self.nodes if not n.name.startswith("node_")})
-            raise HookError(f"no tensor '{point.tensor}' in this model's graph; it has {', '.join(near)}")
+            names = describe_tensors(node.name for node in self.nodes)
+            raise HookError(f"no tensor '{point.tensor}' in this model's graph; it has {names}")
         return self._resolver.target(point, found[-1])

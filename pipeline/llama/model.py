@@ -20,6 +20,7 @@ from .log import log_tail
 from .symbols import lc
 
 if TYPE_CHECKING:
+    from .graph import GraphMap
     from .session import Session
     from .unembed import Unembedding
 
@@ -123,15 +124,16 @@ class Model:
         raise LlamaError(f"llama.cpp could not apply the chat template of {self.path.name}")
 
     @cached_property
-    def _hook_points(self) -> dict[str, str]:
+    def graph(self) -> GraphMap:
+        """The graph without flash attention, where every hook point this model has exists."""
         from .session import Session
 
         with Session(self, n_ctx=64, n_threads=1, flash_attn="off") as session:
-            return session.hook_points()
+            return session.graph
 
     def hook_points(self) -> dict[str, str]:
         """Hook point -> ggml tensor, resolved on the graph without flash attention, in the order of computation."""
-        return dict(self._hook_points)
+        return self.graph.hook_points()
 
     def unembed(self) -> Unembedding:
         """The final norm and the output matrix of this file, float32; read once."""
