@@ -161,7 +161,9 @@ def write_tiny_llama(
     return weights
 
 
-def write_tiny_encoder(path: str | os.PathLike[str], llama: str | os.PathLike[str], weights: dict[str, np.ndarray]) -> None:
+def write_tiny_encoder(
+    path: str | os.PathLike[str], llama: str | os.PathLike[str], weights: dict[str, np.ndarray]
+) -> None:
     """The tiny llama's file again as a eurobert, which has no logits: its blocks compute the same, but for tokens ahead.
 
     Its graph ends with the normalised residual, so no hook point has a name on it.

@@ -289,14 +289,15 @@ class GraphMap:
 
     def hook_points(self) -> dict[str, str]:
         """Hook point -> ggml tensor name, in the order of computation."""
-        return {str(target.point): target.name for target in self._in_order()}
+        return {str(target.point): target.name for target in self.in_order()}
 
-    def _in_order(self) -> list[Target]:
+    def in_order(self) -> list[Target]:
+        """The hook points in the order of computation."""
         return sorted(self.targets.values(), key=lambda target: target.index)
 
     def expand(self, texts: Sequence[str]) -> list[HookPoint]:
         """Hook points of texts that may hold wildcards and ranges: see `hooks.expand`."""
-        return expand(texts, [target.point for target in self._in_order()], [node.name for node in self.nodes])
+        return expand(texts, [target.point for target in self.in_order()], [node.name for node in self.nodes])
 
     def _find_raw(self, point: HookPoint) -> Target:
         name, _, number = point.tensor.partition("#")

@@ -42,6 +42,7 @@ _SITE_OF |= {f"hook_{site}": site for site in BLOCK_SITES}
 _MODEL_SITE_OF = {name: site for site, name in MODEL_SITES.items()} | {"ln_final": "ln_final"}
 _IN_BLOCK = re.compile(r"blocks\.(0|[1-9]\d{0,5})\.(.+)")
 _IN_BLOCKS = re.compile(r"blocks\.(\*|(\d{1,6})(?:\.\.(\d{1,6}))?|\{\d{1,6}(?:,\d{1,6})*\})\.(.+)")
+_NUMBERED = re.compile(r"(.*?-)(\d{1,6})((?:[ #].*)?)")  # a tensor's name: `Qcur-3`, `Qcur-3 (view)`, `Qcur-3#1`
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -160,21 +161,24 @@ def describe(points: Iterable[HookPoint]) -> str:
         else:
             blocks.setdefault(point.site, []).append(point.block)
     order = [site for site in BLOCK_SITES if site in blocks]
-    return ", ".join([f"blocks.{_ranges(blocks[site])}.{BLOCK_SITES[site]}" for site in order] + rest)
+    return ", ".join([f"blocks.{block_ranges(blocks[site])}.{BLOCK_SITES[site]}" for site in order] + rest)
 
 
 def describe_tensors(names: Iterable[str]) -> str:
     """`embd, l_out-0..31`: the names of a graph's tensors without those llama.cpp numbered itself."""
-    blocks: dict[str, list[int]] = {}
+    blocks: dict[tuple[str, str], list[int]] = {}
     for name in names:
-        if match := re.fullmatch(r"(.+-)(\d{1,6})", name):
-            blocks.setdefault(match[1], []).append(int(match[2]))
+        if match := _NUMBERED.fullmatch(name):
+            blocks.setdefault((match[1], match[3]), []).append(int(match[2]))
         elif not name.startswith("node_"):
-            blocks.setdefault(name, [])
-    return ", ".join(stem + (_ranges(found) if found else "") for stem, found in sorted(blocks.items()))
+            blocks.setdefault((name, ""), [])
+    return ", ".join(
+        stem + (block_ranges(found) if found else "") + rest for (stem, rest), found in sorted(blocks.items())
+    )
 
 
-def _ranges(numbers: list[int]) -> str:
+def block_ranges(numbers: Iterable[int]) -> str:
+    """`3`, `0..5` or `{1,4}`."""
     numbers = sorted(set(numbers))
     if numbers == list(range(numbers[0], numbers[-1] + 1)):
         return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}..{numbers[-1]}"

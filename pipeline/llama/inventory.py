@@ -110,5 +110,3 @@ def root(node: Node) -> Node:
     while not node.is_leaf and node.src:
         node = node.src[0]
     return node
-
-

@@ -102,14 +102,20 @@ class Model:
         """A token that ends a generation."""
         return bool(lc.llama_vocab_is_eog(self._vocab, self._checked(token)))
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text, as the file has it."""
+        found = lc.llama_model_chat_template(self.handle, None)
+        return found.decode("utf-8", "surrogateescape") if found else None
+
     def chat(self, messages: list[dict[str, str]], *, add_assistant: bool = True) -> str:
         """The messages in the model's own chat template, as llama.cpp knows it, ready for the answer.
 
         LlamaError for a model without a template, or with one llama.cpp does not know.
         """
-        template = lc.llama_model_chat_template(self.handle, None)
-        if not template:
+        if (text := self.chat_template) is None:
             raise LlamaError(f"{self.path.name} has no chat template; give a plain prompt")
+        template = text.encode("utf-8", "surrogateescape")
         kept = [(m["role"].encode(), m["content"].encode()) for m in messages]
         array = (lc.llama_chat_message * len(kept))(*[lc.llama_chat_message(role=r, content=c) for r, c in kept])
         size = 1024 + 2 * sum(len(r) + len(c) for r, c in kept)
