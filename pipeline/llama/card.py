@@ -136,12 +136,19 @@ def _tensor(node: Node, raw: list[str]) -> dict[str, Any]:
     }
 
 
-def hook_point_table(graph: GraphMap, used: GraphMap) -> list[dict[str, Any]]:
-    """Every hook point of a graph; `flash_attn_off` where it is missing from the graph in use."""
-    raw = _raw_names(graph)
-    points = [_point(graph.nodes[target.index], target, raw) for target in graph.in_order()]
-    missing = {str(point) for point in graph.targets if point not in used.targets}
-    return [point | {"flash_attn_off": point["point"] in missing} for point in points]
+def hook_point_table(used: GraphMap, whole: GraphMap) -> list[dict[str, Any]]:
+    """Every hook point of a model, from the graph in use where that has it, else from the one without flash attention.
+
+    `flash_attn_off` marks the latter.
+    """
+    raw = {id(graph): _raw_names(graph) for graph in (used, whole)}
+    found = []
+    for point in (target.point for target in whole.in_order()):
+        graph = used if point in used.targets else whole
+        target = graph.targets[point]
+        row = _point(graph.nodes[target.index], target, raw[id(graph)])
+        found.append(row | {"flash_attn_off": graph is not used})
+    return found
 
 
 def _point(node: Node, target: Target, raw: list[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def run(context: RunContext) -> None:
         with Session(model, n_ctx=PROBE_TOKENS, **session_options(context.config.model)) as session:
             used = session.graph
         card, graph = model_card(model), graph_facts(used)
-        tensors, points = graph_tensors(used), hook_point_table(model.graph, used)
+        tensors, points = graph_tensors(used), hook_point_table(used, model.graph)
         given = describe_model(model)
     out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if config.format == "json":

@@ -27,11 +27,11 @@ def card_table(card: dict[str, Any], graph: dict[str, Any]) -> Table:
         "experts": sizes["experts"]
         and f"{sizes['experts_used']} of {sizes['experts']}, feed-forward {_number(sizes['expert_feed_forward'])}",
         "context": f"{sizes['context_tokens']:,} tokens"
-        + (f", window {_number(sizes['sliding_window'])} in some blocks" if sizes["sliding_window"] else ""),
+        + (f", sliding window {_number(sizes['sliding_window'])}" if sizes["sliding_window"] else ""),
         "rope": sizes["rope_freq_base"]
         and f"base {sizes['rope_freq_base']:,.0f}, {_number(sizes['rope_dimensions'])} dimensions, "
         f"scaling {sizes['rope_scaling'] or 'none'}",
-        "weights": f"{weights['file_type']}: {kinds}; {weights['parameters']:,} parameters",
+        "weights": f"{weights['parameters']:,} parameters, type {weights['file_type']}: {kinds} tensors",
         "vocabulary": f"{words['tokens']:,} tokens, {words['type']}/{words['pre_tokenizer']}, "
         f"sha256 {words['sha256'][:12]}",
         "special": f"{special or 'none'}; BOS is {'added' if words['add_bos'] else 'not added'}",
