@@ -73,6 +73,13 @@ COMMANDS: dict[str, Command] = {
         groups=("model", "corpus", "store", "sae", "report"),
         examples=("ggscope report", "ggscope report report.steer_latent=123"),
     ),
+    "inspect": Command(
+        summary="a model's card, and the tensors and hook points of its real graph",
+        groups=("model", "inspect"),
+        examples=("ggscope inspect", "ggscope inspect my.gguf inspect.tensors=true", "ggscope inspect my.gguf format=json"),
+        path_key="model.path",
+        keeps_run=False,
+    ),
     "doctor": Command(summary="versions, backends, threads, GPU, disk: what this installation can do", examples=("ggscope doctor",)),
     "completion": Command(summary="print a completion script for bash, zsh or fish", examples=("ggscope completion bash >> ~/.bashrc",)),
 }  # fmt: skip

@@ -27,7 +27,7 @@ from .capture.shards import capture_shards
 from .config import ExtractConfig, ModelConfig, StoreConfig
 from .corpus.plan import Plan, make_plan
 from .corpus.windows import COLUMN_DTYPES, FLAG_NOT_FINITE, WindowTable
-from .llama.hooks import HookPoint
+from .llama.hooks import NOT_STORABLE, HookPoint
 from .llama.model import Model
 from .llama.session import Session, capture
 from .store.reader import ActivationStore
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from .capture.work import CaptureWork
     from .executors.base import Executor
 
-NOT_STORABLE = frozenset({"pattern", "logits"})
 NAMED_IN_SUMMARY = 5
 
 Progress = Callable[[int, int], None]
@@ -91,14 +90,14 @@ def plan_extraction(
 
 
 def hook_widths(model: Model, points: list[str]) -> dict[str, int]:
-    """Hook point, by its full name, to width."""
-    parsed = [HookPoint.parse(point) for point in points]
-    for point in parsed:
-        if point.site in NOT_STORABLE:
-            raise HookError(f"'{point}' cannot be stored: it has no fixed width per token; take it from the lens")
-    if not parsed:
+    """Hook point, by its full name, to width; wildcards and ranges are expanded."""
+    if not points:
         return {}
     with Session(model, n_ctx=8, n_threads=1) as session:  # one token: more threads only wait for each other
+        parsed = session.expand(points)
+        for point in parsed:
+            if point.site in NOT_STORABLE:
+                raise HookError(f"'{point}' cannot be stored: it has no fixed width per token; take it from the lens")
         rows = capture(session, [np.array([model.bos or 0])], parsed)[0]
     return {str(point): rows[str(point)].shape[1] for point in parsed}
 

@@ -322,9 +322,20 @@ def test_hooks_and_windows_the_model_cannot_take_are_refused(model, tmp_path):
         "blocks.0.attn.hook_k": 32,
         "blocks.0.mlp.hook_post": 96,
     }
+    with pytest.raises(HookError, match=r"'blocks\.3\.\.4\.hook_resid_post': block 4 has no such point"):
+        hook_widths(model, ["blocks.3..4.hook_resid_post"])
     table = windows(model, DOCUMENTS, 1024)
     with pytest.raises(ConfigError, match="context_tokens=1024 is more than the 512"):
         plan_extraction(model, table, POINTS, extract=ExtractConfig(), store=StoreConfig())
+
+
+def test_a_plan_names_every_point_that_a_wildcard_or_a_range_stands_for(model):
+    table = windows(model, DOCUMENTS, 24)
+    texts = ["blocks.*.hook_resid_post", "blocks.1..2.attn.hook_k", "ggml:l_out-*", "blocks.2.hook_resid_post"]
+    plan = plan_extraction(model, table, texts, extract=ExtractConfig(), store=StoreConfig())
+    expected = dict.fromkeys([f"blocks.{b}.hook_resid_post" for b in range(4)], 64)
+    expected |= {"blocks.1.attn.hook_k": 32, "blocks.2.attn.hook_k": 32}
+    assert list(plan.hooks.items()) == list((expected | {f"ggml:l_out-{b}": 64 for b in range(4)}).items())
 
 
 def test_skipped_documents_are_in_the_summary(model, tmp_path):

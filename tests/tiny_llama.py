@@ -161,6 +161,28 @@ def write_tiny_llama(
     return weights
 
 
+def write_tiny_encoder(
+    path: str | os.PathLike[str], llama: str | os.PathLike[str], weights: dict[str, np.ndarray]
+) -> None:
+    """The tiny llama's file again as a eurobert, which has no logits: its blocks compute the same, but for tokens ahead.
+
+    Its graph ends with the normalised residual, so no hook point has a name on it.
+    """
+    source, writer = gguf.GGUFReader(os.fspath(llama)), gguf.GGUFWriter(os.fspath(path), "eurobert")
+    for key in source.fields.values():
+        if not key.name.startswith(("GGUF.", "general.architecture")):
+            kind, *inner = key.types
+            name = key.name.replace("llama.", "eurobert.")
+            writer.add_key_value(name, key.contents(), kind, inner[-1] if inner else None)
+    for name, weight in weights.items():
+        if name != "lm_head.weight":
+            writer.add_tensor(gguf_name(name), weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def _add_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
     state = json.loads(tokenizer(vocab).to_str())["model"]
     by_id = sorted(state["vocab"], key=state["vocab"].__getitem__)

@@ -17,8 +17,9 @@ import numpy as np
 
 from sae.errors import LlamaError
 
-from .graph import GraphMap, Inventory, Target
+from .graph import GraphMap, Target
 from .hooks import HookPoint
+from .inventory import Inventory
 from .symbols import MAX_SRC, NAME_OFFSET, lc, op_name, tensor_at, tensor_get
 from .tensors import TensorWindow, add_delta_, as_rows, half_apart
 

@@ -8,46 +8,24 @@ decide nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sae.errors import HookError
 
-from .hooks import HookPoint, describe
-from .symbols import MAX_SRC, op_name, tensor_at
+from .hooks import HookPoint, describe_tensors, described, expand
+from .inventory import Inventory, Node, root, rows_only, score_product, strip
 
-_SHAPE_ONLY = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "CONT", "CPY", "DUP"})
 _NOT_ATTENTION = re.compile("SSM_|RWKV_|GATED_LINEAR_ATTN|GATED_DELTA|LIGHTNING")
 _WEIGHT = re.compile(r"blk\.(\d+)\.")
-_COPY = re.compile(r"[^#]+#(.+)#\d+")  # an input the scheduler copied to another device: BACKEND#NAME#N
-# Architectures whose converter interleaves the rows of q and k; the rest keep HF's order.
-INTERLEAVED_QK = frozenset({"llama", "llama4", "mistral3", "granite", "granitemoe", "deci", "arcee", "smollm3"})
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """One tensor of the graph; a leaf (weight, input, cache) has index -1."""
-
-    name: str
-    op: str
-    ne: tuple[int, ...]
-    index: int = -1
-    occurrence: int = 0  # how many nodes of this name came before
-    op_params: tuple[int, ...] = ()
-    src: list[Node] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        return self.ne[0] * self.ne[1] * self.ne[2] * self.ne[3]
-
-    @property
-    def is_leaf(self) -> bool:
-        return self.index < 0
-
-    @property
-    def is_weight(self) -> bool:
-        return self.is_leaf and self.name.endswith((".weight", ".bias"))
+# Architectures whose GGUF has the rows of q and k as RoPE pairs beside each other where HF has them half a head apart:
+# a matter of the converter, not to be seen in the graph. llama and mistral are tested, the others follow llama.cpp's
+# own converter. (llama4 turns neighbours in HF too: its rows are in HF's order.)
+INTERLEAVED_QK = frozenset(
+    {"llama", "mistral3", "granite", "granitemoe", "granitehybrid", "deci", "arcee", "smollm3", "arctic", "baichuan"}
+    | {"bailingmoe", "chameleon", "deepseek", "internlm2", "llada", "minicpm", "nanbeige", "olmo", "xverse"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,56 +40,6 @@ class Target:
     outputs_only: bool  # rows exist only for tokens whose logits are asked for
     heads: int = 0  # > 0: rows of each head are stored interleaved (RoPE pairs), HF has them half a head apart
     cells: tuple[str, int] | None = None  # pattern: the node that writes this block's keys, for its cell indices
-
-
-class Inventory:
-    """The nodes of one graph in the order they are computed, recorded while llama.cpp asks for each."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Node] = []
-        self._by_address: dict[int, Node] = {}
-        self._by_name: dict[str, Node] = {}
-        self._count: dict[str, int] = {}
-
-    def record(self, address: int) -> None:
-        """Add the node at this address; called in the ask phase, before it is computed."""
-        tensor = tensor_at(address)
-        node = self._read(tensor)
-        node.index = len(self.nodes)
-        node.occurrence = self._count.get(node.name, 0)
-        node.op_params = tuple(tensor.op_params)
-        node.src = [self._source(tensor.src[i]) for i in range(MAX_SRC) if tensor.src[i]]
-        self._count[node.name] = node.occurrence + 1
-        self.nodes.append(node)
-        self._by_address[address] = self._by_name[node.name] = node
-
-    @staticmethod
-    def _read(tensor: Any) -> Node:
-        return Node(tensor.name.decode("utf-8", "replace"), op_name(tensor.op).decode(), tuple(tensor.ne))
-
-    def _source(self, address: int) -> Node:
-        if address not in self._by_address:
-            leaf = self._read(tensor_at(address))
-            if copied := _COPY.fullmatch(leaf.name):
-                if copied[1] in self._by_name:
-                    return self._by_name[copied[1]]
-                leaf.name = copied[1]
-            self._by_address[address] = leaf
-        return self._by_address[address]
-
-
-def rows_only(node: Node) -> bool:
-    """A selection of rows by an input (the tokens whose logits are asked for), not of a table by token."""
-    return node.op == "GET_ROWS" and not node.src[0].is_weight and node.src[1].is_leaf
-
-
-def strip(node: Node, *, rows: bool = False) -> Node:
-    """The tensor that holds these values, below copies and changes of shape (and, with `rows`, row selections)."""
-    while not node.is_leaf and (
-        (node.op in _SHAPE_ONLY and node.src and node.src[0].size == node.size) or (rows and rows_only(node))
-    ):
-        node = node.src[0]
-    return node
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,14 +189,30 @@ class Resolver:
         for node in inside:
             if node.op == "FLASH_ATTN_EXT":
                 return node
-            if node.op == "SOFT_MAX" and (scores := _scores(node)) and not scores.src[0].is_weight:
+            if node.op == "SOFT_MAX" and (scores := score_product(node)) and not scores.src[0].is_weight:
                 return node
         return None
 
     def _mlp(self, block: int, inside: list[Node]) -> None:
-        products = [n for n in inside if n.op == "MUL_MAT" and n.src[0].is_weight]
-        if products and not any(n.op == "MUL_MAT_ID" for n in inside):
+        if by_expert := next((n for n in inside if n.op == "MUL_MAT_ID"), None):
+            self._router(block, by_expert)  # each expert has its own hidden layer: no mlp_post, one row per token
+        elif products := [n for n in inside if n.op == "MUL_MAT" and n.src[0].is_weight]:
             self._add("mlp_post", block, strip(products[-1].src[1]))
+
+    def _router(self, block: int, by_expert: Node) -> None:
+        """The router's logits and what becomes of them, below the choice of experts."""
+        chosen = strip(by_expert.src[2])
+        below: list[Node] = []  # from the choice down to the product
+        while not chosen.is_leaf and chosen.src and (not below or below[-1].op != "MUL_MAT"):
+            chosen = chosen.src[0]
+            below.append(chosen)
+        if not below or below[-1].op != "MUL_MAT" or not below[-1].src[0].is_weight:
+            return
+        way = [node for node in reversed(below) if strip(node) is node]
+        biases = 1 if len(way) > 1 and way[1].op == "ADD" and way[1].src[1].is_leaf else 0
+        self._add("router", block, way[biases])
+        if len(way) > biases + 1 and way[biases + 1].op in ("SOFT_MAX", "UNARY"):
+            self._add("expert_weights", block, way[biases + 1])
 
     def _attention(self, block: int, inside: list[Node]) -> None:
         core = self._attention_node(inside)
@@ -279,7 +223,7 @@ class Resolver:
         if core.op == "FLASH_ATTN_EXT":
             query, keys, values = core.src[:3]
         else:
-            scores = _scores(core)
+            scores = score_product(core)
             mixed = next((n for n in inside if n.op == "MUL_MAT" and strip(n.src[1]) is core), None)
             if scores is None or mixed is None:
                 return
@@ -309,30 +253,13 @@ class Resolver:
 
     def _cache_write(self, read: Node, before: Node) -> Node | None:
         """The SET_ROWS that fills the cache `read` looks at."""
-        cache = _root(read)
+        cache = root(read)
         found = [
             n
             for n in self.nodes[: before.index]
-            if n.op == "SET_ROWS" and _root(n.src[2] if len(n.src) > 2 else n) is cache
+            if n.op == "SET_ROWS" and root(n.src[2] if len(n.src) > 2 else n) is cache
         ]
         return found[-1] if found else None
-
-
-def _scores(softmax: Node) -> Node | None:
-    """The matrix product below a SOFT_MAX, through scaling, bias and soft-capping."""
-    node = softmax.src[0]
-    while not node.is_leaf and node.op != "MUL_MAT":
-        if node.op not in ("SCALE", "ADD", "UNARY") and strip(node) is node:
-            return None
-        node = node.src[0]
-    return None if node.is_leaf else node
-
-
-def _root(node: Node) -> Node:
-    """The leaf a chain of views looks at."""
-    while not node.is_leaf and node.src:
-        node = node.src[0]
-    return node
 
 
 class GraphMap:
@@ -357,8 +284,20 @@ class GraphMap:
             why = " (flash attention never forms the pattern: set flash_attn=off)"
         raise HookError(
             f"no hook point '{point}'{why}; this {self.architecture} model has blocks 0..{self.blocks - 1} and "
-            f"{describe(self.targets)}"
+            f"{described(self.targets)}"
         )
+
+    def hook_points(self) -> dict[str, str]:
+        """Hook point -> ggml tensor name, in the order of computation."""
+        return {str(target.point): target.name for target in self.in_order()}
+
+    def in_order(self) -> list[Target]:
+        """The hook points in the order of computation."""
+        return sorted(self.targets.values(), key=lambda target: target.index)
+
+    def expand(self, texts: Sequence[str]) -> list[HookPoint]:
+        """Hook points of texts that may hold wildcards and ranges: see `hooks.expand`."""
+        return expand(texts, [target.point for target in self.in_order()], [node.name for node in self.nodes])
 
     def _find_raw(self, point: HookPoint) -> Target:
         name, _, number = point.tensor.partition("#")
@@ -366,6 +305,6 @@ class GraphMap:
         if number:
             found = [n for n in found if str(n.occurrence) == number]
         if not found:
-            near = sorted({n.name for n in self.nodes if not n.name.startswith("node_")})
-            raise HookError(f"no tensor '{point.tensor}' in this model's graph; it has {', '.join(near)}")
+            names = describe_tensors(node.name for node in self.nodes)
+            raise HookError(f"no tensor '{point.tensor}' in this model's graph; it has {names}")
         return self._resolver.target(point, found[-1])

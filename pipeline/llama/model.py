@@ -20,6 +20,7 @@ from .log import log_tail
 from .symbols import lc
 
 if TYPE_CHECKING:
+    from .graph import GraphMap
     from .session import Session
     from .unembed import Unembedding
 
@@ -101,14 +102,20 @@ class Model:
         """A token that ends a generation."""
         return bool(lc.llama_vocab_is_eog(self._vocab, self._checked(token)))
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text, as the file has it."""
+        found = lc.llama_model_chat_template(self.handle, None)
+        return found.decode("utf-8", "surrogateescape") if found else None
+
     def chat(self, messages: list[dict[str, str]], *, add_assistant: bool = True) -> str:
         """The messages in the model's own chat template, as llama.cpp knows it, ready for the answer.
 
         LlamaError for a model without a template, or with one llama.cpp does not know.
         """
-        template = lc.llama_model_chat_template(self.handle, None)
-        if not template:
+        if (text := self.chat_template) is None:
             raise LlamaError(f"{self.path.name} has no chat template; give a plain prompt")
+        template = text.encode("utf-8", "surrogateescape")
         kept = [(m["role"].encode(), m["content"].encode()) for m in messages]
         array = (lc.llama_chat_message * len(kept))(*[lc.llama_chat_message(role=r, content=c) for r, c in kept])
         size = 1024 + 2 * sum(len(r) + len(c) for r, c in kept)
@@ -123,15 +130,16 @@ class Model:
         raise LlamaError(f"llama.cpp could not apply the chat template of {self.path.name}")
 
     @cached_property
-    def _hook_points(self) -> dict[str, str]:
+    def graph(self) -> GraphMap:
+        """The graph without flash attention, where every hook point this model has exists."""
         from .session import Session
 
         with Session(self, n_ctx=64, n_threads=1, flash_attn="off") as session:
-            return session.hook_points()
+            return session.graph
 
     def hook_points(self) -> dict[str, str]:
         """Hook point -> ggml tensor, resolved on the graph without flash attention, in the order of computation."""
-        return dict(self._hook_points)
+        return self.graph.hook_points()
 
     def unembed(self) -> Unembedding:
         """The final norm and the output matrix of this file, float32; read once."""

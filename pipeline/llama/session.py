@@ -15,8 +15,9 @@ from sae.errors import ConfigError, LlamaError, ShapeError
 
 from .batches import Batch, split_equal, split_simple
 from .callback import Cells, DecodePlan, EvalCallback, Hook, Rows
-from .graph import GraphMap, Inventory, Target
+from .graph import GraphMap, Target
 from .hooks import HookPoint
+from .inventory import Inventory
 from .log import log_tail
 from .model import Model
 from .signals import deferred_signals
@@ -80,6 +81,8 @@ class Session:
         self.n_ctx: int = lc.llama_n_ctx(self._handle)
         self.n_batch: int = lc.llama_n_batch(self._handle)
         self.n_ubatch: int = lc.llama_n_ubatch(self._handle)
+        # such a model sees a whole text at once; llama.cpp aborts the process where a pass does not hold it
+        self._whole = not lc.llama_get_memory(self._handle) or not lc.llama_get_causal_attn(self._handle)
         self.n_ctx_seq = self.n_ctx if self.kv_unified else self.n_ctx // self.n_seq_max
         streams = 1 if self.kv_unified else self.n_seq_max
         self._callback.cells = Cells.empty(self.n_ctx_seq * streams, streams=streams)
@@ -89,8 +92,11 @@ class Session:
 
     def hook_points(self) -> dict[str, str]:
         """Hook point -> ggml tensor name in this context's graph, in the order of computation."""
-        found = sorted(self.graph.targets.values(), key=lambda t: t.index)
-        return {str(t.point): t.name for t in found}
+        return self.graph.hook_points()
+
+    def expand(self, texts: Sequence[str]) -> list[HookPoint]:
+        """Hook points of texts with wildcards and ranges (`hooks.expand`), on this context's graph."""
+        return self.graph.expand(texts)
 
     def decode(
         self,
@@ -200,8 +206,9 @@ class Session:
         tokens_N, seq_N, pos_N = (_integers(n, a) for n, a in (("tokens", tokens), ("seq", seq), ("pos", pos)))
         if not len(tokens_N) == len(seq_N) == len(pos_N):
             raise ShapeError(f"{len(tokens_N)} tokens, {len(seq_N)} sequence ids, {len(pos_N)} positions: not as many")
-        if not 0 < len(tokens_N) <= self.n_batch:
-            raise ShapeError(f"{len(tokens_N)} tokens in one decode; expected 1 to {self.n_batch} (n_batch)")
+        most, name = (self.n_ubatch, "n_ubatch") if self._whole else (self.n_batch, "n_batch")
+        if not 0 < len(tokens_N) <= most:
+            raise ShapeError(f"{len(tokens_N)} tokens in one decode; expected 1 to {most} ({name})")
         if tokens_N.min() < 0 or tokens_N.max() >= self.model.n_vocab:
             raise ShapeError(f"a token is outside the vocabulary of {self.model.n_vocab}")
         if seq_N.min() < 0 or seq_N.max() >= self.n_seq_max:

@@ -67,6 +67,7 @@ def function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
 
 op_name = function("ggml_op_name", ctypes.c_char_p, ctypes.c_int)
 type_name = function("ggml_type_name", ctypes.c_char_p, ctypes.c_int)
+buffer_name = function("ggml_backend_buffer_name", ctypes.c_char_p, _P)
 tensor_nbytes = function("ggml_nbytes", ctypes.c_size_t, _P)
 tensor_get = function("ggml_backend_tensor_get", None, _P, _P, ctypes.c_size_t, ctypes.c_size_t)
 tensor_set = function("ggml_backend_tensor_set", None, _P, _P, ctypes.c_size_t, ctypes.c_size_t)

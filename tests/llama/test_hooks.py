@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from pipeline.llama.hooks import BLOCK_SITES, MODEL_SITES, HookPoint, describe
+from pipeline.llama.hooks import BLOCK_SITES, MODEL_SITES, HookPoint, describe, expand
 from sae.errors import HookError
 
 
@@ -37,3 +39,62 @@ def test_a_long_list_of_points_is_described_in_one_line():
         HookPoint("logits"),
     ]
     assert describe(points) == "blocks.0..31.hook_resid_pre, blocks.{1,3}.attn.hook_q, logits"
+
+
+KNOWN = [HookPoint("resid_pre", 0)]
+for _b in range(4):
+    KNOWN += [HookPoint("q", _b), HookPoint("pattern", _b), HookPoint("z", _b), HookPoint("resid_post", _b)]
+KNOWN += [HookPoint("ln_final"), HookPoint("logits")]
+RAW = ["embd", "l_out-0", "l_out-1", "Qcur-1", "Qcur-1", "l_out-10", "node_7"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["blocks.*.hook_resid_post"], [f"blocks.{b}.hook_resid_post" for b in range(4)]),
+        (["blocks.1..2.hook_resid_post"], ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]),
+        (["blocks.2..2.hook_z"], ["blocks.2.attn.hook_z"]),
+        (["blocks.{3,1}.attn.hook_z"], ["blocks.1.attn.hook_z", "blocks.3.attn.hook_z"]),
+        (["blocks.3.*"], ["blocks.3.attn.hook_q", "blocks.3.attn.hook_z", "blocks.3.hook_resid_post"]),
+        (["blocks.0..1.attn.*"], [f"blocks.{b}.attn.hook_{s}" for b in (0, 1) for s in "qz"]),
+        (["blocks.*.hook_resid_pre", "blocks.*.*_pre"], ["blocks.0.hook_resid_pre"]),
+        (["ggml:l_out-*"], ["ggml:l_out-0", "ggml:l_out-1", "ggml:l_out-10"]),
+        (["ggml:Q*-1", "logits"], ["ggml:Qcur-1", "logits"]),
+        (["blocks.2.hook_z", "blocks.1..2.hook_z"], ["blocks.2.attn.hook_z", "blocks.1.attn.hook_z"]),
+        (["blocks.9.hook_z", "ggml:none"], ["blocks.9.attn.hook_z", "ggml:none"]),  # read, not looked up
+        ([], []),
+    ],
+)
+def test_patterns_become_points_in_the_order_of_computation_without_doubles(texts, expected):
+    assert [str(point) for point in expand(texts, KNOWN, RAW)] == expected
+
+
+def test_what_a_long_list_is_described_as_reads_back_as_that_list():
+    points = [p for p in KNOWN if p.site != "pattern" and p != HookPoint("z", 2)]
+    texts = re.split(r", (?![^{]*\})", describe(points))
+    assert "blocks.{0,1,3}.attn.hook_z" in texts
+    assert set(expand(texts, KNOWN)) == set(points)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("blocks.*.hook_mlp_out", r"'blocks\.\*\.hook_mlp_out' matches no hook point; this model has blocks\.0\.hook_"),
+        ("blocks.2..9.hook_z", r"block 4 has no such point; this model has .*blocks\.0\.\.3\.attn\.hook_z"),
+        ("blocks.{0,7}.hook_z", "block 7 has no such point"),
+        ("blocks.3..1.hook_z", "matches no hook point"),
+        ("blocks.*.hook_zz", r"is no hook point; did you mean"),
+        ("blocks.1.mlp.*", "block 1 has no such point"),
+        ("ggml:k_out-*", r"'ggml:k_out-\*' matches no tensor; this model's graph has Qcur-1, embd, l_out-\{0,1,10\}"),
+        ("blocks.1..hook_z", "is no hook point"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_names_what_exists(text, message):
+    with pytest.raises(HookError, match=message) as raised:
+        expand([text], KNOWN, RAW)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_pattern_on_a_model_without_named_points_sends_to_the_raw_ones():
+    with pytest.raises(HookError, match=r"only raw tensors \(ggml:NAME"):
+        expand(["blocks.*.hook_z"], [], RAW)
