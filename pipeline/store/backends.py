@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 Location: TypeAlias = str | Path
 Buffer: TypeAlias = bytes | bytearray | memoryview
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 LOCK_FILE = ".lock"
 PARTIAL = ".partial"  # ends the name of a file that is being written
@@ -218,10 +219,8 @@ class _FileLock(Lock):
 def as_location(text: Location) -> Location:
     """`s3://...` as text, anything else as a Path; a URL that went through Path (`s3:/bucket`) is mended."""
     named = str(text)
-    if named.startswith(S3_SCHEME):
-        return named.rstrip("/")
     if named.startswith("s3:/"):
-        return S3_SCHEME + named.removeprefix("s3:/").strip("/")
+        return S3_SCHEME + named.removeprefix("s3:").strip("/")
     return Path(text).expanduser()
 
 

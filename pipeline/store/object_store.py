@@ -31,7 +31,8 @@ RETRIES = 4
 RETRY_SECONDS = 60
 LEASE_SECONDS = 60.0
 RENEWALS_PER_LEASE = 3
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @final
