@@ -251,7 +251,7 @@ def test_a_lease_is_renewed_and_one_that_was_taken_is_noticed(s3, monkeypatch):
         put_lease(url)
         time.sleep(0.7)
         acts, columns = known_rows(32, WIDTHS)
-        with pytest.raises(StoreError, match="the lease of .* was lost"):
+        with pytest.raises(StoreError, match=r"the lease of .* was lost"):
             writer.commit_shard(0, acts, columns)
     assert json.loads(open_backend(url).get(".lock"))["id"] == "theirs"
 
