@@ -31,6 +31,20 @@ COMMANDS: dict[str, Command] = {
             "ggscope extract resume=latest corpus.max_tokens=200000",
         ),
     ),
+    "store": Command(
+        summary="what a store holds, whether it is whole; several merged into one, one packed anew",
+        groups=("store",),
+        examples=(
+            "ggscope store info",
+            "ggscope store info runs/extract/2026-01-31_12-00-00 format=json",
+            "ggscope store verify s3://bucket/activations",
+            "ggscope store merge first.zarr second.zarr store.path=both.zarr",
+            "ggscope store compact partial.zarr store.path=whole.zarr store.shard_rows=65536",
+        ),
+        verbs=("info", "verify", "merge", "compact"),
+        path_key="store.inputs",
+        keeps_run=False,
+    ),
     "train": Command(
         summary="fit a k-sparse autoencoder on a store",
         groups=("store", "hooks", "sae", "trainer", "logger", "model", "corpus", "extract"),

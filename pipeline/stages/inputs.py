@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from sae.errors import ConfigError
+from sae.errors import ConfigError, StoreError
 from sae.weights import SAEWeights
 
 from ..config import ModelConfig
 from ..run import RunContext, file_sha256, newest_finished, read_manifest, runs_of
+from ..store.backends import as_location
 
 if TYPE_CHECKING:
     from ..llama.model import Model
@@ -74,17 +75,17 @@ def describe_model(model: Model) -> str:
     return f"{Path(model.path).name} (sha256 {m.sha256[:12]}, {m.architecture}, {m.n_layer} blocks x {m.n_embd})"
 
 
-def store_path(context: RunContext) -> Path:
-    """`store.path`, or the store of the newest finished extract run (which one is printed)."""
+def store_path(context: RunContext) -> Path | str:
+    """`store.path`, or the store of the newest finished extract run (which one is printed): a folder or a URL."""
     if context.config.store.path:
-        return Path(context.config.store.path).expanduser()
-    return newest_output(context, "extract", "store", "store")
+        return as_location(context.config.store.path)
+    return as_location(newest_output(context, "extract", "store", "store"))
 
 
-def newest_output(context: RunContext, command: str, output: str, label: str) -> Path:
+def newest_output(context: RunContext, command: str, output: str, label: str) -> str:
     """An output of the newest finished run of `command`; says on the console which one it is."""
     _, manifest = newest_finished(command, context.command)
-    path = Path(manifest["outputs"][output])
+    path = manifest["outputs"][output]
     context.console.print(f"using the newest {label}: {relative(path)}", highlight=False)
     return path
 
@@ -105,12 +106,15 @@ def open_store(context: RunContext, weights: SAEWeights | None = None) -> Activa
     return store
 
 
-def own_store(sha256: str) -> Path | None:
-    """The store of this hash among the finished extract runs."""
+def own_store(sha256: str) -> Path | str | None:
+    """The store of this hash among the finished extract runs; one that is not there any more is none."""
     for _, manifest in runs_of("extract"):
-        path = Path(manifest.get("outputs", {}).get("store", ""))
-        if (path / "meta.json").is_file() and store_sha256(path) == sha256:
-            return path
+        path = manifest.get("outputs", {}).get("store", "")
+        try:
+            if path and store_sha256(as_location(path)) == sha256:
+                return as_location(path)
+        except StoreError:
+            continue
     return None
 
 
@@ -145,16 +149,18 @@ def context_tokens(context: RunContext, model: Model, needed: int) -> int:
     return needed
 
 
-def store_sha256(path: Path) -> str:
+def store_sha256(place: Path | str) -> str:
     """What a store is of: the hash of its meta.json (model, corpus, plan, settings)."""
-    return file_sha256(path / "meta.json")
+    from ..store.schema import meta_sha256
+
+    return meta_sha256(place)
 
 
 def sae_path(context: RunContext) -> Path:
     """`sae.path` (a checkpoint folder or a GGUF), or the SAE of the newest finished train run."""
     if context.config.sae.path:
         return Path(context.config.sae.path).expanduser()
-    return newest_output(context, "train", "sae", "SAE")
+    return Path(newest_output(context, "train", "sae", "SAE"))
 
 
 def load_sae(path: Path) -> SAEWeights:
@@ -185,7 +191,9 @@ def sae_sha256(path: Path) -> str:
 
 
 def relative(path: Path | str) -> str:
-    """The path as a person in this folder would write it."""
+    """The path as a person in this folder would write it; a URL as it is."""
+    if "://" in str(path):
+        return str(path)
     path = Path(path)
     try:
         return str(path.resolve().relative_to(Path.cwd()))

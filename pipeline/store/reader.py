@@ -1,4 +1,4 @@
-"""Reading a store: rows of committed shards, by memory map where the shard files allow it.
+"""Reading a store: rows of committed shards, by ranges of bytes where the shard files allow it.
 
 Letters: N rows, D width of a hook. Row numbers count the valid rows of the committed shards in shard
 order; in a finished store they are the plan's rows.
@@ -6,10 +6,9 @@ order; in a finished store they are the plan's rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,43 +17,37 @@ import zarr
 from pipeline.corpus.windows import FLAGS_ALL
 from sae.errors import StoreError
 
-from .commits import Commit, HookStats, committed_shards, merge_stats, read_commit
+from .backends import Backend, Location, open_backend
+from .commits import Commit, committed_shards, read_commit
+from .encode import ARRAY_METADATA, is_plain, plain_index, shard_key
 from .schema import DOCS_FILE, STORED_DTYPES, HookInfo, index_size, read_meta, to_float32
 from .shuffle import ShuffledBatches
-from .writer import shard_file
+from .statistics import HookStats, merge_stats
+from .verify import Problem, wrong_file
 
 DEFAULT_BUFFER_ROWS = 131_072
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """A file of a shard that is not what its commit says."""
-
-    shard: int
-    file: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"shard {self.shard}: {self.file} {self.what}"
-
-
 class ActivationStore:
-    """The committed rows of the store at `path`, open for reading; extract may still be adding shards.
+    """The committed rows of the store at `location`, open for reading; extract may still be adding shards.
 
-    `fast_path=False` reads through the zarr API only. Raises StoreError when there is no store, or
-    (on the first read of it) a shard is damaged: the message names the shard and how to redo it.
+    `fast_path=False` reads through the zarr API only. Memory does not grow with what is read.
+    Raises StoreError when there is no store, or (on the first read of it) a shard is damaged: the
+    message names the shard and how to redo it.
     """
 
-    def __init__(self, path: Path | str, *, fast_path: bool = True) -> None:
-        self.path = Path(path)
+    def __init__(self, location: Location | Backend, *, fast_path: bool = True) -> None:
+        self.backend = open_backend(location)
+        self.path: Location = self.backend.location
         self.fast_path = fast_path
-        self.meta = read_meta(self.path)
+        self.meta = read_meta(self.backend)
         self.hooks: dict[str, HookInfo] = {hook.name: hook for hook in self.meta.hooks}
-        self.commits: list[Commit] = [read_commit(self.path, shard) for shard in committed_shards(self.path)]
+        shards = committed_shards(self.backend)
+        self.commits = list(self.backend.each(lambda shard: read_commit(self.backend, shard), shards))
         self._starts = np.cumsum([0, *(commit.valid_rows for commit in self.commits)])
-        self._maps: dict[tuple[str, int], np.ndarray | None] = {}
+        self._plain: dict[str, bool] = {}  # shard file -> whether it is its rows, checked on the first read
+        self._plain_arrays: dict[str, bool] = {}
         self._columns: dict[str, np.ndarray] = {}
-        self._documents: list[dict[str, Any]] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -70,53 +63,52 @@ class ActivationStore:
         """Whether every shard of the plan is committed."""
         return len(self.commits) == self.meta.n_shards
 
-    @property
+    @cached_property
     def documents(self) -> list[dict[str, Any]]:
         """name, bytes, sha256, exact_offsets of each document; the `doc` column is the index."""
-        if self._documents is None:
-            try:
-                with (self.path / DOCS_FILE).open(encoding="utf-8") as file:
-                    self._documents = [json.loads(line) for line in file]
-            except (OSError, ValueError) as error:
-                raise StoreError(f"{self.path / DOCS_FILE} is damaged ({error}); extract into a new store") from None
-        return self._documents
+        return list(self.iter_documents())
+
+    def iter_documents(self) -> Iterator[dict[str, Any]]:
+        """The same, one after another from the file."""
+        try:
+            pending = b""
+            for chunk in self.backend.chunks(DOCS_FILE, self.backend.size(DOCS_FILE) or 0):
+                *lines, pending = (pending + chunk).split(b"\n")
+                yield from (json.loads(line) for line in lines)
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path}/{DOCS_FILE} is damaged ({error}); extract into a new store") from None
 
     def column(self, name: str) -> np.ndarray:
-        """One of doc, window, pos, token, byte_offset, flags of all rows, (n_rows,), read-only."""
-        if name not in self.meta.columns:
-            raise StoreError(f"the store has no column {name!r}; it has {', '.join(self.meta.columns)}")
+        """One of doc, window, pos, token, byte_offset, flags of all rows, (n_rows,), read-only; kept in memory."""
         if name not in self._columns:
-            parts = [self._shard_column(name, commit) for commit in self.commits]
-            column = np.concatenate([np.empty(0, self.meta.columns[name]), *parts])
+            column = self.column_rows(name, 0, self.n_rows)
             column.flags.writeable = False
             self._columns[name] = column
         return self._columns[name]
+
+    def column_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start : stop` of a column. May be read-only."""
+        if name not in self.meta.columns:
+            raise StoreError(f"the store has no column {name!r}; it has {', '.join(self.meta.columns)}")
+        return self._read(f"columns/{name}", np.dtype(self.meta.columns[name]), (), start, stop)
+
+    def shard_column(self, name: str, commit: Commit) -> np.ndarray:
+        """A column of one shard's valid rows."""
+        return self._shard_rows(f"columns/{name}", np.dtype(self.meta.columns[name]), (), commit, 0, commit.valid_rows)
 
     def rows(self, hook: str, start: int, stop: int) -> np.ndarray:
         """Rows `start : stop` as float32 (n, D), whatever shards they lie in."""
         return to_float32(self.stored_rows(hook, start, stop), self.meta.hook(hook).dtype)
 
     def stored_rows(self, hook: str, start: int, stop: int) -> np.ndarray:
-        """Like `rows`, in the format on disk. May be a read-only view of the file."""
+        """Like `rows`, in the format on disk. May be read-only."""
         info = self.meta.hook(hook)
-        if not 0 <= start <= stop <= self.n_rows:
-            raise StoreError(f"rows {start}:{stop} are not in the store, which has {self.n_rows}")
-        parts = []
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for index in range(first, len(self.commits)):
-            low, high = max(start, int(self._starts[index])), min(stop, int(self._starts[index + 1]))
-            if low >= high:
-                break
-            offset = int(self._starts[index])
-            parts.append(self._shard_rows(info, self.commits[index], low - offset, high - offset))
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([np.empty((0, info.width), STORED_DTYPES[info.dtype]), *parts])
+        return self._read(info.array_path, np.dtype(STORED_DTYPES[info.dtype]), (info.width,), start, stop)
 
     def stats(self, hook: str) -> HookStats:
         """Mean, variance, norm quantiles, ... over the unflagged rows, from the commits: no data is read."""
         self.meta.hook(hook)
-        return merge_stats([commit.stats[hook] for commit in self.commits])
+        return merge_stats(commit.stats[hook] for commit in self.commits)
 
     def batches(
         self,
@@ -136,101 +128,84 @@ class ActivationStore:
         """Every committed file against its size and, with `checksums`, its sha256. Empty: the store is whole."""
         problems = []
         for commit in self.commits:
-            for relative, expected in commit.files.items():
-                what = _wrong(self.path / relative, expected, checksums)
+            for key, expected in commit.files.items():
+                what = wrong_file(self.backend, key, expected, checksums)
                 if what:
-                    problems.append(Problem(shard=commit.shard, file=relative, what=what))
+                    problems.append(Problem(shard=commit.shard, file=key, what=what))
         return problems
 
-    def _shard_rows(self, info: HookInfo, commit: Commit, start: int, stop: int) -> np.ndarray:
-        mapped = self._mapped(info, commit)
-        if mapped is not None:
-            return mapped[start:stop]
-        first = commit.shard * self.meta.shard_rows
-        return self._through_zarr(info.array_path, commit, slice(first + start, first + stop))
+    def _read(self, array_path: str, dtype: np.dtype, width: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        """Rows `start : stop` of an array, from whichever shards hold them."""
+        if not 0 <= start <= stop <= self.n_rows:
+            raise StoreError(f"rows {start}:{stop} are not in the store, which has {self.n_rows}")
+        spans = list(self._spans(start, stop))
 
-    def _mapped(self, info: HookInfo, commit: Commit) -> np.ndarray | None:
-        """The shard as a read-only memory map (S, D), or None where the file is not plain row-major bytes."""
-        key = (info.name, commit.shard)
-        if key not in self._maps:
-            relative = shard_file(info.array_path, commit.shard, 2)
-            self._check_size(relative, commit)
-            plain = self.fast_path and self._is_plain(info, self.path / relative)
-            shape = (self.meta.shard_rows, info.width)
-            self._maps[key] = (
-                np.memmap(self.path / relative, STORED_DTYPES[info.dtype], "r", 0, shape) if plain else None
+        def read(span: tuple[Commit, int, int]) -> np.ndarray:
+            return self._shard_rows(array_path, dtype, width, *span)
+
+        if len(spans) == 1:
+            return read(spans[0])
+        return np.concatenate([np.empty((0, *width), dtype), *self.backend.each(read, spans)])
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[Commit, int, int]]:
+        """The shards of the rows `start : stop`, with first and past-the-last row inside each."""
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        for index in range(first, len(self.commits)):
+            offset = int(self._starts[index])
+            low, high = max(start, offset), min(stop, int(self._starts[index + 1]))
+            if low >= high:
+                return
+            yield self.commits[index], low - offset, high - offset
+
+    def _shard_rows(
+        self, array_path: str, dtype: np.dtype, width: tuple[int, ...], commit: Commit, start: int, stop: int
+    ) -> np.ndarray:
+        key = shard_key(array_path, commit.shard, 1 + len(width))
+        row_bytes = dtype.itemsize * int(np.prod(width, dtype=np.int64))
+        if key not in self._plain:
+            self._check_size(key, commit)
+            self._plain[key] = self.fast_path and self._is_plain(
+                array_path, key, commit, row_bytes, is_hook=bool(width)
             )
-        return self._maps[key]
-
-    def _is_plain(self, info: HookInfo, file: Path) -> bool:
-        """Whether `file` is the rows one after another, then the shard index: size, codecs and index say so."""
-        chunk_bytes = self.meta.chunk_rows * info.width * np.dtype(STORED_DTYPES[info.dtype]).itemsize
-        n_chunks = self.meta.shard_rows // self.meta.chunk_rows
-        if file.stat().st_size != n_chunks * chunk_bytes + index_size(n_chunks):
-            return False
-        if not _codecs_are_plain(self.path / info.array_path / "zarr.json", self.meta.chunk_rows, info.width):
-            return False
-        with file.open("rb") as handle:
-            handle.seek(n_chunks * chunk_bytes)
-            index = np.frombuffer(handle.read(16 * n_chunks), "<u8").reshape(n_chunks, 2)
-        in_order = np.arange(n_chunks, dtype=np.uint64) * np.uint64(chunk_bytes)
-        return bool((index[:, 0] == in_order).all() and (index[:, 1] == chunk_bytes).all())
-
-    def _shard_column(self, name: str, commit: Commit) -> np.ndarray:
-        array_path = f"columns/{name}"
-        self._check_size(shard_file(array_path, commit.shard, 1), commit)
-        first = commit.shard * self.meta.shard_rows
-        return self._through_zarr(array_path, commit, slice(first, first + commit.valid_rows))
-
-    def _through_zarr(self, array_path: str, commit: Commit, rows: slice) -> np.ndarray:
         try:
-            return np.asarray(zarr.open_array(self.path / array_path, mode="r")[rows])
+            if not self._plain[key]:
+                return self._through_zarr(array_path, commit.shard * self.meta.shard_rows, start, stop)
+            data = self.backend.get_range(key, start * row_bytes, (stop - start) * row_bytes)
+            return np.frombuffer(data, dtype).reshape(stop - start, *width)
         except (ValueError, KeyError, OSError) as error:
             raise self._damaged(commit, f"{array_path} cannot be read ({error})") from None
 
-    def _check_size(self, relative: str, commit: Commit) -> None:
+    def _is_plain(self, array_path: str, key: str, commit: Commit, row_bytes: int, *, is_hook: bool) -> bool:
+        """Whether the file `key` is the rows one after another, then the shard index: size, codecs and index say so."""
+        rows, chunk_rows = self.meta.shard_rows, self.meta.chunk_rows
+        n_chunks = rows // chunk_rows if is_hook else 0
+        index_bytes = index_size(n_chunks) if is_hook else 0
+        if commit.files[key]["bytes"] != rows * row_bytes + index_bytes:
+            return False
+        if array_path not in self._plain_arrays:
+            metadata = self.backend.get(f"{array_path}/{ARRAY_METADATA}")
+            self._plain_arrays[array_path] = is_plain(metadata, rows, chunk_rows)
+        if not self._plain_arrays[array_path]:
+            return False
+        if not is_hook:
+            return True
+        index = self.backend.get_range(key, rows * row_bytes, index_bytes)
+        return index == plain_index(n_chunks, chunk_rows * row_bytes)
+
+    def _through_zarr(self, array_path: str, first: int, start: int, stop: int) -> np.ndarray:
+        array = zarr.open_array(self.backend.open_zarr_store(), path=array_path, mode="r")
+        return np.asarray(array[first + start : first + stop])
+
+    def _check_size(self, key: str, commit: Commit) -> None:
         """zarr reads a missing file as zeros, so its size is compared with the commit before."""
-        expected = commit.files.get(relative, {}).get("bytes")
-        try:
-            size = (self.path / relative).stat().st_size
-        except FileNotFoundError:
-            raise self._damaged(commit, f"{relative} is missing") from None
+        expected = commit.files.get(key, {}).get("bytes")
+        size = self.backend.size(key)
+        if size is None:
+            raise self._damaged(commit, f"{key} is missing")
         if size != expected:
-            raise self._damaged(commit, f"{relative} has {size} bytes, not {expected}")
+            raise self._damaged(commit, f"{key} has {size} bytes, not {expected}")
 
     def _damaged(self, commit: Commit, what: str) -> StoreError:
         return StoreError(
             f"shard {commit.shard} of {self.path} is damaged: {what}; `ggscope extract resume=RUN` captures it again"
         )
-
-
-def _wrong(file: Path, expected: dict[str, Any], checksums: bool) -> str:
-    """What is wrong with a committed file; empty when nothing is."""
-    try:
-        with file.open("rb") as handle:
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                return f"has {size} bytes, not {expected['bytes']}"
-            if checksums and hashlib.file_digest(handle, "sha256").hexdigest() != expected["sha256"]:
-                return "has another sha256 than its commit"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return ""
-
-
-def _codecs_are_plain(metadata: Path, chunk_rows: int, width: int) -> bool:
-    """Whether an array is sharded, its chunks are whole rows, and nothing but little-endian bytes is applied."""
-    try:
-        codecs = json.loads(metadata.read_text("utf-8"))["codecs"]
-        inner = codecs[0]["configuration"]
-        little = [{"name": "bytes", "configuration": {"endian": "little"}}]
-        return (
-            len(codecs) == 1
-            and codecs[0]["name"] == "sharding_indexed"
-            and inner["chunk_shape"] == [chunk_rows, width]
-            and inner["codecs"] == little
-            and inner["index_location"] == "end"
-            and inner["index_codecs"] == [*little, {"name": "crc32c"}]
-        )
-    except (OSError, ValueError, LookupError, TypeError):
-        return False

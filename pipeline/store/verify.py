@@ -1,0 +1,154 @@
+"""Whether a store is what its metadata and commits say: files, zarr's metadata, commits, statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.corpus.windows import FLAGS_ALL
+from sae.errors import StoreError
+
+from .backends import Backend
+from .commits import Commit
+from .encode import array_documents, shard_key
+from .schema import META_FILE, STATS_FILE, StoreMeta
+from .summary import ranges, statistics_documents
+
+if TYPE_CHECKING:
+    from .reader import ActivationStore
+
+ARRAY_FACTS = (
+    "zarr_format",
+    "node_type",
+    "shape",
+    "data_type",
+    "chunk_grid",
+    "chunk_key_encoding",
+    "codecs",
+    "fill_value",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Something in a store that is not what it should be. `shard` -1: it is about the store."""
+
+    shard: int = -1
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}: {self.file} {self.what}" if self.shard >= 0 else f"{self.file} {self.what}"
+
+
+def verify_store(store: ActivationStore, *, progress: Callable[[int, int], None]) -> Iterator[Problem]:
+    """Every problem there is, as it is found. `progress` gets bytes read and bytes in all.
+
+    zarr's metadata, commits, each committed file's size and sha256, flags, statistics, missing shards.
+    """
+    yield from _wrong_metadata(store)
+    total = sum(file["bytes"] for commit in store.commits for file in commit.files.values())
+    done = 0
+    for commit in store.commits:
+        problems = [*_wrong_commit(store.meta, commit)]
+        for key, expected in commit.files.items():
+            what = wrong_file(store.backend, key, expected, True)
+            if what:
+                problems.append(Problem(shard=commit.shard, file=key, what=what))
+            done += expected["bytes"]
+            progress(done, total)
+        yield from problems or _wrong_flags(store, commit)
+    yield from _wrong_statistics(store)
+    there = {commit.shard for commit in store.commits}
+    missing = [shard for shard in range(store.meta.n_shards) if shard not in there]
+    if missing:
+        named = f"{len(missing)} of {store.meta.n_shards} shards ({ranges(missing)})"
+        yield Problem(
+            file=META_FILE, what=f"plans {named} that are not committed; `ggscope extract resume=RUN` captures them"
+        )
+
+
+def wrong_file(backend: Backend, key: str, expected: dict[str, Any], checksums: bool) -> str:
+    """What is wrong with a committed file; empty when nothing is."""
+    size = backend.size(key)
+    if size is None:
+        return "is missing"
+    if size != expected["bytes"]:
+        return f"has {size} bytes, not {expected['bytes']}"
+    try:
+        if checksums and _sha256(backend, key, size) != expected["sha256"]:
+            return "has another sha256 than its commit"
+    except (OSError, StoreError) as error:
+        return f"cannot be read ({error})"
+    return ""
+
+
+def _sha256(backend: Backend, key: str, size: int) -> str:
+    digest = hashlib.sha256()
+    for chunk in backend.chunks(key, size):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _wrong_metadata(store: ActivationStore) -> Iterator[Problem]:
+    for key, document in array_documents(store.meta).items():
+        try:
+            found = json.loads(store.backend.get(key))
+        except (OSError, ValueError) as error:
+            yield Problem(file=key, what=f"cannot be read ({error})")
+            continue
+        expected = json.loads(document)
+        changed = [fact for fact in ARRAY_FACTS if found.get(fact) != expected.get(fact)]
+        if changed:
+            yield Problem(file=key, what=f"is not as the store was made: {', '.join(changed)} changed")
+
+
+def _wrong_commit(meta: StoreMeta, commit: Commit) -> Iterator[Problem]:
+    """A commit against the metadata: its rows, its hooks, its files."""
+
+    def problem(what: str) -> Problem:
+        return Problem(shard=commit.shard, file="commit", what=what)
+
+    if commit.shard >= meta.n_shards:
+        yield problem(f"is of a shard the store does not have: it has {meta.n_shards}")
+        return
+    start, stop = meta.shard_range(commit.shard)
+    if commit.valid_rows != stop - start:
+        yield problem(f"says {commit.valid_rows} valid rows, not {stop - start}")
+    expected = {shard_key(hook.array_path, commit.shard, 2) for hook in meta.hooks}
+    expected |= {shard_key(f"columns/{name}", commit.shard, 1) for name in meta.columns}
+    if commit.files.keys() != expected:
+        yield problem(f"names other files than the store's arrays: {', '.join(sorted(commit.files.keys() ^ expected))}")
+    widths = {hook.name: hook.width for hook in meta.hooks}
+    if {name: len(stats.sum_D) for name, stats in commit.stats.items()} != widths:
+        yield problem("has statistics of other hooks or widths than the store's")
+    for name, stats in commit.stats.items():
+        if stats.count != commit.valid_rows - commit.flagged_rows:
+            yield problem(f"counts {stats.count} rows at {name}, not {commit.valid_rows - commit.flagged_rows}")
+
+
+def _wrong_flags(store: ActivationStore, commit: Commit) -> Iterator[Problem]:
+    flags = store.shard_column("flags", commit)
+    flagged = int(np.count_nonzero(flags & FLAGS_ALL))
+    if flagged != commit.flagged_rows:
+        yield Problem(shard=commit.shard, file="commit", what=f"says {commit.flagged_rows} flagged rows, {flagged} are")
+
+
+def _wrong_statistics(store: ActivationStore) -> Iterator[Problem]:
+    """Only of a finished store: while shards are missing the statistics are those of an earlier moment."""
+    if not store.complete or store.backend.size(STATS_FILE) is None:
+        return
+    for key, document in statistics_documents(store).items():
+        try:
+            same = store.backend.get(key) == document
+        except OSError:
+            same = False
+        if not same:
+            yield Problem(
+                file=key, what="is not the statistics of the commits; write it again with `ggscope extract resume=RUN`"
+            )
