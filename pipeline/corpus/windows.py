@@ -15,7 +15,7 @@ import numpy as np
 
 from sae.errors import ConfigError
 
-from .readers import Document, ReadReport
+from .documents import Document, ReadReport
 
 FLAG_BOS = 1
 FLAG_SPECIAL = 2
@@ -143,7 +143,7 @@ def windows(
             )
             rows += n_rows
         elif report is not None and (room is None or room > n_bos):
-            report.skipped.append((document.name, "no tokens"))
+            report.skip(document.name, "no tokens")
         if max_tokens > 0 and max_tokens - rows <= n_bos:
             break
     if not rows:
