@@ -40,7 +40,9 @@ class Condition:
         found = self._field(record)
         if self.pattern is not None:
             if not isinstance(found, str):
-                raise UnusableError(f"field {'.'.join(self.path)!r} is a {type(found).__name__}, which has no text to search")
+                raise UnusableError(
+                    f"field {'.'.join(self.path)!r} is a {type(found).__name__}, which has no text to search"
+                )
             return self.pattern.search(found) is not None
         wanted = self.value if isinstance(found, str) else _literal(self.value)
         if self.sign in ("==", "!="):

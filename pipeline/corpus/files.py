@@ -39,13 +39,16 @@ class CorpusFile:
         """Whether any record can be read without those before it."""
         return self.remote is None and not self.path.endswith(COMPRESSED)
 
+    def _opened(self) -> BinaryIO:
+        return Path(self.path).open("rb") if self.remote is None else self.remote.open(self.path, "rb")
+
     @contextmanager
     def reading(self) -> Iterator[BinaryIO]:
         """The bytes, decompressed where the name says so. What goes wrong inside comes out as UnusableError."""
         broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
         with ExitStack() as stack:
             try:
-                raw = Path(self.path).open("rb") if self.remote is None else self.remote.open(self.path, "rb")
+                raw = self._opened()
                 file = stack.enter_context(raw)
                 if self.path.endswith(".gz"):
                     file = stack.enter_context(gzip.GzipFile(fileobj=raw))
@@ -68,14 +71,13 @@ def reason(error: Exception) -> str:
 
 def optional(package: str) -> ModuleType:
     """Import a package of the extra `data`; ConfigError where it is missing."""
+    top = package.split(".")[0]
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        if error.name not in (None, package.split(".")[0]):
+        if (error.name or top).split(".")[0] != top:
             raise
-        raise ConfigError(
-            f"this corpus needs the package {package.split('.')[0]}; install it with pip install 'ggscope[data]'"
-        ) from None
+        raise ConfigError(f"this corpus needs the package {top}; install it with pip install 'ggscope[data]'") from None
 
 
 def is_url(pattern: str) -> bool:
@@ -139,7 +141,11 @@ def _remote(pattern: str) -> list[tuple[str, str, CorpusFile]]:
         raise ConfigError(f"corpus.paths: {pattern!r} matches no file")
     root = PurePosixPath(_static_prefix(path).as_posix())
     return [
-        (f"{pattern.partition('://')[0]}://{file}", str(file), CorpusFile(name=_below(file, root), path=file, remote=remote))
+        (
+            f"{pattern.partition('://')[0]}://{file}",
+            str(file),
+            CorpusFile(name=_below(file, root), path=file, remote=remote),
+        )
         for file in files
     ]
 

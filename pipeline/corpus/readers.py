@@ -106,7 +106,9 @@ def open_records(config: CorpusConfig, vocabulary: Vocabulary | None) -> Records
     )
     for key in ("filter", "messages_key"):
         if getattr(config, key) and kind not in WITH_FIELDS:
-            raise ConfigError(f"corpus.{key} needs records with fields; use it with corpus.kind={'|'.join(WITH_FIELDS)}")
+            raise ConfigError(
+                f"corpus.{key} needs records with fields; use it with corpus.kind={'|'.join(WITH_FIELDS)}"
+            )
 
     def keep(name: str) -> bool:
         return config.split == "all" or is_held_out(name) == (config.split == "held_out")

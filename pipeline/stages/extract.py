@@ -23,7 +23,7 @@ def run(context: RunContext) -> None:
     if context.resumed and (path / META_FILE).exists():
         take_back_damaged(context, path)
     with open_model(context) as model:
-        table = window_table(context, model)
+        table = window_table(context, model, spool=True)
         plan = plan_extraction(model, table, config.hooks.points, extract=config.extract, store=config.store)
         with context.progress("capturing", plan.rows) as progress:
             summary = extract(

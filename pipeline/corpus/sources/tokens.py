@@ -23,9 +23,7 @@ MOST_TOKENS = 1 << 20  # of one document
 SCAN_TOKENS = 1 << 20
 
 
-def token_records(
-    files: list[CorpusFile], dtype: str, vocabulary: Vocabulary, *, keep: Keep, seed: int
-) -> Records:
+def token_records(files: list[CorpusFile], dtype: str, vocabulary: Vocabulary, *, keep: Keep, seed: int) -> Records:
     """Raises ConfigError for an unknown dtype, FormatError for a file that is no array of this vocabulary's ids."""
     if dtype not in TOKEN_DTYPES:
         raise ConfigError(f"corpus.token_dtype={dtype!r} is unknown; use one of {', '.join(TOKEN_DTYPES)}")
