@@ -22,6 +22,7 @@ BOS_ID, EOS_ID = 0, 1
 NORM_EPS = 1e-5
 ROPE_THETA = 10000.0
 CONTEXT = 512
+CHAT_MARKERS = ["<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
 )
@@ -124,8 +125,12 @@ def write_tiny_llama(
     ff: int = 96,
     vocab: int = 512,
     tied: bool = False,
+    chat_markers: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Write the GGUF (matrices in `dtype`: F32, F16, BF16 or Q8_0); return the weights it holds, float32, HF order."""
+    """Write the GGUF (matrices in `dtype`: F32, F16, BF16 or Q8_0); return the weights it holds, float32, HF order.
+
+    With `chat_markers` the last two tokens are those that the chat template spells.
+    """
     weights = random_weights(
         seed=seed, blocks=blocks, d=d, heads=heads, kv_heads=kv_heads, ff=ff, vocab=vocab, tied=tied
     )
@@ -143,7 +148,7 @@ def write_tiny_llama(
     writer.add_rope_freq_base(ROPE_THETA)
     writer.add_layer_norm_rms_eps(NORM_EPS)
     writer.add_vocab_size(vocab)
-    _add_tokenizer(writer, vocab)
+    _add_tokenizer(writer, vocab, chat_markers)
     for name, weight in weights.items():
         if weight.ndim == 1:
             writer.add_tensor(gguf_name(name), weight)
@@ -183,15 +188,17 @@ def write_tiny_encoder(
     writer.close()
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, vocab: int) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab: int, chat_markers: bool) -> None:
     state = json.loads(tokenizer(vocab).to_str())["model"]
     by_id = sorted(state["vocab"], key=state["vocab"].__getitem__)
     merges = [m if isinstance(m, str) else " ".join(m) for m in state["merges"]]
+    if chat_markers:  # in place of the last two merges
+        by_id[-2:], merges = CHAT_MARKERS, merges[:-2]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(by_id)
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
-    writer.add_token_types([control if t in (BOS, EOS) else normal for t in by_id])
+    writer.add_token_types([control if t in (BOS, EOS, *CHAT_MARKERS) else normal for t in by_id])
     writer.add_token_merges(merges)
     writer.add_bos_token_id(BOS_ID)
     writer.add_eos_token_id(EOS_ID)

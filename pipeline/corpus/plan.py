@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.config import ExtractConfig, StoreConfig
 from sae.errors import ConfigError
 
-from .windows import COLUMN_DTYPES, WindowTable
+from .table import COLUMN_DTYPES, WindowTable
 
 MAX_SEQUENCES = 64  # of one llama_decode
 KV_CELLS_PER_TOKEN = 2  # every sequence has KV cells for a whole window; short windows may leave half of them unused
@@ -108,7 +108,8 @@ def make_plan(table: WindowTable, *, hooks: dict[str, int], extract: ExtractConf
         raise ConfigError(f"extract.dtype={extract.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     itemsize = DTYPES[extract.dtype]
     chunk_rows, shard_rows = _layout(table.rows, hooks, itemsize, store)
-    batch_windows = _batches(table.window_starts, extract.batch_tokens, table.context_tokens)
+    window_starts = np.asarray(table.window_starts)  # 8 bytes a window, the only thing held of a table on disk
+    batch_windows = _batches(window_starts, extract.batch_tokens, table.context_tokens)
     layout = {"hooks": hooks, "shard_rows": shard_rows, "chunk_rows": chunk_rows, "dtype": extract.dtype}
     batches = hashlib.sha256(batch_windows.tobytes()).hexdigest()
     described = json.dumps({**layout, "batches": batches}, sort_keys=True)
@@ -117,7 +118,7 @@ def make_plan(table: WindowTable, *, hooks: dict[str, int], extract: ExtractConf
         shard_rows=shard_rows,
         chunk_rows=chunk_rows,
         batch_windows=batch_windows,
-        batch_rows=table.window_starts[batch_windows],
+        batch_rows=window_starts[batch_windows],
         hooks=dict(hooks),
         itemsize=itemsize,
         corpus_hash=table.corpus_hash,

@@ -79,7 +79,7 @@ class _Batch:
 
 def split_windows(table: WindowTable) -> list[TokenWindow]:
     """The windows of a table, in its order."""
-    bounds = table.window_starts.tolist()
+    bounds = np.asarray(table.window_starts).tolist()
     return [
         TokenWindow(tokens=table.token_N[a:b], flags=table.flags_N[a:b] & FLAGS_ALL, document=int(table.doc_N[a]))
         for a, b in pairwise(bounds)

@@ -3,47 +3,118 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from sae.errors import ConfigError
 
 from ..config import CorpusConfig
-from ..corpus.readers import ReadReport, read_documents
+from ..corpus.readers import DocumentStream, ReadReport, read_documents
+from ..corpus.spool import spool_table
 from ..corpus.windows import WindowTable, windows
 from ..run import RunContext
 
 if TYPE_CHECKING:
+    from ..continuation import BatchGenerator
     from ..llama.model import Model
 
+SPOOL_NAME = "corpus"
+WITH_PATHS = ("text", "jsonl", "parquet", "tokens")
 
-def window_table(context: RunContext, model: Model, *, split: str = "", max_tokens: int = -1) -> WindowTable:
-    """The windows of the settings' corpus; skipped documents are counted on the console."""
+
+def window_table(
+    context: RunContext, model: Model, *, split: str = "", max_tokens: int = -1, spool: bool = False
+) -> WindowTable:
+    """The windows of the settings' corpus; skipped documents are counted on the console.
+
+    With `spool` the table lies on disk, in the run folder's `corpus`: for corpora of any size, and for other
+    processes to open.
+    """
     config = context.config.corpus
-    if config.kind in ("text", "jsonl") and not config.paths:
-        raise ConfigError(
-            f"missing required setting: corpus.paths (corpus.kind={config.kind}); give it as corpus.paths=[FILE,...]"
-        )
+    check_settings(config)
     if split:
         config = dataclasses.replace(config, split=split)
     if config.split == "held_out":
-        check_held_out(config)
+        check_held_out(config, model)
     report = ReadReport()
     limit = config.max_tokens if max_tokens < 0 else max_tokens
-    table = windows(
-        model, read_documents(config, report), config.context_tokens, limit, packing=config.packing, report=report
-    )
-    if report.skipped:
-        context.console.print(f"warning: {report.describe_skipped()}", style="yellow", highlight=False)
+    documents = read_documents(config, report, model)
+    with generator(context, model) as generate:
+        options: dict[str, Any] = {"packing": config.packing, "bos": config.bos, "generate": generate, "report": report}
+        if spool:
+            table = _spooled(context, model, documents, limit, options)
+        else:
+            table = windows(model, documents, config.context_tokens, limit, **options)
+    if table.report.skipped:
+        context.console.print(f"warning: {table.report.describe_skipped()}", style="yellow", highlight=False)
     context.add_input("corpus", config.kind, table.corpus_hash, documents=len(table.documents), rows=table.rows)
     return table
 
 
-def check_held_out(config: CorpusConfig) -> None:
+def _spooled(
+    context: RunContext, model: Model, documents: DocumentStream, limit: int, options: dict[str, Any]
+) -> WindowTable:
+    config = documents.config
+    settings = {"corpus": dataclasses.asdict(config), "vocabulary": model.id.vocab_sha256}
+    if config.generate_tokens:  # then the weights and how they are run decide the table too
+        run = dataclasses.asdict(context.config.model)
+        settings["generator"] = {"sha256": model.id.sha256, **{k: run[k] for k in ("kv_type", "flash_attn")}}
+    with context.progress("tokenising", limit) as progress:
+        return spool_table(
+            model, documents, config.context_tokens, limit, folder=context.folder / SPOOL_NAME, settings=settings,
+            progress=lambda done, rows: progress(rows, note=f"{done:,} documents"), **options,
+        )  # fmt: skip
+
+
+@contextmanager
+def generator(context: RunContext, model: Model) -> Iterator[BatchGenerator | None]:
+    """What continues the documents, where corpus.generate_tokens asks for it."""
+    from ..continuation import BatchGenerator
+
+    config = context.config.corpus
+    if not config.generate_tokens:
+        yield None
+        return
+    with BatchGenerator(
+        model,
+        context_tokens=config.context_tokens,
+        max_tokens=config.generate_tokens,
+        temperature=config.generate_temperature,
+        seed=config.seed,
+        config=context.config.model,
+    ) as generate:
+        yield generate
+
+
+def check_settings(config: CorpusConfig) -> None:
+    """ConfigError for a kind whose own setting is missing."""
+    missing = {
+        "paths": config.kind in WITH_PATHS and not config.paths,
+        "dataset": config.kind == "datasets" and not config.dataset,
+    }
+    example = {"paths": "corpus.paths=[FILE,...]", "dataset": "corpus.dataset=owner/name"}
+    for key, is_missing in missing.items():
+        if is_missing:
+            raise ConfigError(
+                f"missing required setting: corpus.{key} (corpus.kind={config.kind}); give it as {example[key]}"
+            )
+
+
+def check_held_out(config: CorpusConfig, model: Model | None = None) -> None:
     """ConfigError where no document of the corpus is held out: there is nothing to evaluate on."""
+    if config.kind == "stdin":
+        raise ConfigError(
+            "corpus.kind=stdin is one document that can be read once, so nothing is left to evaluate on; save it to "
+            "files and use corpus=text"
+        )
+    if config.kind == "tokens" and model is None:
+        return  # only the model knows where documents end; found out when it is open
     try:
-        next(read_documents(dataclasses.replace(config, split="held_out", max_documents=0)))
+        next(read_documents(dataclasses.replace(config, split="held_out", max_documents=0), vocabulary=model))
     except ConfigError as error:
-        next(read_documents(dataclasses.replace(config, split="all", max_documents=0)))  # a wrong path is its own error
+        # a wrong path is its own error
+        next(read_documents(dataclasses.replace(config, split="all", max_documents=0), vocabulary=model))
         raise ConfigError(
             "no document of this corpus is held out (a tenth is, chosen by name), so nothing is left to evaluate on; "
             "give more documents: split the text into several files or into JSONL records"

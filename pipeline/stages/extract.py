@@ -31,7 +31,7 @@ def run(context: RunContext) -> None:
     if context.resumed and (path / META_FILE).exists():
         take_back_damaged(context, path)
     with open_model(context) as model:
-        table = window_table(context, model)
+        table = window_table(context, model, spool=True)
         plan = plan_extraction(model, table, config.hooks.points, extract=config.extract, store=config.store)
         given = f"{describe_model(model)}; {len(table.documents)} documents (corpus {table.corpus_hash[:12]})"
         settings: dict[str, Any] = {"config": config.extract, "model_config": config.model, "store_path": path}

@@ -70,7 +70,7 @@ def test_a_path_or_glob_that_matches_no_file_is_refused_by_name(folder, pattern)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "parquet"}, "stdlib, text, jsonl"),
+        ({"kind": "csv"}, "stdlib, text, stdin, jsonl, parquet, datasets, tokens"),
         ({"split": "test"}, "train, held_out, all"),
         ({"kind": "text", "paths": []}, "corpus.paths is empty"),
     ],

@@ -11,14 +11,14 @@ from pipeline.corpus.readers import Document, ReadReport
 from pipeline.corpus.windows import FLAG_BOS, FLAG_FIRST, FLAG_SPECIAL, windows
 from sae.errors import ConfigError
 
-BOS = 300
+BOS, EOS = 300, 301
 
 
 class PairTokenizer:
     """Bytes, and the pair 'ab' as one token (256); 'z' counts as special. `prefix` acts like SentencePiece."""
 
     def __init__(self, *, add_bos=True, prefix=False):
-        self.bos, self.add_bos, self.prefix = BOS, add_bos, prefix
+        self.bos, self.eos, self.add_bos, self.prefix = BOS, EOS, add_bos, prefix
 
     def tokenize(self, data, *, parse_special=False):
         assert not parse_special
@@ -27,10 +27,10 @@ class PairTokenizer:
         return np.array([256 if byte == 0xFF else byte for byte in pairs], np.int32)
 
     def piece(self, token):
-        return {BOS: b"<bos>", 256: b"ab"}.get(token) or bytes([token])
+        return {BOS: b"<bos>", EOS: b"<eos>", 256: b"ab"}.get(token) or bytes([token])
 
     def is_special(self, token):
-        return token == ord("z")
+        return token in (ord("z"), BOS, EOS)
 
 
 texts = st.lists(st.text(alphabet="abcz é\n", min_size=1, max_size=40), min_size=1, max_size=6)
