@@ -9,12 +9,10 @@ number of threads. Letters: N rows, D width of a hook, S rows per shard.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,11 +25,13 @@ from .capture.shards import capture_shards
 from .config import ExtractConfig, ModelConfig, StoreConfig
 from .corpus.plan import Plan, make_plan
 from .corpus.windows import COLUMN_DTYPES, FLAG_NOT_FINITE, WindowTable
-from .llama.hooks import NOT_STORABLE, HookPoint
+from .llama.hooks import NOT_STORABLE
 from .llama.model import Model
 from .llama.session import Session, capture
+from .store.backends import Location, open_backend
 from .store.reader import ActivationStore
-from .store.schema import META_FILE, HookInfo, StoreMeta, read_meta
+from .store.schema import HookInfo, StoreMeta, is_store, read_meta
+from .store.summary import write_stats
 from .store.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -39,15 +39,9 @@ if TYPE_CHECKING:
     from .executors.base import Executor
 
 NAMED_IN_SUMMARY = 5
+BLOCK_ROWS = 1 << 22
 
 Progress = Callable[[int, int], None]
-
-
-def free_bytes(path: Path) -> int:
-    """Room on the disk of a folder that may not exist yet."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +59,7 @@ class Estimate:
     def seconds(self) -> float:
         return self.rows_missing / self.tokens_per_s
 
-    def check(self, location: str | Path) -> None:
+    def check(self, location: Location) -> None:
         """StoreError, with the numbers, when the disk cannot hold it."""
         if self.free_bytes is not None and self.bytes_missing > self.free_bytes:
             raise StoreError(
@@ -103,7 +97,13 @@ def hook_widths(model: Model, points: list[str]) -> dict[str, int]:
 
 
 def estimate(
-    model: Model, table: WindowTable, plan: Plan, *, config: ExtractConfig, model_config: ModelConfig, store_path: Path
+    model: Model,
+    table: WindowTable,
+    plan: Plan,
+    *,
+    config: ExtractConfig,
+    model_config: ModelConfig,
+    store_path: Location,
 ) -> Estimate:
     """What `extract` with the same arguments would cost, from a short calibration; nothing is written."""
     with Capturer(model, table, plan, config, model_config) as capturer:
@@ -117,7 +117,7 @@ def extract(
     *,
     config: ExtractConfig,
     model_config: ModelConfig,
-    store_path: Path,
+    store_path: Location,
     progress: Progress | None = None,
     planned: Callable[[Estimate], None] | None = None,
     elsewhere: tuple[Executor, CaptureWork] | None = None,
@@ -133,7 +133,6 @@ def extract(
     finite value at all). Committed shards are safe whatever happens, KeyboardInterrupt included.
     """
     assert plan.corpus_hash == table.corpus_hash, "the plan belongs to another window table"
-    store_path = Path(store_path)
     with Capturer(model, table, plan, config, model_config) as capturer:
         meta, cost = _prepare(capturer, store_path)
         cost.check(store_path)
@@ -151,6 +150,7 @@ def extract(
             elif missing:
                 capture_shards(capturer, writer, missing, counter.add)
             seconds = time.monotonic() - started
+            write_stats(store_path)
     return _summary(table, meta, store_path, missing, counter.captured, seconds)
 
 
@@ -171,9 +171,9 @@ class _Counter:
             self._progress(min(self._skipped + self.captured, self._total), self._total)
 
 
-def _prepare(capturer: Capturer, store_path: Path) -> tuple[StoreMeta, Estimate]:
+def _prepare(capturer: Capturer, store_path: Location) -> tuple[StoreMeta, Estimate]:
     """Metadata of the store to write, calibrated or as the store has them, and what is missing of it."""
-    there = read_meta(store_path) if (store_path / META_FILE).exists() else None
+    there = read_meta(store_path) if is_store(store_path) else None
     missing = list(range(capturer.plan.n_shards))
     if there is not None:
         done = {commit.shard for commit in ActivationStore(store_path).commits}
@@ -189,7 +189,7 @@ def _prepare(capturer: Capturer, store_path: Path) -> tuple[StoreMeta, Estimate]
         rows_missing=sum(stop - start for start, stop in ranges),
         shards_missing=len(missing),
         bytes_missing=meta.shard_bytes * len(missing),
-        free_bytes=free_bytes(store_path),
+        free_bytes=open_backend(store_path).free_bytes(),
         tokens_per_s=calibration.tokens_per_s,
     )
     return meta, cost
@@ -230,16 +230,25 @@ def _meta(capturer: Capturer, hooks: tuple[HookInfo, ...]) -> StoreMeta:
     )
 
 
+def _not_finite(store: ActivationStore) -> tuple[int, list[tuple[int, int]]]:
+    """Rows of a store with values that are not finite, and (document, window) of the first few."""
+    rows, named = 0, dict[tuple[int, int], None]()
+    for start in range(0, store.n_rows, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, store.n_rows)
+        bad_n = start + np.flatnonzero(store.column_rows("flags", start, stop) & FLAG_NOT_FINITE)
+        rows += len(bad_n)
+        for row in bad_n[: NAMED_IN_SUMMARY * store.meta.config["context_tokens"]].tolist():
+            if len(named) < NAMED_IN_SUMMARY:
+                doc, window = (int(store.column_rows(name, row, row + 1)[0]) for name in ("doc", "window"))
+                named[doc, window] = None
+    return rows, list(named)
+
+
 def _summary(
-    table: WindowTable, meta: StoreMeta, store_path: Path, missing: list[int], captured: int, seconds: float
+    table: WindowTable, meta: StoreMeta, store_path: Location, missing: list[int], captured: int, seconds: float
 ) -> dict[str, Any]:
     done = ActivationStore(store_path)
-    bad_N = np.flatnonzero(done.column("flags") & FLAG_NOT_FINITE) if done.flagged_rows else np.empty(0, np.int64)
-    named: dict[tuple[str, int], None] = {}
-    for row in bad_N.tolist():
-        named[table.documents[int(table.doc_N[row])].name, int(table.window_N[row])] = None
-        if len(named) == NAMED_IN_SUMMARY:
-            break
+    bad_rows, windows = _not_finite(done)
     return {
         "rows": done.n_rows,
         "rows_captured": captured,
@@ -247,11 +256,12 @@ def _summary(
         "tokens_per_s": captured / seconds if captured else 0.0,
         "dtype": ", ".join(sorted({hook.dtype for hook in meta.hooks})),
         "flagged_share": done.flagged_rows / max(done.n_rows, 1),
-        "not_finite_rows": len(bad_N),
-        "not_finite": list(named),
+        "not_finite_rows": bad_rows,
+        "not_finite": [(table.documents[doc].name, window) for doc, window in windows],
         "shards_done": len(missing),
         "shards_skipped": meta.n_shards - len(missing),
         "documents": len(table.documents),
+        "skipped": table.report.n_skipped,
         "skipped_documents": list(table.report.skipped),
         "bytes": meta.shard_bytes * meta.n_shards,
     }

@@ -294,7 +294,7 @@ def test_the_plan_says_what_a_capture_will_cost_and_what_is_left_of_it(model, tm
 def test_a_plan_that_does_not_fit_the_disk_is_refused_with_the_numbers_before_anything_is_written(
     model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.extract.free_bytes", lambda _path: 1000)
+    monkeypatch.setattr("pipeline.store.backends.LocalBackend.free_bytes", lambda _backend: 1000)
     with pytest.raises(StoreError, match=r"too full: 0\.\d\d GB needed, 0\.00 GB free; .*lower corpus.max_tokens"):
         run(model, tmp_path / "store")
     assert not (tmp_path / "store").exists()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from sae.errors import StoreError
 from ..corpus.windows import FLAG_OUTLIER
 from ..llama.halves import to_float16
 from ..store.schema import FLOAT16_MAX, STORED_DTYPES, HookInfo, StoreMeta, to_stored
+from ..store.writer import ShardWriter, StoreWriter
 from .capturer import Batch, Capturer, exact_norms
 
 NORM_SLACK = 1e-4  # float32 norms this close to a threshold are computed again in float64
@@ -24,15 +24,9 @@ NORM_SLACK = 1e-4  # float32 norms this close to a threshold are computed again 
 Committed = Callable[[int], None]  # rows
 
 
-class Shards(Protocol):
-    """Where shards are committed (`pipeline.store.writer.ShardWriter`)."""
-
-    meta: StoreMeta
-
-    def commit_shard(self, shard: int, acts: dict[str, np.ndarray], columns: dict[str, np.ndarray]) -> object: ...
-
-
-def capture_shards(capturer: Capturer, writer: Shards, shards: Sequence[int], done: Committed) -> None:
+def capture_shards(
+    capturer: Capturer, writer: ShardWriter | StoreWriter, shards: Sequence[int], done: Committed
+) -> None:
     """Capture and commit these shards; `done` gets the rows of each batch that lie in them.
 
     StoreError when a value overflows the store's float16, naming document and window; what `commit_shard` raises.
@@ -61,7 +55,7 @@ def runs(shards: Sequence[int]) -> Iterator[tuple[int, int]]:
 class _Committer:
     """Fills shard buffers and commits the full ones in a thread, one at a time; errors come out of `add` or the end."""
 
-    def __init__(self, capturer: Capturer, writer: Shards) -> None:
+    def __init__(self, capturer: Capturer, writer: ShardWriter | StoreWriter) -> None:
         self.capturer, self.writer = capturer, writer
         self.hooks = writer.meta.hooks
         self._buffers = [_Buffer(writer.meta), _Buffer(writer.meta)]

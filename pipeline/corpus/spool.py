@@ -27,7 +27,8 @@ import numpy as np
 
 from sae.errors import FormatError
 
-from ..store.schema import dump_json, write_atomic
+from ..store.backends import LocalBackend
+from ..store.schema import dump_json
 from .cutting import Cutter, Part
 from .disk import DiskColumn, DiskDocuments
 from .documents import Document, ReadReport
@@ -195,7 +196,7 @@ class _Writer:
             "packer": self.packer.state(),
             "documents": self.documents.state(),
         }
-        write_atomic(self.folder / PROGRESS_FILE, dump_json(note))
+        LocalBackend(self.folder).put(PROGRESS_FILE, dump_json(note))
         self.since = (self.packer.documents, self.packer.rows)
 
     def _restored(self) -> dict[str, int]:
@@ -231,7 +232,7 @@ def _finish(folder: Path, context_tokens: int, report: ReadReport, identity: Map
     for name in DATA_FILES:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
-    write_atomic(folder / SPOOL_FILE, dump_json(facts))
+    LocalBackend(folder).put(SPOOL_FILE, dump_json(facts))
     (folder / PROGRESS_FILE).unlink(missing_ok=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.errors import ConfigError
@@ -11,8 +10,10 @@ from sae.errors import ConfigError
 from ..corpus.plan import Plan
 from ..extract import Estimate, estimate, extract, plan_extraction
 from ..run import RunContext
+from ..store.backends import Location, as_location
+from ..store.picture import draw_stats
 from ..store.reader import ActivationStore
-from ..store.schema import META_FILE
+from ..store.schema import is_store
 from ..store.writer import invalidate
 from .corpora import SPOOL_NAME, window_table
 from .inputs import STORE_NAME, describe_model, open_model, relative, store_sha256
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
     from ..executors import Executor
     from ..llama.model import Model
 
+PICTURE_NAME = "statistics.png"
+
 
 def run(context: RunContext) -> None:
     config = context.config
     if not config.hooks.points:
         raise ConfigError("missing required setting: hooks.points; give it as hooks.points=[blocks.3.hook_resid_post]")
-    path = Path(config.store.path).expanduser() if config.store.path else context.folder / STORE_NAME
-    if context.resumed and (path / META_FILE).exists():
+    path = as_location(config.store.path) if config.store.path else context.folder / STORE_NAME
+    if context.resumed and is_store(path):
         take_back_damaged(context, path)
     with open_model(context) as model:
         table = window_table(context, model, spool=True)
@@ -47,7 +50,8 @@ def run(context: RunContext) -> None:
                 model, table, plan, **settings, progress=progress, planned=lambda cost: print_plan(context, plan, cost),
                 elsewhere=executor_of(context, model, plan, path),
             )  # fmt: skip
-    context.outputs["store"] = str(path)
+    draw_stats(ActivationStore(path), context.folder / PICTURE_NAME)
+    context.outputs |= {"store": str(path), "statistics": str(context.folder / PICTURE_NAME)}
     context.metrics = summary
     warn_not_finite(context, summary)
     context.three_lines(
@@ -58,7 +62,7 @@ def run(context: RunContext) -> None:
     )
 
 
-def executor_of(context: RunContext, model: Model, plan: Plan, store: Path) -> tuple[Executor, CaptureWork] | None:
+def executor_of(context: RunContext, model: Model, plan: Plan, store: Location) -> tuple[Executor, CaptureWork] | None:
     """The executor of the settings and the work for it; None where this process captures itself."""
     config = context.config
     if config.executor.kind == "local":
@@ -104,7 +108,7 @@ def warn_not_finite(context: RunContext, summary: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def take_back_damaged(context: RunContext, path: Path) -> None:
+def take_back_damaged(context: RunContext, path: Location) -> None:
     """Shards whose files are not what their commit says lose the commit, so that they are captured again."""
     problems = ActivationStore(path).verify(checksums=context.config.store.verify)
     for problem in problems:
