@@ -18,6 +18,10 @@ from .hooks import HookPoint, describe_tensors, described, expand
 from .inventory import Inventory, Node, root, rows_only, score_product, strip
 
 _NOT_ATTENTION = re.compile("SSM_|RWKV_|GATED_LINEAR_ATTN|GATED_DELTA|LIGHTNING")
+_SITES_OF = {
+    "attn": ("attn_out", "q", "k", "v", "rot_q", "rot_k", "z", "pattern"),
+    "mlp": ("mlp_out", "mlp_post", "router", "expert_weights"),
+}
 _WEIGHT = re.compile(r"blk\.(\d+)\.")
 # Architectures whose GGUF has the rows of q and k as RoPE pairs beside each other where HF has them half a head apart:
 # a matter of the converter, not to be seen in the graph. llama and mistral are tested, the others follow llama.cpp's
@@ -152,10 +156,21 @@ class Resolver:
             todo += node.src
         return sorted(seen.values(), key=lambda n: n.index)
 
+    def _side_by_side(self, step: Step) -> Iterator[Node]:
+        """The step's branches; attention and MLP that were added to each other before the stream, as two."""
+        for branch in step.branches:
+            terms = [strip(source, rows=True) for source in branch.src[:2]] if branch.op == "ADD" else []
+            inside = [self._between(term, step.before) for term in terms]
+            kinds = [self._kind(nodes) for nodes in inside if any(_WEIGHT.match(n.name) for n in nodes if n.is_leaf)]
+            if sorted(kinds) == ["attn", "mlp"] and not any(term.is_leaf for term in terms):
+                yield from terms
+            else:
+                yield branch
+
     def _residual(self, steps: list[Step]) -> None:
         taken: dict[int, list[tuple[str, Step]]] = {}
         for step in reversed(steps):
-            for branch in step.branches:
+            for branch in self._side_by_side(step):
                 inside = self._between(branch, step.before)
                 blocks = {int(m[1]) for n in inside if n.is_leaf and (m := _WEIGHT.match(n.name))}
                 if not blocks:
@@ -174,9 +189,10 @@ class Resolver:
             kinds = [kind for kind, _ in parts]
             if kinds == ["attn", "mlp"] and parts[0][1] is not parts[1][1]:
                 self._add("resid_mid", block, parts[0][1].after)
-            for kind in ("attn", "mlp"):
+            for kind, sites in _SITES_OF.items():
                 if kinds.count(kind) > 1:  # which one is meant cannot be said
-                    self.targets.pop(HookPoint(f"{kind}_out", block), None)
+                    for site in sites:
+                        self.targets.pop(HookPoint(site, block), None)
 
     def _kind(self, inside: list[Node]) -> str:
         if any(_NOT_ATTENTION.match(n.op) for n in inside):

@@ -1,4 +1,4 @@
-"""Ten architectures as HF builds them, tiny and random: what is special about each, in one table.
+"""Architectures as HF builds them, tiny and random: what is special about each, in one table.
 
 A row says which of HF's settings differ, what the GGUF writer does to the weights beyond giving them their GGUF name,
 where in HF's modules each hook point lies, and which points the architecture lacks.
@@ -15,7 +15,8 @@ import numpy as np
 
 from tests.tiny_llama import BOS_ID, CONTEXT, EOS_ID, interleave_rows
 
-BLOCKS, D, HEADS, KV_HEADS, FF, VOCAB, EXPERTS = 2, 64, 4, 2, 96, 512, 6
+BLOCKS, D, HEADS, KV_HEADS, FF, VOCAB = 2, 64, 4, 2, 96, 512
+EXPERTS, EXPERT_FF = 6, 48
 WINDOW = 8  # of the sliding-window layers; shorter than the longest test sequence
 
 COMMON = {
@@ -48,8 +49,14 @@ GPTNEOX_PARTS = {
     "mlp.hook_post": "<mlp.dense_4h_to_h", "qkv": "attention.query_key_value", "attn.hook_z": "<attention.dense",
 }  # fmt: skip
 
+PHI2_PARTS = LLAMA_PARTS | {"attn.hook_z": "<self_attn.dense", "mlp.hook_post": "<mlp.fc2"}
+
 Weights = Iterator[tuple[str, np.ndarray]]
 ROUTER_SITES = ("mlp.hook_router_scores", "mlp.hook_expert_weights")
+MOE_PARTS = {site: place for site, place in LLAMA_PARTS.items() if site != "mlp.hook_post"} | {
+    ROUTER_SITES[0]: "mlp.gate"
+}
+MOE = {"num_experts_per_tok": 2}
 
 
 def as_it_is(name: str, weight: np.ndarray, config: Any) -> Weights:
@@ -90,6 +97,25 @@ def stacked_experts(name: str, weight: np.ndarray, config: Any) -> Weights:
         yield name + (".weight" if name.endswith("experts.down_proj") else ""), weight
 
 
+def interleaved_experts(name: str, weight: np.ndarray, config: Any) -> Weights:
+    """Mixtral: a llama with experts."""
+    for new_name, part in stacked_experts(name, weight, config):
+        yield from interleaved(new_name, part, config)
+
+
+def alternating_experts(name: str, weight: np.ndarray, config: Any) -> Weights:
+    """gpt-oss: experts are stored transposed, columns of gate and up in turn, and have biases."""
+    kind = ".bias" if name.endswith("_bias") else ".weight"
+    stem = name.removesuffix("_bias")
+    if "experts." in name and weight.ndim == 3:
+        weight = weight.transpose(0, 2, 1)
+    if stem.endswith("gate_up_proj"):
+        yield stem.replace("gate_up_proj", "gate_proj") + kind, weight[:, 0::2]
+        yield stem.replace("gate_up_proj", "up_proj") + kind, weight[:, 1::2]
+    else:
+        yield stem + kind if "experts." in name or name.endswith("sinks") else name, weight
+
+
 def gemma2_keys(writer: gguf.GGUFWriter) -> None:
     writer.add_attn_logit_softcapping(2.0)
     writer.add_final_logit_softcapping(5.0)
@@ -102,10 +128,20 @@ def gemma3_keys(writer: gguf.GGUFWriter) -> None:
     writer.add_rope_freq_base_swa(10_000.0)
 
 
-def qwen3moe_keys(writer: gguf.GGUFWriter) -> None:
+def expert_keys(writer: gguf.GGUFWriter) -> None:
     writer.add_expert_count(EXPERTS)
     writer.add_expert_used_count(2)
-    writer.add_expert_feed_forward_length(48)
+    writer.add_expert_feed_forward_length(EXPERT_FF)
+
+
+def shared_expert_keys(writer: gguf.GGUFWriter) -> None:
+    expert_keys(writer)
+    writer.add_expert_shared_feed_forward_length(32)
+
+
+def gpt_oss_keys(writer: gguf.GGUFWriter) -> None:
+    expert_keys(writer)
+    writer.add_sliding_window(WINDOW)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,10 +186,32 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     # a router and experts
     "qwen3moe": Architecture(
-        gguf="qwen3moe", hf="Qwen3Moe", weights=stacked_experts, keys=qwen3moe_keys, lacks=("mlp.hook_post",),
-        parts={k: v for k, v in LLAMA_PARTS.items() if k != "mlp.hook_post"} | QK_NORM | {ROUTER_SITES[0]: "mlp.gate"},
-        settings=QWEN3 | {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
-                          "norm_topk_prob": True},
+        gguf="qwen3moe", hf="Qwen3Moe", weights=stacked_experts, keys=expert_keys, lacks=("mlp.hook_post",),
+        parts=MOE_PARTS | QK_NORM,
+        settings=QWEN3 | MOE | {"num_experts": EXPERTS, "moe_intermediate_size": EXPERT_FF, "norm_topk_prob": True},
+    ),
+    # ... beside an expert that sees every token
+    "qwen2moe": Architecture(
+        gguf="qwen2moe", hf="Qwen2Moe", weights=stacked_experts, keys=shared_expert_keys, lacks=("mlp.hook_post",),
+        parts=MOE_PARTS,
+        settings=GROUPED | MOE | {"num_experts": EXPERTS, "moe_intermediate_size": EXPERT_FF,
+                                  "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
+    # ... in a llama
+    "mixtral": Architecture(
+        gguf="llama", hf="Mixtral", weights=interleaved_experts, keys=expert_keys, lacks=("mlp.hook_post",),
+        parts=MOE_PARTS,
+        settings=GROUPED | MOE | {"num_local_experts": EXPERTS, "intermediate_size": EXPERT_FF, "sliding_window": None},
+    ),
+    # ... a router with a bias, its softmax only over the experts chosen; attention sinks
+    "gpt_oss": Architecture(
+        gguf="gpt-oss", hf="GptOss", weights=alternating_experts, keys=gpt_oss_keys,
+        lacks=("mlp.hook_post", "mlp.hook_expert_weights"), parts=MOE_PARTS | {ROUTER_SITES[0]: "mlp.router"},
+        settings=GROUPED | MOE | {
+            "num_local_experts": EXPERTS, "intermediate_size": EXPERT_FF, "head_dim": 16, "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
     ),
     # norms after attention and MLP too, capped scores and logits, scaled embeddings, every second block a window
     "gemma2": Architecture(
@@ -189,6 +247,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         settings=GPTNEOX.settings | {"use_parallel_residual": False},
         keys=lambda writer: writer.add_parallel_residual(False),
         final_norm=GPTNEOX.final_norm, layers=GPTNEOX.layers,
+    ),
+    # attention and MLP added to each other before the residual; biases everywhere
+    "phi2": Architecture(
+        gguf="phi2", hf="Phi", settings={"hidden_act": "gelu_new"}, tolerance=1e-3, parts=PHI2_PARTS,
+        lacks=("hook_resid_mid", *ROUTER_SITES), final_norm="model.final_layernorm",
     ),
     # norms only after attention and MLP, and over all heads of q and k at once
     "olmo2": Architecture(

@@ -81,16 +81,17 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(BLOCKS)
-    writer.add_feed_forward_length(FF)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", FF))
     writer.add_head_count(HEADS)
     writer.add_vocab_size(VOCAB)
     if hasattr(config, "num_key_value_heads"):
         writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_key_length(head)
         writer.add_value_length(head)
-    else:
-        writer.add_layer_norm_eps(getattr(config, "layer_norm_eps", None) or config.layer_norm_epsilon)
+    for key, add in {"rms_norm_eps": writer.add_layer_norm_rms_eps, "layer_norm_eps": writer.add_layer_norm_eps,
+                     "layer_norm_epsilon": writer.add_layer_norm_eps, "norm_epsilon": writer.add_layer_norm_eps}.items():  # fmt: skip
+        if hasattr(config, key):
+            add(getattr(config, key))
     if rope := getattr(config, "rope_parameters", None):
         rope = rope.get("full_attention", rope)
         writer.add_rope_freq_base(rope["rope_theta"])
@@ -142,6 +143,8 @@ def hf_values(name: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
 
     for b, layer in enumerate(operator.attrgetter(architecture.layers)(twin)):
         for site, place in architecture.parts.items():
+            if site in architecture.lacks:
+                continue
             module = operator.attrgetter(place.removeprefix("<"))(layer)
             keep(f"blocks.{b}.{site}", module, before=place.startswith("<"))
         keep(f"blocks.{b}.hook_resid_pre", layer, before=True)

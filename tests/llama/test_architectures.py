@@ -1,4 +1,4 @@
-"""Hook points of ten architectures, each against HF transformers: nothing is found by name."""
+"""Hook points of many architectures, each against HF transformers: nothing is found by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from pipeline.llama.hooks import BLOCK_SITES, MODEL_SITES, HookPoint
 from pipeline.llama.session import Hook, capture
 from sae.errors import HookError
-from tests.llama.architectures import ARCHITECTURES, BLOCKS, D
+from tests.llama.architectures import ARCHITECTURES, BLOCKS, HEADS, WINDOW, D
 from tests.llama.hf_twins import hf_values, loaded
 from tests.llama.support import exact, points, relative
 
@@ -118,3 +118,25 @@ def test_an_edit_of_a_part_of_a_fused_product_equals_transformers():
         assert relative(mine, expected) < 1e-3
         if letter != "k":  # the same shift of every key changes no attention weight
             assert relative(plain, expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_oss"])
+def test_a_sliding_window_hides_old_positions_in_its_blocks_only(name):
+    model, _, (tokens, _) = loaded(name)
+    with exact(model) as session:
+        (found,) = capture(session, [tokens], [HookPoint("pattern", 0), HookPoint("pattern", 1)])
+    last = len(tokens) - 1
+    assert last >= WINDOW
+    seen = [(found[f"blocks.{b}.attn.hook_pattern"][last] > 0).all(axis=0) for b in range(BLOCKS)]
+    assert seen[0].tolist() == [last - pos < WINDOW for pos in range(len(tokens))]
+    assert seen[1].all()
+
+
+def test_a_partial_rotation_leaves_the_rest_of_each_head_as_it_was():
+    model, _, (tokens, _) = loaded("gptneox")
+    with exact(model) as session:
+        (found,) = capture(session, [tokens], [HookPoint("q", 0), HookPoint("rot_q", 0)])
+    before, after = (found[f"blocks.0.attn.hook_{site}"].reshape(len(tokens), HEADS, -1) for site in ("q", "rot_q"))
+    turned = before.shape[2] // 4
+    assert np.array_equal(before[..., turned:], after[..., turned:])
+    assert relative(after[1:, :, :turned], before[1:, :, :turned]) > 0.1
