@@ -176,9 +176,10 @@ def newest_finished(command: str, needed_for: str) -> tuple[Path, dict[str, Any]
     )
 
 
-# settings that change how fast or how often something is written, never the result
+# settings, and whole groups, that change how fast or how often something is written, never the result
 NOT_RESULT_RELEVANT = {
     "model.n_threads", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.log_steps", "store.verify",
+    "executor",
 }  # fmt: skip
 
 
@@ -209,7 +210,9 @@ def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path
     changed = [
         f"{key}: {old.get(key)} -> {new[key]}"
         for key in new
-        if key not in NOT_RESULT_RELEVANT and key.split(".")[0] in groups and old.get(key) != new[key]
+        if not {key, key.split(".")[0]} & NOT_RESULT_RELEVANT
+        and key.split(".")[0] in groups
+        and old.get(key) != new[key]
     ]
     if changed:
         raise ConfigError(

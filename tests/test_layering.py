@@ -18,6 +18,8 @@ ALLOWED_UP = {
 ONLY_IN = {
     "llama_cpp": ("pipeline/llama/",),
     "zarr": ("pipeline/store/",),
+    "ray": ("pipeline/executors/ray.py",),
+    "submitit": ("pipeline/executors/submitit.py",),
     "hydra": ("pipeline/cli.py",),
     "omegaconf": ("pipeline/cli.py",),
     "torch": ("sae/", "pipeline/stages/train.py", "pipeline/loggers.py"),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeline.config import Config, LoggerConfig, TrainerConfig
+from pipeline.config import Config, ExecutorConfig, LoggerConfig, TrainerConfig
 from pipeline.loggers import JsonlLogger, open_loggers
 from pipeline.run import RunContext, new_folder, newest_finished, read_manifest, resume_folder, running, write_json
 from sae.errors import ConfigError, InterruptedRunError
@@ -71,6 +71,8 @@ def test_resume_finds_the_unfinished_run_and_names_a_changed_setting():
         raise KeyboardInterrupt
     same = Config(trainer=TrainerConfig(lr=0.5, log_steps=3), resume="latest")
     assert resume_folder("train", same, ("trainer",)) == context.folder
+    elsewhere = Config(trainer=TrainerConfig(lr=0.5), executor=ExecutorConfig(kind="pool", workers=3), resume="latest")
+    assert resume_folder("train", elsewhere, ("trainer", "executor")) == context.folder
     with pytest.raises(ConfigError, match=r"trainer\.lr: 0\.5 -> 0\.1"):
         resume_folder("train", Config(trainer=TrainerConfig(lr=0.1), resume=str(context.folder)), ("trainer",))
     with pytest.raises(ConfigError, match="holds no run of"):

@@ -15,7 +15,7 @@ from typing import Self
 
 from sae.errors import StoreError
 
-from .base import Executor, Progress, Work, guided_tasks
+from .base import Executor, Progress, Work, even_tasks, guided_tasks
 
 POLL_SECONDS = 2.0  # how often commits are looked up where workers do not report rows
 
@@ -101,13 +101,18 @@ class Ledger:
     progress: Progress
     busy: dict[int, _Task] = field(default_factory=dict)
     losses: Counter[int] = field(default_factory=Counter)
-    settled: set[int] = field(default_factory=set)
+    settled_rows: int = 0
     looked: float = field(default_factory=time.monotonic)
+    wanted_rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wanted_rows = self.work.rows(self.wanted)
 
     def missing(self) -> list[int]:
-        """The wanted shards without a commit; the others are settled."""
+        """The wanted shards without a commit; the others are settled, unless their task is in flight."""
         missing = set(self.work.missing())
-        self.settled = set(self.wanted) - missing - {s for task in self.busy.values() for s in task.shards}
+        flying = {shard for task in self.busy.values() for shard in task.shards}
+        self.settled_rows = self.work.rows([s for s in self.wanted if s not in missing and s not in flying])
         return [shard for shard in self.wanted if shard in missing]
 
     def lost(self, shards: list[int], why: str) -> None:
@@ -134,7 +139,7 @@ class Ledger:
 
     def report(self) -> None:
         flying = sum(task.rows for task in self.busy.values())
-        self.progress(self.work.rows(sorted(self.settled)) + flying, self.work.rows(self.wanted))
+        self.progress(self.settled_rows + flying, self.wanted_rows)
 
 
 def drive(crew: Crew, ledger: Ledger, tasks: list[list[int]]) -> None:
@@ -153,23 +158,24 @@ def drive(crew: Crew, ledger: Ledger, tasks: list[list[int]]) -> None:
         for worker in idle[len(fresh) :]:
             crew.release(worker)
         for event in crew.wait():
-            settle(event, ledger, waiting)
+            settle(event, ledger, waiting, crew.n_workers)
         if not crew.reports_rows:
             ledger.look()
         ledger.report()
 
 
-def settle(event: Event, ledger: Ledger, waiting: deque[list[int]]) -> None:
+def settle(event: Event, ledger: Ledger, waiting: deque[list[int]], n_workers: int) -> None:
     """Write an event down. Raises the error it carries."""
     if event.error is not None:
         raise event.error
     if event.rows:
         ledger.busy[event.worker].rows += event.rows
     if event.ended:
-        ledger.settled.update(ledger.busy.pop(event.worker).shards)
+        ledger.settled_rows += ledger.work.rows(ledger.busy.pop(event.worker).shards)
     if event.died:
         shards = set(ledger.busy.pop(event.worker).shards)
         left = [shard for shard in ledger.missing() if shard in shards]
         if left:
             ledger.lost(left, event.died)
-            waiting.appendleft(left)
+            idle = n_workers - len(ledger.busy) - len(waiting)
+            waiting.extendleft(reversed(even_tasks(left, max(1, idle))))

@@ -6,19 +6,22 @@ folder: its files lie in a short temporary folder (socket paths have 107 bytes a
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import pickle
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 import ray.exceptions
@@ -26,12 +29,14 @@ import ray.exceptions
 from sae.errors import ConfigError
 
 from ..config import ExecutorConfig
-from .base import Placement, Work, attempt
+from .base import Placement, Progress, Work, attempt
 from .crew import Crew, CrewExecutor, Event
 from .placement import cores, thread_count, worker_count
 from .processes import portable
 
 WAIT_SECONDS = 0.5
+CONNECT_SECONDS = 10.0
+NOTES_FILE = "ray.log"  # in the run folder: what Ray says of dead workers
 OBJECT_STORE_BYTES = 80 << 20  # what Ray takes at least; only shard numbers and errors pass through it
 SOCKET_FOLDER_CHARS = 40  # Ray adds about 60 to it, of 107
 QUIET = {
@@ -45,6 +50,10 @@ class RayExecutor(CrewExecutor):
 
     def crew(self, work: Work, shards: int) -> Crew:
         return RayCrew(self.config, work, shards)
+
+    def run(self, work: Work, *, progress: Progress | None = None) -> None:
+        with contextlib.redirect_stdout(_Notes(sys.stdout, self.folder / NOTES_FILE)):
+            super().run(work, progress=progress)
 
 
 class RayCrew(Crew):
@@ -156,9 +165,12 @@ def cluster(config: ExecutorConfig) -> Iterator[None]:
 
 
 def _connect(address: str) -> None:
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdecimal() and "/" not in host:  # Ray itself tries a dead address for minutes
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"no Ray cluster at executor.address={address} ({reason}); start one with `ray start --head`"
@@ -191,3 +203,19 @@ def _handler_kept() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+class _Notes(io.TextIOBase):
+    """Stands for stdout while Ray runs: its threads print there whatever they are told, a page for a lost node."""
+
+    def __init__(self, stdout: TextIO, path: Path) -> None:
+        self._stdout, self._path, self._owner = stdout, path, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() == self._owner:
+            return self._stdout.write(text)
+        with self._path.open("a", encoding="utf-8") as file:
+            return file.write(text)
+
+    def flush(self) -> None:
+        self._stdout.flush()

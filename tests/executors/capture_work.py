@@ -61,7 +61,7 @@ class TinyCapture:
 
         def progress(rows: int, _total: int) -> None:
             nonlocal seen, captured
-            fresh, seen = (rows - seen if seen else 0), rows
+            fresh, seen = rows - seen, rows
             captured += fresh
             if fresh:
                 with (self.log / "rows").open("a") as file:

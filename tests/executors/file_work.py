@@ -18,7 +18,7 @@ ROWS = 10  # of a batch
 
 @dataclass(frozen=True, kw_only=True)
 class FileWork:
-    """`dies`: shards whose worker dies by SIGKILL, this often; `fails`: a shard that raises; `holds`: one that waits."""
+    """`dies`: shards whose worker dies by SIGKILL, this often; `fails`: a shard that raises; `holds`: one that waits, once."""
 
     folder: Path
     n_shards: int
@@ -61,7 +61,7 @@ class FileWork:
             os.kill(os.getpid(), signal.SIGKILL)
         if shard == self.fails:
             raise LlamaError(f"shard {shard} cannot be captured")
-        if shard == self.holds:
+        if shard == self.holds and not self.logged("held"):
             self.log(f"held {os.getpid()}")
             time.sleep(600)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -55,6 +56,22 @@ def test_a_dead_worker_costs_the_shard_it_was_at_and_the_rows_are_taken_back(tmp
         assert calls[-1] == 320
     assert texts(broken) == texts(straight)
     assert [broken.starts_of(shard) for shard in range(8)] == [1, 3, 1, 1, 1, 1, 2, 1]
+
+
+def test_what_a_dead_worker_left_is_shared_out_to_idle_ones(tmp_path):
+    work = FileWork(folder=tmp_path, n_shards=8, holds=0)
+
+    def kill() -> None:
+        wait_until(lambda: work.missing() == [0, 1])
+        os.kill(int(work.logged("held")[0][0]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    open_executor(POOL, tmp_path).run(work)
+    killer.join()
+    tasks = work.logged("task")
+    assert sorted(words[2] for words in tasks) == ["0", "0,1", "1", "2,3", "4", "5", "6", "7"]
+    assert {words[1] for words in tasks[-2:]} == {"0", "1"}
 
 
 def test_a_shard_that_kills_every_worker_ends_the_run_and_the_others_stay(tmp_path):
