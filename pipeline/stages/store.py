@@ -39,7 +39,7 @@ def info(context: RunContext) -> None:
     missing = len(found["shards_missing"])
     context.three_lines(
         f"{relative(store.path)}, {model_of(store)}",
-        f"{found['rows']:,} of {found['rows_planned']:,} rows at {len(found['hooks'])} hooks, {missing} shards missing",
+        f"{found['rows']:,} of {found['rows_planned']:,} rows at {', '.join(found['hooks'])}; {missing} of {missing + found['shards_committed']} shards missing",
         "nothing was written",
         stderr=as_json,
     )
@@ -180,7 +180,7 @@ def statistics_cells(stats: dict[str, Any]) -> list[str]:
 
 
 def short(value: float) -> str:
-    return f"{value:,.4g}" if value < 1e6 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"
 
 
 VERBS: dict[str, Callable[[RunContext], None]] = {"info": info, "verify": verify, "merge": merge, "compact": compact}

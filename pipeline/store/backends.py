@@ -217,10 +217,15 @@ class _FileLock(Lock):
 
 
 def as_location(text: Location) -> Location:
-    """`s3://...` as text, anything else as a Path; a URL that went through Path (`s3:/bucket`) is mended."""
+    """`s3://...` as text, a folder as a Path; a URL that went through Path (`s3:/bucket`) is mended.
+
+    Raises StoreError for a URL of another kind.
+    """
     named = str(text)
     if named.startswith("s3:/"):
         return S3_SCHEME + named.removeprefix("s3:").strip("/")
+    if "://" in named:
+        raise StoreError(f"expected a folder or s3://bucket/prefix, got {named}")
     return Path(text).expanduser()
 
 
@@ -233,8 +238,6 @@ def open_backend(location: Location | Backend) -> Backend:
         from .object_store import ObjectBackend
 
         return ObjectBackend(place)
-    if "://" in str(location):
-        raise StoreError(f"expected a folder or s3://bucket/prefix, got {location}")
     return LocalBackend(place)
 
 

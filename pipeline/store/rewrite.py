@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.corpus.windows import FLAG_OUTLIER, DocumentInfo
 from sae.errors import CheckFailedError, StoreError
 
-from .backends import Location, as_location
+from .backends import Backend, Location, as_location
 from .reader import ActivationStore
 from .schema import StoreMeta, flatten, meta_sha256, to_float32
 from .summary import write_stats
@@ -80,7 +80,9 @@ class Concatenation:
                 yield source, low, high
 
 
-def merge(inputs: Sequence[Location], out: Location, *, shard_rows: int = 0, progress: Progress) -> ActivationStore:
+def merge(
+    inputs: Sequence[Location], out: Location | Backend, *, shard_rows: int = 0, progress: Progress
+) -> ActivationStore:
     """The committed rows of `inputs`, in that order, as a new store at `out`; every row is read back and compared.
 
     `shard_rows` 0: as in the first. `doc` and `window` count on from store to store. `progress` gets rows
@@ -112,7 +114,7 @@ def merge(inputs: Sequence[Location], out: Location, *, shard_rows: int = 0, pro
     return _write(rows, meta, out, progress)
 
 
-def compact(place: Location, out: Location, *, shard_rows: int = 0, progress: Progress) -> ActivationStore:
+def compact(place: Location, out: Location | Backend, *, shard_rows: int = 0, progress: Progress) -> ActivationStore:
     """The committed rows of a store, without holes and at `shard_rows` (0: as they were), as a new store at `out`.
 
     Documents and ids stay as they are. Raises like `merge`.
@@ -132,7 +134,7 @@ def compact(place: Location, out: Location, *, shard_rows: int = 0, progress: Pr
     return _write(Concatenation([store], renumber=False), meta, out, progress)
 
 
-def _write(rows: Concatenation, meta: StoreMeta, out: Location, progress: Progress) -> ActivationStore:
+def _write(rows: Concatenation, meta: StoreMeta, out: Location | Backend, progress: Progress) -> ActivationStore:
     total = 2 * meta.rows
     with StoreWriter(out, meta, rows.documents()) as writer:
         for shard in writer.missing():
@@ -192,7 +194,7 @@ def _shard_rows(meta: StoreMeta, wanted: int) -> int:
     return -(-(wanted or meta.shard_rows) // meta.chunk_rows) * meta.chunk_rows
 
 
-def _refuse_inputs(inputs: Sequence[Location], out: Location) -> None:
+def _refuse_inputs(inputs: Sequence[Location], out: Location | Backend) -> None:
     if not str(out):
         raise StoreError("expected store.path=OUT, where the new store goes, got nothing")
     places = [_place(place) for place in inputs]
@@ -200,8 +202,8 @@ def _refuse_inputs(inputs: Sequence[Location], out: Location) -> None:
         raise StoreError("expected stores that are all different, got one twice; give a new store.path")
 
 
-def _place(place: Location) -> str:
-    located = as_location(place)
+def _place(place: Location | Backend) -> str:
+    located = as_location(place.location if isinstance(place, Backend) else place)
     return located if isinstance(located, str) else str(located.resolve())
 
 

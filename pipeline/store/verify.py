@@ -53,9 +53,10 @@ def verify_store(store: ActivationStore, *, progress: Callable[[int, int], None]
     """
     yield from _wrong_metadata(store)
     total = sum(file["bytes"] for commit in store.commits for file in commit.files.values())
-    done = 0
+    done, commits_fit = 0, True
     for commit in store.commits:
         problems = [*_wrong_commit(store.meta, commit)]
+        commits_fit = commits_fit and not problems
         for key, expected in commit.files.items():
             what = wrong_file(store.backend, key, expected, True)
             if what:
@@ -63,7 +64,8 @@ def verify_store(store: ActivationStore, *, progress: Callable[[int, int], None]
             done += expected["bytes"]
             progress(done, total)
         yield from problems or _wrong_flags(store, commit)
-    yield from _wrong_statistics(store)
+    if commits_fit:
+        yield from _wrong_statistics(store)
     there = {commit.shard for commit in store.commits}
     missing = [shard for shard in range(store.meta.n_shards) if shard not in there]
     if missing:

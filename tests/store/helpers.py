@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 
 from pipeline.corpus.windows import COLUMN_DTYPES, FLAG_BOS, FLAG_FIRST, FLAG_OUTLIER, DocumentInfo
+from pipeline.store.backends import Backend, LocalBackend
 from pipeline.store.schema import StoreMeta, to_stored
 from pipeline.store.writer import StoreWriter, make_hook_infos
 
@@ -48,6 +51,49 @@ def fill(path, meta, acts, columns, shards=None):
             rows = slice(*meta.shard_range(shard))
             stored = {h.name: to_stored(acts[h.name][rows], h.dtype) for h in meta.hooks}
             writer.commit_shard(shard, stored, {name: column[rows] for name, column in columns.items()})
+
+
+class FailingBackend(Backend):
+    """A folder whose `fail_at`-th put fails, before the object is there or after: as if the process were killed."""
+
+    def __init__(self, folder, fail_at, *, after=False):
+        self.inner, self.fail_at, self.after, self.puts = LocalBackend(folder), fail_at, after, 0
+        self.location = self.local_path = folder
+
+    def put(self, key, data):
+        self.puts += 1
+        if self.puts == self.fail_at and not self.after:
+            raise OSError(errno.EIO, "injected")
+        self.inner.put(key, data)
+        if self.puts == self.fail_at:
+            raise OSError(errno.EIO, "injected")
+
+    def get(self, key):
+        return self.inner.get(key)
+
+    def get_range(self, key, start, length):
+        return self.inner.get_range(key, start, length)
+
+    def size(self, key):
+        return self.inner.size(key)
+
+    def list(self, prefix=""):
+        return self.inner.list(prefix)
+
+    def entries(self):
+        return self.inner.entries()
+
+    def delete(self, key):
+        self.inner.delete(key)
+
+    def lock(self):
+        return self.inner.lock()
+
+    def free_bytes(self):
+        return self.inner.free_bytes()
+
+    def open_zarr_store(self):
+        return self.inner.open_zarr_store()
 
 
 def files_of(path):
