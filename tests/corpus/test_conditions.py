@@ -86,6 +86,6 @@ def test_a_record_that_cannot_answer_is_unusable_for_a_named_reason(condition, m
     "text", ["", "lang", "==en", "lang=en", "lang=>3", "x~[", "score>", "__import__('os')", "a b==1"]
 )
 def test_what_is_no_condition_is_refused_in_one_line(text):
-    with pytest.raises(ConfigError, match="corpus.filter") as caught:
+    with pytest.raises(ConfigError, match=r"corpus\.filter") as caught:
         parse_conditions([text])
     assert "\n" not in str(caught.value)

@@ -216,7 +216,7 @@ def test_settings_that_contradict_each_other_are_refused(options, message):
 def test_a_model_without_bos_cannot_always_have_one():
     model = PairTokenizer()
     model.bos = None
-    with pytest.raises(ConfigError, match="corpus.bos=always"):
+    with pytest.raises(ConfigError, match=r"corpus\.bos=always"):
         windows(model, named(["abc"]), 9, bos="always")
     model.eos = None
     joined = windows(model, named(["abc", "d"]), 9, packing="concat")
