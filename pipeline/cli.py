@@ -97,7 +97,7 @@ def register_schema() -> None:
 
 
 def quoted(override: str, *, multirun: bool = False) -> str:
-    """The override as it is where Hydra's grammar takes it, else with its value quoted."""
+    """The override as it is where Hydra's grammar takes it, else with its value, or each of a list's, quoted."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
@@ -109,8 +109,14 @@ def quoted(override: str, *, multirun: bool = False) -> str:
     except OverrideParseException:
         if not sign or not key.strip("+~.").replace(".", "").replace("_", "").replace("/", "").isalnum():
             raise
+    if value.startswith("[") and value.endswith("]"):  # [lang==en,score>=0.5]
+        return f"{key}=[{','.join(in_quotes(item) for item in value[1:-1].split(','))}]"
+    return f"{key}={in_quotes(value)}"
+
+
+def in_quotes(value: str) -> str:
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{escaped}"'
+    return f'"{escaped}"'
 
 
 def read_text(source: str) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..llama.model import Model
 
 SPOOL_NAME = "corpus"
+IN_MEMORY_ROWS = 4 << 20  # of a table that is not spooled, 110 MB
 WITH_PATHS = ("text", "jsonl", "parquet", "tokens")
 
 
@@ -29,7 +30,7 @@ def window_table(
     """The windows of the settings' corpus; skipped documents are counted on the console.
 
     With `spool` the table lies on disk, in the run folder's `corpus`: for corpora of any size, and for other
-    processes to open.
+    processes to open. Without, it is held in memory and cut where no stage needs more (said on the console).
     """
     config = context.config.corpus
     check_settings(config)
@@ -45,7 +46,10 @@ def window_table(
         if spool:
             table = _spooled(context, model, documents, limit, options)
         else:
-            table = windows(model, documents, config.context_tokens, limit, **options)
+            most = max(IN_MEMORY_ROWS, 2 * context.config.evaluate.tokens, 2 * context.config.report.tokens)
+            table = windows(model, documents, config.context_tokens, min(limit or most, most), **options)
+            if table.rows >= most - 1:
+                context.console.print(f"only the first {table.rows:,} rows of the corpus are used", highlight=False)
     if table.report.skipped:
         context.console.print(f"warning: {table.report.describe_skipped()}", style="yellow", highlight=False)
     context.add_input("corpus", config.kind, table.corpus_hash, documents=len(table.documents), rows=table.rows)
