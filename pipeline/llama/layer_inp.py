@@ -189,7 +189,7 @@ def _graph(model: Model) -> GraphMap:
         return session.graph
 
 
-def _read(session: Session, tokens_N: np.ndarray, points: list[HookPoint]) -> dict[str, np.ndarray]:
+def _read(session: Session, tokens_N: np.ndarray, points: Sequence[HookPoint]) -> dict[str, np.ndarray]:
     """Rows of one short sequence, by point."""
     from .session import capture
 
