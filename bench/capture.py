@@ -18,7 +18,7 @@ from bench import capture_cases as cases
 from bench.capture_cases import Settings
 from bench.common import PEER_PYTHON, BenchError, Row, cache_folder, machine, report
 
-GROUPS = ("bare", "peers", "memory", "growth", "reading")
+GROUPS = ("bare", "peers", "growth", "reading")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,30 +34,28 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     rows: list[Row] = []
     for name in options.models:
-        model = cases.prepare(name, folder, settings, _say)
+        own = settings.for_demo() if name == "demo" else settings
+        model = cases.prepare(name, folder, own, _say)
         for group in options.only:
-            if group == "reading" and name != options.models[0]:
-                continue
-            rows += _group(group, model, settings, facts)
+            once = group in ("growth", "reading")
+            if not once or name == options.models[-1]:
+                rows += _group(group, model, own, facts)
     facts["seconds"] = round(time.monotonic() - started)
     report(rows, facts, title="capture", json_path=options.json)
     return 0
 
 
 def _group(group: str, model: cases.BenchModel, settings: Settings, facts: dict[str, Any]) -> list[Row]:
-    peers = PEER_PYTHON.exists()
-    if group in ("peers", "memory") and not peers:
-        facts["left out"] = "the cases against peers: run `make bench-env` first"
+    if group == "peers" and not PEER_PYTHON.exists():
+        facts["left out"] = "other tools: run `make bench-env` first"
         return []
     if group == "bare":
         return cases.against_bare(model, settings, _say)
     if group == "peers":
-        facts[f"{model.name} relative difference to hf-f32"] = cases.check_equal(model, settings)
-        found, shapes = cases.against_peers(model, settings, _say)
-        facts[f"{model.name} shapes"] = shapes
-        return found
-    if group == "memory":
-        return cases.peak_memory(model, settings, _say)
+        found = cases.against_peers(model, settings, _say)
+        facts[f"{model.name} difference to hf-f32"] = found.differences
+        facts[f"{model.name} best shapes"] = found.shapes
+        return found.rows
     if group == "growth":
         return cases.memory_growth(model, settings, _say)
     folder = Path(tempfile.mkdtemp(dir=cache_folder(), prefix="reading-"))

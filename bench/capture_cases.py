@@ -19,6 +19,7 @@ KINDS = tuple(models.FILE_TYPES)
 LIBRARIES = ("hf", "transformerlens", "nnsight")
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 SMALL_VOCABULARY = 64
+MEMORY_BATCH = 4  # windows at a time, of both sides, where memory is measured
 # ||ours - hf f32|| / ||hf f32|| of one activation; F16 KV and the kernels' own rounding are in it
 TOLERANCES = {"F32": 3e-3, "F16": 5e-3, "BF16": 2e-2, "Q8_0": 3e-2, "Q4_0": 0.3, "f32": 1e-4, "bf16": 3e-2}
 BARE_TARGET, BUSY_TARGET, READ_TARGET, MEMORY_TARGET = 0.97, 0.95, 0.7, 2.0
@@ -34,13 +35,15 @@ class Settings:
     threads: int = 2
     context: int = 512
     rounds: int = 7
-    run_tokens: int = 16384  # of one side in one round
+    bare_tokens: int = 16384  # of one side in one round, against llama.cpp alone
+    run_tokens: int = 16384  # ... and against other tools
     kinds: tuple[str, ...] = KINDS
     bare_kinds: tuple[str, ...] = KINDS
     shapes: tuple[tuple[int, int], ...] = ((512, 512), (2048, 512), (2048, 1024), (2048, 2048), (4096, 512))
     peer_batches: tuple[int, ...] = (1, 4, 8, 16)
     tries: int = 2  # of each setting while looking for the best
     libraries: tuple[str, ...] = LIBRARIES
+    without_stop: tuple[str, ...] = LIBRARIES  # those that are run to the last block as well
     growth_tokens: int = 65536
     store_rows: int = 1_048_576
     seed: int = 1
@@ -49,11 +52,13 @@ class Settings:
     def quick(cls) -> Self:
         return cls(
             rounds=3,
-            run_tokens=4096,
+            bare_tokens=4096,
+            run_tokens=2048,
             bare_kinds=("BF16",),
             shapes=((2048, 512), (2048, 2048)),
             peer_batches=(1, 4),
             tries=1,
+            without_stop=("hf",),
             growth_tokens=8192,
             store_rows=262_144,
         )
@@ -63,9 +68,14 @@ class Settings:
         chosen = {"kinds": tuple(kinds), "bare_kinds": tuple(kinds)} if kinds else {}
         return replace(self, threads=threads or self.threads, rounds=rounds or self.rounds, **chosen)
 
-    @property
-    def windows(self) -> int:
-        return max(1, self.run_tokens // self.context)
+    def for_demo(self) -> Settings:
+        """The quick run takes the small model with one peer and its own type only."""
+        if self.rounds >= Settings().rounds:
+            return self
+        return replace(self, kinds=("F16", "Q8_0"), bare_kinds=("F16",), libraries=("hf",))
+
+    def windows(self, tokens: int) -> int:
+        return max(1, tokens // self.context)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +90,10 @@ class BenchModel:
     @property
     def mid(self) -> int:
         return self.blocks // 2
+
+    def hf_folder(self, dtype: str) -> Path:
+        """The HF model with its weights in f32 or bf16."""
+        return self.hf if dtype == "f32" else self.hf.with_name(f"hf-{dtype}")
 
     def file(self, kind: str) -> Path:
         return self.folder / f"{kind}.gguf"
@@ -153,7 +167,11 @@ def _bare_sides(
     model: BenchModel, kind: str, settings: Settings, ours: Worker, theirs: Worker
 ) -> dict[str, Callable[[], float]]:
     batch, ubatch = 2048, 512  # what extract does when nothing is set
-    common = {"windows": settings.windows, "context": settings.context, "threads": settings.threads}
+    common = {
+        "windows": settings.windows(settings.bare_tokens),
+        "context": settings.context,
+        "threads": settings.threads,
+    }
     common |= {"shape": {"batch_tokens": max(batch, settings.context), "ubatch_tokens": ubatch}, "seed": settings.seed}
     depth, last = model.mid + 1, model.blocks - 1
 
@@ -183,67 +201,108 @@ def _bare_sides(
 # --- against other tools ---
 
 
-def check_equal(model: BenchModel, settings: Settings) -> dict[str, float]:
+@dataclass(slots=True)
+class Found:
+    """What one run against the peers gives beside the rows."""
+
+    rows: list[Row]
+    differences: dict[str, float]  # of one activation to hf-f32's
+    shapes: dict[str, Any]  # the best of each side
+
+
+def against_peers(model: BenchModel, settings: Settings, say: Say) -> Found:
+    """Every GGUF type at its best shape against every peer at its best batch: peak memory first, then speed.
+
+    One hook at mid depth. We write a store, the peers keep their tensors. The targets are for our fastest type, and
+    for the type of the peer's own precision.
+    """
+    _write_bf16(model, settings, say)
+    with contextlib.ExitStack() as stack:
+        ours = {kind: stack.enter_context(our_worker(settings.threads)) for kind in settings.kinds}
+        theirs = {name: stack.enter_context(peer_worker(settings.threads)) for name in _peer_names(settings)}
+        peaks = {kind: _our_peak(worker, model, kind, settings, say) for kind, worker in ours.items()}
+        peaks |= {name: _their_peak(worker, model, name, settings, say) for name, worker in theirs.items()}
+        differences = _check_equal(model, settings, ours, theirs)
+        sides, shapes = {}, {}
+        for name, tried in _speed_settings(model, settings, ours, theirs).items():
+            shapes[name] = _best(tried, settings.tries, f"{model.name} {name}", say)
+            sides[name] = tried[shapes[name]]
+        speeds = in_turns(sides, settings.rounds, say=lambda text: say(f"{model.name}: {text}"))
+    rows = _speed_rows(model, settings, speeds) + _memory_rows(model, settings, peaks)
+    return Found(rows, differences, shapes)
+
+
+def _write_bf16(model: BenchModel, settings: Settings, say: Say) -> None:
+    folder = model.hf_folder("bf16")
+    if not (folder / "config.json").exists():
+        say(f"writing {folder}")
+        partial = folder.with_name(folder.name + ".partial")
+        with peer_worker(settings.threads) as worker:
+            worker.ask("save_as", folder=str(model.hf), out=str(partial), dtype="bfloat16")
+        partial.rename(folder)
+
+
+def _peer_names(settings: Settings) -> list[str]:
+    return [f"{library}-{dtype}" for library, dtype in itertools.product(settings.libraries, DTYPES)]
+
+
+def _our_peak(worker: Worker, model: BenchModel, kind: str, settings: Settings, say: Say) -> int:
+    """Peak resident bytes above the imports of a fresh process: load, then capture 8 windows, 4 at a time."""
+    say(f"{model.name}: memory of {kind}")
+    shape = {"batch_tokens": MEMORY_BATCH * settings.context, "ubatch_tokens": 512}
+    request = {"context": settings.context, "threads": settings.threads, "seed": settings.seed, "shape": shape}
+    worker.ask("start_memory")
+    path, points = str(model.file(kind)), [_point(model.mid)]
+    worker.ask("run", path=path, points=points, windows=2 * MEMORY_BATCH, **request)
+    return worker.ask("memory")["bytes"]
+
+
+def _their_peak(worker: Worker, model: BenchModel, name: str, settings: Settings, say: Say) -> int:
+    say(f"{model.name}: memory of {name}")
+    library, dtype = name.split("-")
+    worker.ask(
+        "load", library=library, folder=str(model.hf_folder(dtype)), dtype=DTYPES[dtype], threads=settings.threads
+    )
+    request = {"context": settings.context, "block": model.mid, "stop": True, "seed": settings.seed}
+    worker.ask("run", windows=2 * MEMORY_BATCH, batch=MEMORY_BATCH, **request)
+    return worker.ask("memory")["bytes"]
+
+
+def _check_equal(
+    model: BenchModel, settings: Settings, ours: Mapping[str, Worker], theirs: Mapping[str, Worker]
+) -> dict[str, float]:
     """Relative difference of one activation of every side to HF's in float32. BenchError beyond its tolerance."""
     request = {"windows": 2, "context": min(64, settings.context), "seed": settings.seed}
     found: dict[str, np.ndarray] = {}
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "values.npy")
-        for library, dtype in itertools.product(settings.libraries, DTYPES):
-            with _loaded(model, settings, library, dtype) as worker:
-                worker.ask("activation", path=out, block=model.mid, stop=True, **request)
-            found[f"{library}-{dtype}"] = np.load(out)
-        with our_worker(settings.threads) as worker:
-            for kind in settings.kinds:
-                path, point = str(model.file(kind)), _point(model.mid)
-                worker.ask("activation", path=path, out=out, point=point, threads=settings.threads, **request)
-                found[kind] = np.load(out)
+        for name, worker in theirs.items():
+            worker.ask("activation", path=out, block=model.mid, stop=True, **request)
+            found[name] = np.load(out)
+        for kind, worker in ours.items():
+            where = {"path": str(model.file(kind)), "out": out, "point": _point(model.mid)}
+            worker.ask("activation", threads=settings.threads, **where, **request)
+            found[kind] = np.load(out)
     oracle = found.pop("hf-f32").astype(np.float64)
     differences = {k: float(np.linalg.norm(x - oracle) / np.linalg.norm(oracle)) for k, x in found.items()}
-    for name, difference in differences.items():
-        if not difference <= TOLERANCES[name.rpartition("-")[2]]:
-            raise BenchError(
-                f"{model.name}: {name} differs from hf-f32 by {difference:.2g}; the sides run different models"
-            )
-    return {name: float(f"{difference:.2g}") for name, difference in differences.items()}
+    for name, off in differences.items():
+        if not off <= TOLERANCES[name.rpartition("-")[2]]:
+            raise BenchError(f"{model.name}: {name} differs from hf-f32 by {off:.2g}: the sides run different models")
+    return {name: float(f"{off:.2g}") for name, off in differences.items()}
 
 
-def _loaded(model: BenchModel, settings: Settings, library: str, dtype: str) -> Worker:
-    worker = peer_worker(settings.threads)
-    try:
-        worker.ask("load", library=library, folder=str(model.hf), dtype=DTYPES[dtype], threads=settings.threads)
-    except BaseException:
-        worker.close()
-        raise
-    return worker
-
-
-def against_peers(model: BenchModel, settings: Settings, say: Say) -> tuple[list[Row], dict[str, Any]]:
-    """Every GGUF type at its best shape against every peer at its best batch; and the shapes chosen.
-
-    One hook at mid depth. We write a store, the peers keep their tensors. The targets are for our fastest type, and
-    for the type of the peer's own precision.
-    """
-    with contextlib.ExitStack() as stack:
-        ours = {kind: stack.enter_context(our_worker(settings.threads)) for kind in settings.kinds}
-        theirs = {
-            (library, dtype): stack.enter_context(_loaded(model, settings, library, dtype))
-            for library, dtype in itertools.product(settings.libraries, DTYPES)
-        }
-        shapes: dict[str, Any] = {}
-        sides: dict[str, Callable[[], float]] = {}
-        for kind, worker in ours.items():
-            tried = {shape: _our_side(model, kind, worker, settings, shape) for shape in settings.shapes}
-            shapes[kind] = _best(tried, settings.tries, f"{model.name} {kind}", say)
-            sides[kind] = tried[shapes[kind]]
-        for (library, dtype), worker in theirs.items():
-            for stop in (False, True):
-                name = f"{library}-{dtype}{'-stop' if stop else ''}"
-                batches = {b: _peer_side(model, worker, settings, b, stop) for b in settings.peer_batches}
-                shapes[name] = _best(batches, settings.tries, f"{model.name} {name}", say)
-                sides[name] = batches[shapes[name]]
-        speeds = in_turns(sides, settings.rounds, say=lambda text: say(f"{model.name}: {text}"))
-    return _peer_rows(model, settings, speeds), shapes
+def _speed_settings(
+    model: BenchModel, settings: Settings, ours: Mapping[str, Worker], theirs: Mapping[str, Worker]
+) -> dict[str, dict[Any, Callable[[], float]]]:
+    """Side -> setting -> what runs it."""
+    found: dict[str, dict[Any, Callable[[], float]]] = {}
+    for kind, worker in ours.items():
+        found[kind] = {shape: _our_side(model, kind, worker, settings, shape) for shape in settings.shapes}
+    for name, worker in theirs.items():
+        for stop in (False, True) if name.split("-")[0] in settings.without_stop else (True,):
+            batches = {batch: _peer_side(model, worker, settings, batch, stop) for batch in settings.peer_batches}
+            found[name + ("-stop" if stop else "")] = batches
+    return found
 
 
 def _best(tried: Mapping[Any, Callable[[], float]], tries: int, name: str, say: Say) -> Any:
@@ -257,18 +316,18 @@ def _best(tried: Mapping[Any, Callable[[], float]], tries: int, name: str, say: 
 def _our_side(
     model: BenchModel, kind: str, worker: Worker, settings: Settings, shape: tuple[int, int]
 ) -> Callable[[], float]:
-    request = {"windows": settings.windows, "context": settings.context, "seed": settings.seed}
+    request = {"windows": settings.windows(settings.run_tokens), "context": settings.context, "seed": settings.seed}
     request |= {"path": str(model.file(kind)), "points": [_point(model.mid)], "threads": settings.threads}
     sizes = {"batch_tokens": shape[0], "ubatch_tokens": shape[1]}
     return lambda: _speed(worker, "run", shape=sizes, **request)
 
 
 def _peer_side(model: BenchModel, worker: Worker, settings: Settings, batch: int, stop: bool) -> Callable[[], float]:
-    request = {"windows": settings.windows, "context": settings.context, "seed": settings.seed}
+    request = {"windows": settings.windows(settings.run_tokens), "context": settings.context, "seed": settings.seed}
     return lambda: _speed(worker, "run", batch=batch, block=model.mid, stop=stop, **request)
 
 
-def _peer_rows(model: BenchModel, settings: Settings, speeds: dict[str, list[float]]) -> list[Row]:
+def _speed_rows(model: BenchModel, settings: Settings, speeds: dict[str, list[float]]) -> list[Row]:
     best = max(settings.kinds, key=lambda kind: float(np.median(speeds[kind])))
     rows = []
     for peer, kind in itertools.product([name for name in speeds if name not in settings.kinds], settings.kinds):
@@ -281,54 +340,36 @@ def _peer_rows(model: BenchModel, settings: Settings, speeds: dict[str, list[flo
     return rows
 
 
-# --- memory, and reading back ---
+def _memory_rows(model: BenchModel, settings: Settings, peaks: Mapping[str, int]) -> list[Row]:
+    return [
+        Row(
+            case=f"{model.name}_{kind.lower()}_memory",
+            peer=peer,
+            unit="MB peak",
+            ours=peaks[kind] / 1e6,
+            theirs=peaks[peer] / 1e6,
+            ratio=peaks[peer] / peaks[kind],
+            target=MEMORY_TARGET if kind in ("Q8_0", "Q4_0") else 0.0,
+        )
+        for peer, kind in itertools.product(_peer_names(settings), settings.kinds)
+    ]
 
 
-def peak_memory(model: BenchModel, settings: Settings, say: Say) -> list[Row]:
-    """Peak resident size above the imports, each side in a fresh process: load the model, capture 8 windows."""
-    windows, batch = 8, 4
-    ours = {}
-    for kind in settings.kinds:
-        say(f"{model.name}: memory of {kind}")
-        ours[kind] = _our_peak(model.file(kind), _point(model.mid), windows, batch, settings)
-    rows = []
-    for library, dtype in itertools.product(settings.libraries, DTYPES):
-        say(f"{model.name}: memory of {library}-{dtype}")
-        with _loaded(model, settings, library, dtype) as worker:
-            request = {"context": settings.context, "block": model.mid, "stop": True, "seed": settings.seed}
-            worker.ask("run", windows=windows, batch=batch, **request)
-            theirs = worker.ask("memory")["bytes"]
-        for kind, mine in ours.items():
-            rows.append(
-                Row(
-                    case=f"{model.name}_{kind.lower()}_memory",
-                    peer=f"{library}-{dtype}",
-                    unit="MB peak",
-                    ours=mine / 1e6,
-                    theirs=theirs / 1e6,
-                    ratio=theirs / mine,
-                    target=MEMORY_TARGET if kind in ("Q8_0", "Q4_0") else 0.0,
-                )
-            )
-    return rows
-
-
-def _our_peak(path: Path, point: str, windows: int, batch: int, settings: Settings) -> int:
-    with our_worker(settings.threads) as worker:
-        worker.ask("start_memory")
-        shape = {"batch_tokens": batch * settings.context, "ubatch_tokens": 512}
-        request = {"windows": windows, "context": settings.context, "threads": settings.threads, "seed": settings.seed}
-        worker.ask("run", path=str(path), points=[point], shape=shape, **request)
-        return worker.ask("memory")["bytes"]
+# --- memory over time, and reading back ---
 
 
 def memory_growth(model: BenchModel, settings: Settings, say: Say) -> list[Row]:
     """Peak of extract for 1x and 16x the tokens, a fresh process each; the peer is the 1x run."""
     kind, peaks = settings.kinds[-1], {}
+    shape = {"batch_tokens": MEMORY_BATCH * settings.context, "ubatch_tokens": 512}
     for times in (1, 16):
         say(f"{model.name}: memory for {times}x the tokens")
-        windows = settings.growth_tokens // settings.context * times
-        peaks[times] = _our_peak(model.file(kind), _point(0), windows, 4, settings)
+        request = {"context": settings.context, "threads": settings.threads, "seed": settings.seed, "shape": shape}
+        windows = settings.windows(settings.growth_tokens) * times
+        with our_worker(settings.threads) as worker:
+            worker.ask("start_memory")
+            worker.ask("run", path=str(model.file(kind)), points=[_point(0)], windows=windows, **request)
+            peaks[times] = worker.ask("memory")["bytes"]
     return [
         Row(
             case=f"{model.name}_{kind.lower()}_memory_16x_tokens",

@@ -123,6 +123,12 @@ def load(library: str, folder: str, dtype: str, threads: int) -> dict[str, Any]:
     return {"vocab": loaded["side"].vocab}
 
 
+def save_as(folder: str, out: str, dtype: str) -> dict[str, Any]:
+    """The model with its weights in `dtype`, as its users would have it on disk."""
+    _hf(folder, dtype).save_pretrained(out)
+    return {}
+
+
 @torch.inference_mode()
 def run(windows: int, context: int, batch: int, block: int, stop: bool, seed: int) -> dict[str, Any]:
     """Capture `windows` sequences, `batch` at a time; tokens/s."""
@@ -151,4 +157,4 @@ def memory() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve({"load": load, "run": run, "activation": activation, "memory": memory})
+    serve({"load": load, "save_as": save_as, "run": run, "activation": activation, "memory": memory})
