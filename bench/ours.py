@@ -119,16 +119,17 @@ def run(
 
 def bare(
     path: str, windows: int, context: int, shape: dict[str, int], threads: int, seed: int, busy: bool = False,
-    outputs: bool = False,
+    outputs: bool = False, options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Tokens/s of `llama_decode` alone on batches of the same shape: no callback, nothing kept.
 
-    `outputs` asks for the logits of every token, so that all of the last block is computed.
+    `outputs` asks for the logits of every token, so that all of the last block is computed. `options` are settings
+    of llama.cpp's context.
     """
     model = model_at(path)
     table = random_table(windows, context, model.n_vocab, seed)
     _, plan = planned(model, table, ["blocks.0.hook_resid_pre"], shape)
-    context_pointer = bare_context(model, plan, context, shape["ubatch_tokens"], threads)
+    context_pointer = bare_context(model, plan, context, shape["ubatch_tokens"], threads, **(options or {}))
     try:
         decode_all(context_pointer, table, plan, outputs=outputs, first=1)  # threads and buffers
         with beside(busy):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import capture_cases as cases
-from bench import models
+from bench import capture_settings, models
 from bench.common import Row, compare, in_turns, our_worker, report
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
@@ -93,6 +93,12 @@ def test_capture_runs_against_llama_cpp_alone(model):
         ("b2_busy", "bare"),
     ]
     assert all(row.ours > 0 and row.theirs > 0 and row.ratio > 0 for row in rows)
+
+
+def test_every_setting_of_llama_cpp_runs(model):
+    rows = capture_settings.compared(model, "F32", SMALL, 1, lambda text: None)
+    assert [row.case.removeprefix("random_f32_") for row in rows] == list(capture_settings.SETTINGS)
+    assert all(row.ours > 0 and row.theirs > 0 for row in rows)
 
 
 def test_memory_and_reading_back_give_rows(model, tmp_path):
