@@ -27,6 +27,7 @@ SMALL = cases.Settings(
     growth_tokens=64,
     store_rows=8192,
 )
+NAMES = ("batch_512", "threads_1", "kv_f32_flash_attn_off")
 TOKENS = np.r_[1, np.arange(3, 60, 7)].astype(np.int32)
 
 
@@ -95,9 +96,9 @@ def test_capture_runs_against_llama_cpp_alone(model):
     assert all(row.ours > 0 and row.theirs > 0 and row.ratio > 0 for row in rows)
 
 
-def test_every_setting_of_llama_cpp_runs(model):
-    rows = capture_settings.compared(model, "F32", SMALL, 1, lambda text: None)
-    assert [row.case.removeprefix("random_f32_") for row in rows] == list(capture_settings.SETTINGS)
+def test_settings_of_llama_cpp_run_one_by_one(model):
+    rows = capture_settings.compared(model, "F32", SMALL, 1, lambda text: None, names=NAMES)
+    assert [row.case.removeprefix("random_f32_") for row in rows] == list(NAMES)
     assert all(row.ours > 0 and row.theirs > 0 for row in rows)
 
 
