@@ -81,6 +81,7 @@ class Session:
             self._inputs = LayerInputs(model, layer_inp, kv_type=kv_type, flash_attn=flash_attn)
         else:
             params.cb_eval = self._callback.c
+            params.cb_eval_user_data = self._callback.user_data
         log_tail.clear()
         self._handle = lc.llama_init_from_model(model.handle, params)
         if not self._handle:
