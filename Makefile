@@ -1,4 +1,5 @@
 # make demo | test | test-long | lint | clean     (all of them install what they need into .venv first)
+# make bench-env     (what `python -m bench.capture` compares with, in .venv-bench)
 PYTHON ?= python3
 # Where torch comes from. Empty: the package index (on Linux the CUDA build, 3 GB). Without an NVIDIA GPU
 # give the CPU index that pytorch.org's install page names: make demo TORCH_INDEX=URL
@@ -6,7 +7,7 @@ TORCH_INDEX ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-long lint check-tools install install-dev clean
+.PHONY: demo test test-long lint check-tools install install-dev bench-env clean
 
 demo: install
 	$(VENV)/bin/ggscope run experiment=demo_cpu
@@ -48,6 +49,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[train,dev]'
+	@touch $@
+
+bench-env: .venv-bench/.installed
+
+.venv-bench/.installed: bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== $<)"
+	.venv-bench/bin/python -m pip install --disable-pip-version-check -r $<
 	@touch $@
 
 clean:

@@ -17,6 +17,7 @@ from ..config import ExtractConfig, ModelConfig
 from ..corpus.plan import Plan
 from ..corpus.windows import FLAG_NOT_FINITE, WindowTable
 from ..llama.hooks import HookPoint
+from ..llama.layer_inp import choose_backend
 from ..llama.model import Model
 from ..llama.session import Hook, Rows, Session
 
@@ -77,6 +78,7 @@ class Capturer:
 
     def _open(self) -> Session:
         if self._session is None:
+            points = list(self._points.values())
             # A KV cache of its own per window: attending over the whole batch's cells, masked, cost 25 % of the speed.
             self._session = Session(
                 self.model,
@@ -88,6 +90,7 @@ class Capturer:
                 kv_type=self.model_config.kv_type,
                 flash_attn=self.model_config.flash_attn,
                 kv_unified=False,
+                layer_inp=points if choose_backend(self.config.backend, self.model, points) == "layer_inp" else (),
             )
         return self._session
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from sae.errors import LlamaError
 
+from . import native
 from .graph import GraphMap, Target
 from .hooks import HookPoint
 from .inventory import Inventory
@@ -94,10 +95,17 @@ class DecodePlan:
 
 
 class EvalCallback:
-    """The state machine behind `cb_eval`; `c` is what the context is given. One per context, not thread-safe."""
+    """The state machine behind `cb_eval`. One per context, which it must outlive; not thread-safe."""
 
     def __init__(self) -> None:
-        self.c = lc.ggml_backend_sched_eval_callback(self._entry)  # must outlive the context
+        self._python = lc.ggml_backend_sched_eval_callback(self._entry)
+        self._filter: native.AskFilter | None = None
+        self.c = self._python  # what the context is given, and ...
+        self.user_data: int | None = None  # ... with what
+        if (compiled := native.ask_function()) is not None:
+            self._filter = native.AskFilter(self._python)
+            self.c = ctypes.cast(compiled, lc.ggml_backend_sched_eval_callback)
+            self.user_data = ctypes.addressof(self._filter)
         self.error: BaseException | None = None
         self.inventory: Inventory | None = None
         self.cells = Cells.empty(1, streams=1)  # the context's, set once its size is known
@@ -118,6 +126,9 @@ class EvalCallback:
         self._piece = -1
         self._stopped = False
         self._deepest = max((t.index for t in plan.hooks), default=-1)
+        if self._filter is not None:
+            self._unfiltered = not self._filter.watch([*self._watched, self._first, self._positions_of])
+            self._set_always()
 
     def disarm(self, plan: DecodePlan) -> None:
         """After a decode that ended well; LlamaError when the graph did not have what was planned."""
@@ -136,6 +147,13 @@ class EvalCallback:
     def interrupt(self) -> None:
         """End the decode under way as an exception of a hook would; called between two callbacks."""
         self.error = self.error or KeyboardInterrupt()
+        self._set_always()
+
+    def _set_always(self) -> None:
+        """Whether Python has to see every node: after a stop or an exception, and while the graph is recorded."""
+        if self._filter is not None:
+            wanted = self._plan is not None and (self._stopped or self._unfiltered)
+            self._filter.always = wanted or self.error is not None or self.inventory is not None
 
     def _entry(self, address: int, ask: bool, _user_data: int | None) -> bool:
         try:
@@ -145,6 +163,8 @@ class EvalCallback:
         except BaseException as error:  # noqa: BLE001 - raised again after llama_decode
             self.error = self.error or error
             return bool(ask)  # asked: take this node to refuse it; handed over: refuse
+        finally:
+            self._set_always()
 
     def _ask(self, address: int) -> bool:
         if self._plan is None:

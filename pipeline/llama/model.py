@@ -46,6 +46,7 @@ class Model:
         self.path = Path(path)
         self.id = identity.model_id(self.path)
         self._handle = _load(self.path, n_gpu_layers, use_mmap, progress)
+        self.offloads: bool = n_gpu_layers != 0 and lc.llama_supports_gpu_offload()
         self._vocab = lc.llama_model_get_vocab(self._handle)
         self.n_embd: int = lc.llama_model_n_embd(self._handle)
         self.n_layer: int = lc.llama_model_n_layer(self._handle)

@@ -18,6 +18,7 @@ from .callback import Cells, DecodePlan, EvalCallback, Hook, Rows
 from .graph import GraphMap, Target
 from .hooks import HookPoint
 from .inventory import Inventory
+from .layer_inp import LayerInputs
 from .log import log_tail
 from .model import Model
 from .signals import deferred_signals
@@ -39,6 +40,9 @@ class Session:
     sequences otherwise (then each attends only to its own part, which is faster for many sequences). llama.cpp
     rounds it up. `n_batch` is the most tokens of one `decode` (default min(n_ctx, 2048)), `n_ubatch` of one pass
     through the graph (default min(n_batch, 512)). `kv_type="f32"` with `flash_attn="off"` is the most exact setting.
+
+    `layer_inp` names points that are to be read without a callback (layer_inp.py): such a session reads only these,
+    in batch order, edits nothing and never stops early. LlamaError or HookError where they cannot be read that way.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Session:
         kv_type: str = "f16",
         flash_attn: str = "auto",
         kv_unified: bool = True,
+        layer_inp: Sequence[HookPoint] = (),
     ) -> None:
         self._handle: Any = None
         self.model = model
@@ -72,7 +77,12 @@ class Session:
         params.swa_full = True  # no cell is dropped before the context is cleared
         params.no_perf = True
         self._callback = EvalCallback()
-        params.cb_eval = self._callback.c
+        self._inputs: LayerInputs | None = None
+        if layer_inp:
+            self._inputs = LayerInputs(model, layer_inp, kv_type=kv_type, flash_attn=flash_attn)
+        else:
+            params.cb_eval = self._callback.c
+            params.cb_eval_user_data = self._callback.user_data
         log_tail.clear()
         self._handle = lc.llama_init_from_model(model.handle, params)
         if not self._handle:
@@ -88,7 +98,12 @@ class Session:
         self._callback.cells = Cells.empty(self.n_ctx_seq * streams, streams=streams)
         self._next_pos = np.zeros(self.n_seq_max, np.int64)
         self._key: str | None = None
-        self.graph = self._probe()
+        if self._inputs is None:
+            self.graph = self._probe()
+        else:
+            self.graph = self._inputs.graph
+            self._inputs.enable(self._handle)
+            self._inputs.check(self)
 
     def hook_points(self) -> dict[str, str]:
         """Hook point -> ggml tensor name in this context's graph, in the order of computation."""
@@ -124,7 +139,8 @@ class Session:
         cleared, and the session goes on working.
         """
         batch = self._batch(tokens_N, seq_N, pos_N, logits)
-        targets = self._targets(hooks, batch)
+        reads = [] if self._inputs is None else self._inputs.reads(hooks)
+        targets = self._targets(hooks, batch) if self._inputs is None else {}
         key = edits_key
         if not key and any(hook.edit is not None for hook in hooks):
             key = f"unnamed edits {next(_unnamed_keys)}"
@@ -137,7 +153,7 @@ class Session:
             batch.tokens_N, batch.seq_N, batch.pos_N, batch.output_N, self._pieces(batch.seq_N), targets, stop_early
         )
         self._key = key
-        self._run(batch, plan)
+        self._run(batch, plan, reads)
         if stop_early:
             self.clear(wipe=False)
             return None
@@ -255,7 +271,7 @@ class Session:
             return split_simple(len(seq_N), self.n_ubatch)
         return split_equal(seq_N, self.n_ubatch)
 
-    def _run(self, batch: Batch, plan: DecodePlan) -> None:
+    def _run(self, batch: Batch, plan: DecodePlan, reads: list[tuple[int, Hook]]) -> None:
         """`llama_decode`, with the KV cleared whenever it does not end well."""
         log_tail.clear()
         self._callback.arm(plan, self.graph)
@@ -271,6 +287,8 @@ class Session:
                     f"llama.cpp cannot decode {len(batch.tokens_N)} tokens: {log_tail.reason(f'code {code}')}"
                 )
             self._callback.disarm(plan)
+            if self._inputs is not None:
+                self._inputs.serve(self._handle, reads, batch.seq_N, batch.pos_N)
         except BaseException:
             self._callback.abandon()
             self.clear()
