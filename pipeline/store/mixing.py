@@ -75,8 +75,10 @@ class MixingOrder:
         return max(0, len(self._free) - len(self._ready) - self._filled)
 
     @property
-    def unserved(self) -> np.ndarray:
-        """The slots whose rows are still to be served in this epoch."""
+    def needed(self) -> np.ndarray:
+        """The slots whose rows are still to be served."""
+        if self._ranked is not None:
+            return self._ranked
         return np.concatenate([self._ready, self._held, self._free[: self._filled]])
 
     def next_slots(self, most: int) -> np.ndarray:

@@ -229,7 +229,7 @@ def test_an_error_of_the_source_reaches_the_caller_from_the_reading_thread():
         def next(self):
             raise ShapeError("the shard is gone")
 
-    with Prefetcher(Broken(), 2) as batches, pytest.raises(ShapeError, match="the shard is gone"):
+    with Prefetcher(Broken(), 2, 10) as batches, pytest.raises(ShapeError, match="the shard is gone"):
         batches.next()
 
 
