@@ -105,15 +105,21 @@ class CaptureProcess:
     def ready(self) -> bool:
         """Whether `take` would not wait."""
         self._ask()
-        return bool(self._asked) and self._connection.poll(0)
+        while self._unwanted and self._connection.poll(0):
+            self._drop()
+        return bool(self._asked) and not self._unwanted and self._connection.poll(0)
 
     def take(self) -> CapturedBlock:
         """The next block; waits for it."""
         self._ask()
         while self._unwanted:
-            self._unwanted -= 1
-            self._free.append(self._next().slot)
+            self._drop()
         return self._next()
+
+    def _drop(self) -> None:
+        """Take a block nobody wants any more, and ask for one that is wanted."""
+        self._unwanted -= 1
+        self.release(self._next())
 
     def release(self, block: CapturedBlock) -> None:
         """Give the slot back; its arrays must not be used any more."""
@@ -121,6 +127,7 @@ class CaptureProcess:
         self._ask()
 
     def _next(self) -> CapturedBlock:
+        assert self._asked, "a block is waited for that nobody asked for: none is left, or no slot is free"
         slot, block, count = self._receive("block")
         assert (slot, block) == self._asked.popleft(), "blocks come in the order they were asked for"
         sum_D, centred_D = self._slots.sums(slot)
