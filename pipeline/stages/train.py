@@ -19,11 +19,8 @@ CHECKPOINTS = "checkpoints"
 
 
 def run(context: RunContext) -> None:
-    import torch
-
     from sae.checkpoint import save_weights
 
-    torch.set_num_threads(trainer_threads(context.config))
     with training_rows(context) as rows:
         weights, last = fit(context, rows)
         weights = rows.finish(weights)
@@ -44,8 +41,11 @@ def run(context: RunContext) -> None:
 
 def fit(context: RunContext, rows: TrainingRows) -> tuple[SAEWeights, dict[str, float]]:
     """Train on the rows; the SAE, and the last row of metrics."""
+    import torch
+
     from sae.trainer import Trainer, checkpoint_step
 
+    torch.set_num_threads(trainer_threads(context.config))
     config, folder = context.config, context.folder / CHECKPOINTS
     loggers = open_loggers(config.logger, context.folder, asdict(config), checkpoint_step(folder))
     with context.progress("training", config.trainer.tokens) as progress:

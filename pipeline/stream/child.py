@@ -75,14 +75,14 @@ def serve(connection: Connection, memory_fd: int) -> None:
     context = RunContext(command="train", folder=Path(folder), config=config, resumed=known is not None)
     with open_model(context) as model:
         table = window_table(context, model)
+        if table.context_tokens > model.n_ctx_train:
+            raise ConfigError(
+                f"corpus.context_tokens={table.context_tokens} is more than the {model.n_ctx_train} the model was trained for"
+            )
         plan = plan_extraction(model, table, config.hooks.points, extract=config.extract, store=config.store)
         if len(plan.hooks) != 1:
             raise ConfigError(
                 f"trainer.source=stream trains at one hook point, hooks.points names {', '.join(plan.hooks)}"
-            )
-        if table.context_tokens > model.n_ctx_train:
-            raise ConfigError(
-                f"corpus.context_tokens={table.context_tokens} is more than the {model.n_ctx_train} the model was trained for"
             )
         with Capturer(model, table, plan, config.extract, config.model) as capturer:
             header = Header(

@@ -145,7 +145,7 @@ class CaptureProcess:
         try:
             self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError):
-            self._receive("")  # what it said before it ended, or how it died
+            return  # it has ended; the next `_receive` finds out how
 
     def _receive(self, kind: str) -> tuple[Any, ...]:
         """The next message, which must be of this kind; raises the child's error."""
