@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ..run import RunContext
 from ..stages.corpora import window_table
 from ..stages.inputs import open_model
 from ..store.commits import RunningMoments, ShardStats, shard_stats
-from ..store.schema import FLOAT16_MAX, HookInfo, to_stored
+from ..store.schema import DOCS_FILE, FLOAT16_MAX, HookInfo, dump_json, to_stored, write_atomic
 from .messages import Calibration, Header, Pilot, Slots
 
 PR_SET_PDEATHSIG = 1
@@ -75,6 +76,7 @@ def serve(connection: Connection, memory_fd: int) -> None:
     context = RunContext(command="train", folder=Path(folder), config=config, resumed=known is not None)
     with open_model(context) as model:
         table = window_table(context, model)
+        write_documents(context.folder, table)
         if table.context_tokens > model.n_ctx_train:
             raise ConfigError(
                 f"corpus.context_tokens={table.context_tokens} is more than the {model.n_ctx_train} the model was trained for"
@@ -98,6 +100,11 @@ def serve(connection: Connection, memory_fd: int) -> None:
             while True:
                 slot, block = connection.recv()
                 connection.send(("block", slot, block, capture_into(memory, slot, capturer, header, block)))
+
+
+def write_documents(folder: Path, table: WindowTable) -> None:
+    """As a store keeps them: which texts were trained on."""
+    write_atomic(folder / DOCS_FILE, b"".join(dump_json(asdict(document)) for document in table.documents))
 
 
 def capture_into(memory: Slots, slot: int, capturer: Capturer, header: Header, block: int) -> int:
