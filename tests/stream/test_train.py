@@ -129,6 +129,17 @@ def test_a_stopped_training_resumes_to_bit_identical_weights(straight, folder, t
     assert load_weights(run / "sae").variance == load_weights(straight / "sae").variance
 
 
+def test_a_streamed_sae_is_evaluated_without_a_store(straight, folder):
+    options = [*OPTIONS[:6], "evaluate.tokens=600", "evaluate.splice_tokens=300", "model.n_threads=1"]
+    run = straight.with_name("evaluated")
+    done = ggscope("evaluate", *options, f"sae.path={straight / 'sae'}", f"run_dir={run}", cwd=folder)
+    assert "beside PCA" in done.stdout
+    found = json.loads((run / "evaluation.json").read_text())
+    assert 0 < found["baselines"]["pca"]["fvu"] < found["baselines"]["mean"]["fvu"]
+    assert found["baselines"]["untrained"]["fvu"] is not None
+    assert "store" not in json.loads((run / "manifest.json").read_text())["inputs"]
+
+
 def test_a_part_of_the_corpus_is_said_to_be_one(folder, tmp_path):
     done = ggscope(*TRAIN, "trainer.tokens=1280", f"run_dir={tmp_path / 'run'}", cwd=folder)
     assert "a part of the corpus" in done.stdout
@@ -146,6 +157,11 @@ def test_settings_that_cannot_work_are_one_line(folder, tmp_path):
     ):
         done = ggscope(*TRAIN, change, f"run_dir={tmp_path / text[:5]}", cwd=folder, code=2)
         assert text in done.stderr.strip().splitlines()[-1]
+
+
+def test_run_is_for_stores(tmp_path):
+    done = ggscope("run", "trainer.source=stream", cwd=tmp_path, code=2)
+    assert "ggscope train trainer.source=stream" in done.stderr.strip().splitlines()[-1]
 
 
 def test_a_stream_of_another_corpus_is_not_resumed(folder, tmp_path):
