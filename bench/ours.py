@@ -209,7 +209,7 @@ def write_store(path: str, rows: int, width: int, shard_rows: int) -> dict[str, 
 
 def _hook_files(store: ActivationStore) -> list[Path]:
     info = store.meta.hooks[0]
-    return [store.path / shard_file(info.array_path, shard, 2) for shard in range(store.meta.n_shards)]
+    return [Path(store.path) / shard_file(info.array_path, shard, 2) for shard in range(store.meta.n_shards)]
 
 
 def _drop_from_cache(folder: Path) -> None:
@@ -225,7 +225,7 @@ def read_raw(path: str) -> dict[str, Any]:
     """MB/s of reading the hook's files one after the other, from the disk."""
     store = ActivationStore(path)
     files = _hook_files(store)
-    _drop_from_cache(store.path)
+    _drop_from_cache(Path(store.path))
     buffer = bytearray(READ_PIECE_BYTES)
     total, started = 0, time.perf_counter()
     for file in files:
@@ -239,7 +239,7 @@ def read_shuffled(path: str, batch_rows: int) -> dict[str, Any]:
     """MB/s, of the bytes on disk, of one epoch of shuffled float32 batches, from the disk."""
     store = ActivationStore(path)
     info = store.meta.hooks[0]
-    _drop_from_cache(store.path)
+    _drop_from_cache(Path(store.path))
     started = time.perf_counter()
     batches = store.batches(info.name, batch_rows=batch_rows, seed=0, exclude_flags=FLAGS_ALL)
     for _ in range(store.n_rows // batch_rows):

@@ -6,10 +6,13 @@ Shape letters: B rows of a batch, D d_in.
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
+
+POLL_SECONDS = 0.1
 
 
 class BatchSource(Protocol):
@@ -34,27 +37,32 @@ class BatchSource(Protocol):
 class Prefetcher:
     """Hands out (batch, source state after it), reading up to `ahead` batches in a thread; 0 reads in place.
 
-    A context manager; an exception of the source is raised by `next`.
+    `batches`: how many are wanted in all; no more are read. A context manager; an exception of the source is raised
+    by `next`. Left by an exception, it does not wait for the read that is under way.
     """
 
-    def __init__(self, source: BatchSource, ahead: int) -> None:
-        self._source, self._ahead = source, ahead
+    def __init__(self, source: BatchSource, ahead: int, batches: int) -> None:
+        self._source, self._ahead, self._wanted = source, ahead, batches
         self._pool = ThreadPoolExecutor(1, "read-ahead") if ahead else None
         self._reads: deque[Future[tuple[np.ndarray, dict[str, Any]]]] = deque()
 
     def __enter__(self) -> Prefetcher:
         return self
 
-    def __exit__(self, *_exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
-    def next(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """The next batch, and the state that leads to the one after it."""
+    def next(self, give_up: Callable[[], bool] = lambda: False) -> tuple[np.ndarray, dict[str, Any]] | None:
+        """The next batch, and the state that leads to the one after it. None: `give_up` said so while it waited."""
         if self._pool is None:
             return self._read()
-        while len(self._reads) <= self._ahead:
+        while len(self._reads) <= self._ahead and self._wanted:
             self._reads.append(self._pool.submit(self._read))
+            self._wanted -= 1
+        while not wait([self._reads[0]], POLL_SECONDS).done:
+            if give_up():
+                return None
         return self._reads.popleft().result()
 
     def _read(self) -> tuple[np.ndarray, dict[str, Any]]:

@@ -116,10 +116,14 @@ class Trainer:
             raise ConfigError(f"{self.folder} already holds {existing[-1].name}; resume it or take another folder")
         if existing:
             self._restore(existing[-1])
-        with _Signals() as signals, Prefetcher(self.source, self.config.prefetch_batches) as batches:
-            while self.step < self.config.steps:
+        config, left = self.config, self.config.steps - self.step
+        with _Signals() as signals, Prefetcher(self.source, config.prefetch_batches, left) as batches:
+            while self.step < config.steps:
                 started = time.perf_counter()
-                x_BD, state = batches.next()
+                ready = batches.next(lambda: signals.received is not None)
+                if ready is None:
+                    raise self._interrupted(signals.received, self._save())
+                x_BD, state = ready
                 waited = time.perf_counter() - started
                 self._train(x_BD)
                 self._data_state = state
@@ -184,9 +188,12 @@ class Trainer:
         if save_due or received:
             path = self._save()
             if received and not last:
-                raise InterruptedRunError(
-                    f"{received} after step {self.step} of {config.steps}; checkpoint {path}; resume=latest continues"
-                )
+                raise self._interrupted(received, path)
+
+    def _interrupted(self, received: str | None, path: Path) -> InterruptedRunError:
+        return InterruptedRunError(
+            f"{received} after step {self.step} of {self.config.steps}; checkpoint {path}; resume=latest continues"
+        )
 
     def _check_finite(self) -> None:
         if not math.isfinite(loss := self._window.loss()):

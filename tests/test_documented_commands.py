@@ -20,20 +20,25 @@ SMALL = {
     "apply": ["apply.max_tokens=8"],
     "report": ["report.tokens=10000", "report.top_latents=8"],
 }
+SMALL_STREAM = ["corpus.max_tokens=12000", "trainer.tokens=24000"]
 
 
 BLOCKER = """
 import sys
+package = "torch" if "pipeline.stream.child" in sys.orig_argv else {package!r}
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == {package!r}:
+        if name.split(".")[0] == package:
             raise ImportError(name + " is blocked by the test")
 sys.meta_path.insert(0, Blocked())
 """
 
 
 def environment(folder: Path, command: str) -> dict[str, str]:
-    """torch cannot be imported except by train, and llama_cpp cannot by train: never both in one process."""
+    """torch cannot be imported except by train, and llama_cpp cannot by train: never both in one process.
+
+    The process that captures for `train trainer.source=stream` gets the same environment; there it is torch that cannot.
+    """
     package = "llama_cpp" if command == "train" else "torch"
     path = folder / f"without_{package}"
     path.mkdir(exist_ok=True)
@@ -52,6 +57,10 @@ def blocks(path: Path) -> list[list[str]]:
     return found
 
 
+def small(command: str, args: list[str]) -> list[str]:
+    return SMALL.get(command, []) + SMALL_STREAM * ("trainer.source=stream" in args)
+
+
 def test_the_readme_s_stages_run_one_after_the_other_and_only_train_needs_torch(tmp_path):
     lines = [line for block in blocks(ROOT / "README.md") for line in block]
     assert {shlex.split(line)[1] for line in lines} >= set(COMMANDS) - {"run", "doctor", "completion"}
@@ -59,7 +68,7 @@ def test_the_readme_s_stages_run_one_after_the_other_and_only_train_needs_torch(
         program, command, *args = shlex.split(line, comments=True)
         assert program == "ggscope"
         done = subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", command, *args, *SMALL.get(command, [])],
+            [sys.executable, "-m", "pipeline.cli", command, *args, *small(command, args)],
             cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment(tmp_path, command),
         )  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -87,7 +87,7 @@ class _Committer:
             buffer = self._buffers[0]
             at = slice(row - low, end - low)
             for hook in self.hooks:
-                buffer.acts[hook.name][at] = self._stored(batch, hook, inside)
+                buffer.acts[hook.name][at] = stored_rows(self.capturer, batch, hook, inside)
             buffer.flags_S[at] = flags_N[inside]
             if end == high:
                 self._commit(shard, low, high)
@@ -109,20 +109,6 @@ class _Committer:
         if pending is not None:
             pending.result()
 
-    def _stored(self, batch: Batch, hook: HookInfo, inside: slice) -> np.ndarray:
-        x_ND = batch.acts[hook.name][inside]
-        if hook.dtype != "float16":
-            return to_stored(x_ND, hook.dtype)
-        stored_ND, overflow = to_float16(x_ND)
-        if overflow:
-            row = int(np.flatnonzero(~np.isfinite(stored_ND).all(axis=1))[0])
-            raise StoreError(
-                f"a value of {hook.name} is {np.abs(x_ND[row]).max():.0f}, more than float16 holds "
-                f"({FLOAT16_MAX:.0f}), in {self.capturer.where(batch.start + inside.start + row)}; "
-                f"set extract.dtype=bfloat16 and extract into a new store"
-            )
-        return stored_ND
-
 
 class _Buffer:
     """One shard of all hooks, in the format on disk."""
@@ -142,3 +128,19 @@ def outliers(batch: Batch, hooks: Sequence[HookInfo]) -> np.ndarray:
             norm_N[near] = exact_norms(batch.acts[hook.name][near])
         outlier_N |= norm_N > limit
     return np.where(outlier_N, FLAG_OUTLIER, 0).astype(np.uint8)
+
+
+def stored_rows(capturer: Capturer, batch: Batch, hook: HookInfo, rows: slice | np.ndarray) -> np.ndarray:
+    """Rows of a batch (a slice or indices, counted in it) in the format on disk. StoreError where float16 overflows."""
+    x_ND = batch.acts[hook.name][rows]
+    if hook.dtype != "float16":
+        return to_stored(x_ND, hook.dtype)
+    stored_ND, overflow = to_float16(x_ND)
+    if overflow:
+        bad = int(np.flatnonzero(~np.isfinite(stored_ND).all(axis=1))[0])
+        row = int(np.arange(batch.start, batch.stop)[rows][bad])
+        raise StoreError(
+            f"a value of {hook.name} is {np.abs(x_ND[bad]).max():.0f}, more than float16 holds "
+            f"({FLOAT16_MAX:.0f}), in {capturer.where(row)}; set extract.dtype=bfloat16 and start anew"
+        )
+    return stored_ND

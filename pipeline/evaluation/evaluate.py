@@ -22,7 +22,7 @@ from sae.errors import ConfigError
 from sae.metrics import ReconstructionMetrics, density_histogram
 from sae.weights import SAEWeights
 
-from .baselines import ConstantReplacement, PCAReplacement, Replacement, SAEReplacement, fit_pca
+from .baselines import ConstantReplacement, Replacement, SAEReplacement
 from .losses import Interval, clustered_mean
 from .splice import CLEAN, SpliceConfig, SpliceResult, TokenWindow, batches, splice, split_windows
 
@@ -157,11 +157,6 @@ def store_rows(store: ActivationStore, hook: str, max_rows: int = 0) -> Iterator
     for start in list(chunks)[::step]:
         stop = min(start + STORE_CHUNK_ROWS, store.n_rows)
         yield store.rows(hook, start, stop)[(flags_N[start:stop] & FLAGS_ALL) == 0]
-
-
-def pca_baseline(store: ActivationStore, hook: str, k: int, max_rows: int = 500_000) -> PCAReplacement:
-    """PCA with k components fitted on training rows: as many numbers per token as the SAE's k latents."""
-    return fit_pca(store_rows(store, hook, max_rows), min(k, store.hooks[hook].width))
 
 
 def reconstruction_on_store(weights: SAEWeights, store: ActivationStore, max_rows: int = 100_000) -> dict[str, Any]:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sae.errors import ConfigError, ModelMismatchError
 from sae.untrained import untrained_weights
 from sae.weights import SAEWeights
 
+from ..config import EvaluateConfig
 from ..corpus.windows import WindowTable
-from ..evaluation.baselines import Replacement, SAEReplacement
-from ..evaluation.evaluate import evaluate, pca_baseline, reconstruction_on_store, store_rows
+from ..evaluation.baselines import Replacement, SAEReplacement, fit_pca
+from ..evaluation.evaluate import captured_rows, evaluate, reconstruction_on_store, store_rows
+from ..llama.hooks import HookPoint
 from ..llama.identity import check_same_model
-from ..run import RunContext, write_json
+from ..llama.model import Model
+from ..run import RunContext, runs_of, write_json
 from ..store.reader import ActivationStore
+from ..store.schema import DOCS_FILE
 from .corpora import window_table
 from .inputs import (
     LABELS,
@@ -32,18 +40,21 @@ from .inputs import (
 
 EVALUATION_NAME = "evaluation.json"
 PCA_ROWS = 200_000  # of the store, spread evenly
+STREAM_ROWS = 65_536  # of the training split, captured again where there was no store
+SAMPLE_ROWS = 4096  # for the untrained SAE's scale
+
+RowSource = Callable[[int], Iterable[np.ndarray]]  # at most so many unflagged training rows, chunk by chunk
 
 
 def run(context: RunContext) -> None:
     config = context.config.evaluate
     path, weights = open_sae(context)
-    store = open_store(context, weights) if config.baselines else None
+    streamed = weights.training.get("source") == "stream" and not context.config.store.path
+    store = open_store(context, weights) if config.baselines and not streamed else None
     with open_model(context) as model:
         check_host(context, weights, model)
+        found = baselines(weights, training_rows(context, weights, model, store), config) if config.baselines else {}
         table = window_table(context, model, split="held_out", max_tokens=0)
-        if store is not None:
-            check_same_model(store.meta.model, model.id)
-        found = baselines(weights, store, config.random_sae, config.seed) if store else {}
         with context.progress("evaluating", config.tokens) as progress:
             result = evaluate(
                 model, weights, table, config=config, baselines=found,
@@ -55,7 +66,8 @@ def run(context: RunContext) -> None:
     if config.random_sae:
         result["random_model_own"] = own_quality(config.random_sae)
     result["sae_id"] = weights.training.get("id")
-    result["documents_trained_on"] = seen_in_training(context, store, table)
+    trained_on = documents_of_training(weights) if streamed else store.documents if store is not None else []
+    result["documents_trained_on"] = seen_in_training(context, trained_on, table)
     write_json(context.folder / EVALUATION_NAME, result)
     context.outputs["evaluation"] = str(context.folder / EVALUATION_NAME)
     context.metrics = {key: value for key, value in result.items() if key != "density_histogram"}
@@ -69,9 +81,44 @@ def run(context: RunContext) -> None:
     )
 
 
-def seen_in_training(context: RunContext, store: ActivationStore | None, table: WindowTable) -> int:
-    """Held-out documents whose text is in the training store too: none, unless it was made with another split."""
-    trained = {document["sha256"] for document in store.documents} if store is not None else set()
+def training_rows(context: RunContext, weights: SAEWeights, model: Model, store: ActivationStore | None) -> RowSource:
+    """Training rows for the baselines: of the store, or captured again from the first documents of the corpus."""
+    if store is not None:
+        check_store(weights, store, model)
+        return lambda rows: store_rows(store, weights.hook, rows)
+    table = window_table(context, model, max_tokens=STREAM_ROWS)
+
+    def captured(rows: int) -> Iterable[np.ndarray]:
+        parts = captured_rows(
+            model, table, np.arange(table.n_windows), HookPoint.parse(weights.hook),
+            outlier_norm=outlier_norm(weights), session=session_options(context.config.model),
+        )  # fmt: skip
+        return first_rows((part.x_ND for part in parts), rows)
+
+    return captured
+
+
+def first_rows(parts: Iterable[np.ndarray], rows: int) -> Iterable[np.ndarray]:
+    """The parts until there are `rows` rows."""
+    for x_ND in parts:
+        yield x_ND[:rows]
+        rows -= len(x_ND)
+        if rows <= 0:
+            return
+
+
+def documents_of_training(weights: SAEWeights) -> list[dict[str, Any]]:
+    """The documents of a streamed training, where its run folder is found."""
+    for folder, manifest in runs_of("train"):
+        path = folder / DOCS_FILE
+        if manifest.get("metrics", {}).get("sae_id") == weights.training.get("id") and path.is_file():
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return []
+
+
+def seen_in_training(context: RunContext, documents: list[dict[str, Any]], table: WindowTable) -> int:
+    """Held-out documents whose text was trained on too: none, unless the training took another split."""
+    trained = {document["sha256"] for document in documents}
     seen = sum(document.sha256 in trained for document in table.documents)
     if seen:
         context.console.print(
@@ -94,8 +141,9 @@ def beside(result: dict[str, Any]) -> str:
     return "beside " + ", ".join(rows)
 
 
-def baselines(weights: SAEWeights, store: ActivationStore, random_sae: str, seed: int) -> dict[str, Replacement]:
-    """PCA with k components, an untrained SAE, and the SAE of a random model where there is one."""
+def check_store(weights: SAEWeights, store: ActivationStore, model: Model) -> None:
+    """Refuse a store whose rows are not those of the SAE's hook point in this model."""
+    check_same_model(store.meta.model, model.id)
     if weights.hook not in store.hooks:
         raise ConfigError(
             f"the store holds {', '.join(store.hooks)}, the SAE belongs to {weights.hook}; name its store with store.path"
@@ -104,15 +152,20 @@ def baselines(weights: SAEWeights, store: ActivationStore, random_sae: str, seed
         raise ModelMismatchError(
             f"the store's rows are {store.hooks[weights.hook].width} wide, the SAE's {weights.d_in}"
         )
-    sample = next(iter(store_rows(store, weights.hook, 16_384)))
+
+
+def baselines(weights: SAEWeights, rows: RowSource, config: EvaluateConfig) -> dict[str, Replacement]:
+    """PCA with k components, an untrained SAE, and the SAE of a random model where there is one."""
+    sample_ND = np.concatenate(list(first_rows(rows(SAMPLE_ROWS), SAMPLE_ROWS)))[:SAMPLE_ROWS]
     untrained = untrained_weights(
         weights.d_in, weights.num_latents, weights.k, weights.mean_D, weights.variance, weights.hook,
-        weights.host, seed, sample_ND=sample[:4096],
+        weights.host, config.seed, sample_ND=sample_ND,
     )  # fmt: skip
     found: dict[str, Replacement] = {
-        "pca": pca_baseline(store, weights.hook, weights.k, PCA_ROWS),
+        "pca": fit_pca(rows(PCA_ROWS), min(weights.k, weights.d_in)),
         "untrained": SAEReplacement(untrained),
     }
+    random_sae = config.random_sae
     if random_sae:
         other = load_sae(Path(random_sae))
         if (other.d_in, other.k) != (weights.d_in, weights.k):

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sae.errors import FormatError, InterruptedRunError, SAEError
+from sae.errors import ConfigError, FormatError, InterruptedRunError, SAEError
 
 from ..run import RunContext, read_manifest
 from .corpora import check_held_out
@@ -23,6 +23,11 @@ PATIENCE_SECONDS = 2.0  # a Ctrl-C reaches the child by itself; only a signal to
 
 def run(context: RunContext) -> None:
     folder, config = context.folder, context.config
+    if config.trainer.source != "store":
+        raise ConfigError(
+            f"`ggscope run` captures a store first, got trainer.source={config.trainer.source}; "
+            "stream with `ggscope train trainer.source=stream`, then evaluate, convert and report"
+        )
     check_held_out(config.corpus)  # before hours of capture
     save_settings(context)
     random_model = random_copy(context) if config.evaluate.baselines else None

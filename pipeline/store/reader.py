@@ -118,10 +118,17 @@ class ActivationStore:
         seed: int,
         exclude_flags: int = FLAGS_ALL,
         buffer_rows: int = DEFAULT_BUFFER_ROWS,
+        block_starts: np.ndarray | None = None,
     ) -> ShuffledBatches:
         """Shuffled float32 batches without end, resumable: `sae.trainer.BatchSource`."""
         return ShuffledBatches(
-            self, hook, batch_rows=batch_rows, seed=seed, exclude_flags=exclude_flags, buffer_rows=buffer_rows
+            self,
+            hook,
+            batch_rows=batch_rows,
+            seed=seed,
+            exclude_flags=exclude_flags,
+            buffer_rows=buffer_rows,
+            block_starts=block_starts,
         )
 
     def verify(self, *, checksums: bool = True) -> list[Problem]:

@@ -144,36 +144,54 @@ def shard_stats(stored_ND: np.ndarray, dtype: str, keep_N: np.ndarray, pos_N: np
     )
 
 
-def merge_stats(parts: Iterable[ShardStats]) -> HookStats:
-    """Statistics of all shards; `parts` in shard order, so that the same store gives the same digits.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunningMoments:
+    """Rows, mean and sum (x - mean)^2 of the parts so far, in float64; the order of the parts decides the last digits."""
 
-    With n, mean and M = sum (x - mean)^2 of two parts: M = M_a + M_b + (mean_b - mean_a)^2 n_a n_b / n.
-    """
+    count: int
+    mean_D: np.ndarray
+    centred_D: np.ndarray
+
+    @classmethod
+    def empty(cls, width: int) -> RunningMoments:
+        return cls(count=0, mean_D=np.zeros(width), centred_D=np.zeros(width))
+
+    def plus(self, count: int, sum_D: np.ndarray, centred_D: np.ndarray) -> RunningMoments:
+        """With one more part. M of both is M_a + M_b + (mean_b - mean_a)^2 n_a n_b / n, M = sum (x - mean)^2."""
+        if not count:
+            return self
+        delta_D = sum_D / count - self.mean_D
+        total = self.count + count
+        return RunningMoments(
+            count=total,
+            mean_D=self.mean_D + delta_D * (count / total),
+            centred_D=self.centred_D + centred_D + delta_D**2 * (self.count * count / total),
+        )
+
+
+def merge_stats(parts: Iterable[ShardStats]) -> HookStats:
+    """Statistics of all shards; `parts` in shard order, so that the same store gives the same digits."""
     parts = [part for part in parts if part.count]
     if not parts:
         raise StoreError("the store has no unflagged committed row; extract more text or raise extract.outlier_factor")
-    count, mean_D, centred_D = 0, np.zeros_like(parts[0].sum_D), np.zeros_like(parts[0].sum_D)
+    moments = RunningMoments.empty(len(parts[0].sum_D))
     bins: dict[str, dict[str, int]] = {}
     for part in parts:
-        delta_D = part.sum_D / part.count - mean_D
-        total = count + part.count
-        centred_D = centred_D + part.centred_D + delta_D**2 * (count * part.count / total)
-        mean_D = mean_D + delta_D * (part.count / total)
-        count = total
+        moments = moments.plus(part.count, part.sum_D, part.centred_D)
         for bucket, counts in part.norm_bins.items():
             _add_counts(bins.setdefault(bucket, {}), counts)
-    var_D = centred_D / count
-    rms_D = np.sqrt(var_D + mean_D**2)
+    var_D = moments.centred_D / moments.count
+    rms_D = np.sqrt(var_D + moments.mean_D**2)
     everywhere: dict[str, int] = {}
     for counts in bins.values():
         _add_counts(everywhere, counts)
     return HookStats(
-        mean_D=mean_D,
+        mean_D=moments.mean_D,
         var_D=var_D,
         max_abs_D=np.max([part.max_abs_D for part in parts], axis=0),
         variance=float(var_D.sum()),
-        count=count,
-        mean_norm=sum(part.norm_sum for part in parts) / count,
+        count=moments.count,
+        mean_norm=sum(part.norm_sum for part in parts) / moments.count,
         norm_quantiles={bucket_name(int(b)): _quantiles(bins[b]) for b in sorted(bins, key=int)},
         norm_quantiles_all=_quantiles(everywhere),
         outlier_dims=np.flatnonzero(rms_D > OUTLIER_DIM_FACTOR * np.median(rms_D)).tolist(),

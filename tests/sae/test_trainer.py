@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -224,12 +225,34 @@ def test_reading_ahead_does_not_change_the_result_nor_where_a_run_resumes(tmp_pa
     assert threading.active_count() == 1
 
 
+def test_no_batch_is_read_that_is_not_trained_on(tmp_path):
+    toy = Toy(batch=SMALL.batch_tokens)
+    trainer(tmp_path, replace(SMALL, prefetch_batches=5), toy).fit()
+    assert toy.served == 12
+
+
+def test_ctrl_c_does_not_wait_for_rows_that_do_not_come(tmp_path):
+    class Stuck(Toy):
+        def next(self):
+            if self.served == 5:
+                release.wait(60)
+            return super().next()
+
+    release, started = threading.Event(), time.monotonic()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(InterruptedRunError, match=r"Ctrl-C after step 5 of 12; checkpoint .*step_00000005\.pt"):
+        trainer(tmp_path, toy=Stuck(batch=128)).fit()
+    assert time.monotonic() - started < 30
+    release.set()
+    assert_same_weights(trainer(tmp_path).fit(resume=True), trainer(tmp_path / "whole").fit())
+
+
 def test_an_error_of_the_source_reaches_the_caller_from_the_reading_thread():
     class Broken(Toy):
         def next(self):
             raise ShapeError("the shard is gone")
 
-    with Prefetcher(Broken(), 2) as batches, pytest.raises(ShapeError, match="the shard is gone"):
+    with Prefetcher(Broken(), 2, 10) as batches, pytest.raises(ShapeError, match="the shard is gone"):
         batches.next()
 
 

@@ -1,0 +1,169 @@
+"""Where a training's rows come from: a store, or a capture that runs beside the training. No llama.cpp here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae.batches import BatchSource
+from sae.errors import ConfigError, FormatError
+from sae.weights import SAEWeights
+
+from ..config import Config
+from ..run import RunContext, write_json
+from ..store.reader import ActivationStore
+from ..store.shuffle import MIN_BLOCKS_IN_BUFFER
+from ..stream.batches import StreamBatches
+from ..stream.process import CaptureProcess
+from .inputs import open_store, relative, store_sha256, threads
+
+STREAM_FILE = "stream.json"  # in the run folder: what the first start measured
+SOURCES = ("store", "stream")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRows:
+    """Rows to train on, and what is known of them before the first step."""
+
+    source: BatchSource
+    hook: str
+    host: dict[str, Any]  # ModelId.as_dict()
+    mean_D: np.ndarray
+    variance: float
+    describe: Callable[[], str]
+    finish: Callable[[SAEWeights], SAEWeights]  # adds the origin, which later stages check an SAE by
+
+
+def training_rows(context: RunContext) -> AbstractContextManager[TrainingRows]:
+    """The rows of the settings' `trainer.source`. ConfigError for an unknown one."""
+    source = context.config.trainer.source
+    if source not in SOURCES:
+        raise ConfigError(f"trainer.source={source!r} is unknown; use one of {', '.join(SOURCES)}")
+    return stream_rows(context) if source == "stream" else store_rows(context)
+
+
+@contextmanager
+def store_rows(context: RunContext) -> Iterator[TrainingRows]:
+    trainer = context.config.trainer
+    store = open_store(context)
+    hook = the_hook(store, context.config)
+    stats = store.stats(hook)
+    source = store.batches(
+        hook, batch_rows=trainer.batch_tokens, seed=trainer.seed, buffer_rows=trainer.buffer_rows
+    )  # fmt: skip
+    digest = store_sha256(store.path)
+    origin = {"store_sha256": digest, "outlier_threshold": store.hooks[hook].outlier_threshold}
+    yield TrainingRows(
+        source=source,
+        hook=hook,
+        host=store.meta.model,
+        mean_D=stats.mean_D,
+        variance=stats.variance,
+        describe=lambda: f"{relative(store.path)} (sha256 {digest[:12]}), {store.n_rows:,} rows at {hook}",
+        finish=lambda weights: with_origin(weights, origin),
+    )
+
+
+@contextmanager
+def stream_rows(context: RunContext) -> Iterator[TrainingRows]:
+    """Rows of a capture in a child process, which ends with the context."""
+    config = context.config
+    if len(config.hooks.points) != 1:
+        points = ", ".join(config.hooks.points) or "none"
+        raise ConfigError(f"trainer.source=stream trains at one hook point, hooks.points names {points}; give one")
+    path = context.folder / STREAM_FILE
+    known = read_calibration(path) if context.resumed and path.exists() else None
+    with CaptureProcess(with_threads(config), context.folder, known) as capture:
+        header, calibration = capture.header, capture.header.calibration
+        if known is None:
+            write_json(path, calibration.as_dict())
+        context.inputs |= header.inputs
+        source = StreamBatches(
+            capture, batch_rows=config.trainer.batch_tokens, seed=config.trainer.seed,
+            buffer_rows=config.trainer.buffer_rows,
+        )  # fmt: skip
+        if header.unflagged_rows > config.trainer.buffer_rows and source.blocks_in_buffer < MIN_BLOCKS_IN_BUFFER:
+            context.console.print(
+                f"warning: trainer.buffer_rows={config.trainer.buffer_rows} holds {source.blocks_in_buffer:.1f} batches of the "
+                f"capture, so neighbouring rows are trained on together; give {MIN_BLOCKS_IN_BUFFER} times extract.batch_tokens",
+                style="yellow", highlight=False,
+            )  # fmt: skip
+        yield TrainingRows(
+            source=source,
+            hook=calibration.hook.name,
+            host=header.model,
+            mean_D=calibration.pilot.mean_D,
+            variance=calibration.pilot.variance,
+            describe=lambda: described(source, capture),
+            finish=lambda weights: finished(weights, source, capture),
+        )
+
+
+def described(source: StreamBatches, capture: CaptureProcess) -> str:
+    stats, calibration = source.statistics(), capture.header.calibration
+    part = "the whole corpus" if stats.whole else "a part of the corpus"
+    return (
+        f"{capture.header.documents} documents (corpus {calibration.corpus_hash[:12]}), "
+        f"{stats.rows:,} unflagged rows captured ({part}) at {calibration.hook.name}"
+    )
+
+
+def finished(weights: SAEWeights, source: StreamBatches, capture: CaptureProcess) -> SAEWeights:
+    """The SAE with the statistics of the rows that were captured in place of the pilot's, and its origin."""
+    stats, calibration = source.statistics(), capture.header.calibration
+    weights = dataclasses.replace(weights, mean_D=stats.mean_D.astype(np.float32), variance=stats.variance)
+    origin = {
+        "source": "stream",
+        "corpus_hash": calibration.corpus_hash,
+        "outlier_threshold": calibration.hook.outlier_threshold,
+        "dtype": calibration.hook.dtype,
+        "statistics": {"rows": stats.rows, "of": "corpus" if stats.whole else "rows captured"},
+        "pilot_rows": calibration.pilot.rows,
+    }
+    return with_origin(weights, origin)
+
+
+def with_origin(weights: SAEWeights, origin: dict[str, Any]) -> SAEWeights:
+    digest = hashlib.sha256(weights.W_enc_FD.tobytes() + weights.W_dec_FD.tobytes()).hexdigest()
+    return dataclasses.replace(weights, training=weights.training | {"id": digest[:16]} | origin)
+
+
+def read_calibration(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged ({error}); start a new run") from None
+
+
+def with_threads(config: Config) -> Config:
+    """The settings with the capture's share of the cores: those the trainer does not use, a half by default."""
+    if config.model.n_threads:
+        return config
+    capture = max(1, threads(0) - trainer_threads(config))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, n_threads=capture))
+
+
+def trainer_threads(config: Config) -> int:
+    """Threads of torch. Beside a capture that shares the cores: those it leaves, a half by default."""
+    if config.trainer.n_threads or config.trainer.source != "stream":
+        return threads(config.trainer.n_threads)
+    cores = threads(0)
+    return max(1, cores - config.model.n_threads if config.model.n_threads else cores // 2)
+
+
+def the_hook(store: ActivationStore, config: Config) -> str:
+    """The one hook point to train on: the only one of the store, or the one `hooks.points` names."""
+    names = list(store.hooks)
+    if len(names) == 1:
+        return names[0]
+    if len(config.hooks.points) == 1 and config.hooks.points[0] in names:
+        return config.hooks.points[0]
+    raise ConfigError(f"the store holds {', '.join(names)}: choose one with hooks.points=[{names[0]}]")

@@ -1,0 +1,169 @@
+"""`python -m pipeline.stream.child`: the capturing process of a streamed training. llama.cpp lives here, torch does not.
+
+It is started by `CaptureProcess`, gets the settings, tells what it will capture, then decodes the blocks it is asked
+for until the parent hangs up. It dies with its parent. Letters: N rows of a block, D width, n rows without flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import traceback
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae.errors import ConfigError, StoreError
+
+from ..capture.calibrate import calibrate
+from ..capture.capturer import Capturer
+from ..capture.shards import outliers, stored_rows
+from ..corpus.windows import FLAGS_ALL, WindowTable
+from ..executors.processes import die_with_parent, portable
+from ..extract import plan_extraction
+from ..run import RunContext
+from ..stages.corpora import window_table
+from ..stages.inputs import open_model
+from ..store.backends import LocalBackend
+from ..store.schema import DOCS_FILE, HookInfo, dump_json
+from ..store.statistics import RunningMoments, ShardStats, shard_stats
+from .messages import Calibration, Header, Pilot, Slots
+
+FLAG_ROWS_AT_ONCE = 1 << 20
+
+
+def main(connection_fd: int, memory_fd: int, parent: int) -> int:
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with Connection(connection_fd) as connection:
+        try:
+            serve(connection, memory_fd)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return 0  # the parent hung up
+        except Exception as error:  # noqa: BLE001  whatever it is, the parent reports it
+            send_error(connection, error)
+            return 1
+    return 0
+
+
+def send_error(connection: Connection, error: Exception) -> None:
+    trace = "".join(traceback.format_exception(error))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.send(("error", portable(error), trace))
+
+
+def serve(connection: Connection, memory_fd: int) -> None:
+    """Open model and corpus, send the header, then answer every (slot, block) with (slot, block, rows without flags)."""
+    config, folder, known, slots = connection.recv()
+    context = RunContext(command="train", folder=Path(folder), config=config, resumed=known is not None)
+    with open_model(context) as model:
+        table = window_table(context, model, spool=True)
+        write_documents(context.folder, table)
+        plan = plan_extraction(model, table, config.hooks.points, extract=config.extract, store=config.store)
+        if len(plan.hooks) != 1:
+            raise ConfigError(
+                f"trainer.source=stream trains at one hook point, hooks.points names {', '.join(plan.hooks)}"
+            )
+        with Capturer(model, table, plan, config.extract, config.model) as capturer:
+            header = Header(
+                calibration=calibrated(capturer, known),
+                block_starts=np.asarray(plan.batch_rows, np.int64),
+                unflagged_rows=unflagged_rows(table),
+                model=model.id.as_dict(),
+                documents=len(table.documents),
+                inputs=context.inputs,
+            )
+            connection.send(("header", header))
+            memory = Slots(memory_fd, header, slots)
+            while True:
+                slot, block = connection.recv()
+                connection.send(("block", slot, block, capture_into(memory, slot, capturer, header, block)))
+
+
+def write_documents(folder: Path, table: WindowTable) -> None:
+    """As a store keeps them: which texts were trained on."""
+    LocalBackend(folder).put(DOCS_FILE, (dump_json(asdict(document)) for document in table.documents))
+
+
+def capture_into(memory: Slots, slot: int, capturer: Capturer, header: Header, block: int) -> int:
+    """Capture a block into a slot; returns its number of rows without flags."""
+    hook = header.calibration.hook
+    stored_nD, stats = unflagged_block(capturer, hook, block)
+    memory.rows(slot, len(stored_nD))[:] = stored_nD
+    memory.sums(slot)[:] = stats.sum_D, stats.centred_D
+    return len(stored_nD)
+
+
+def unflagged_block(capturer: Capturer, hook: HookInfo, block: int) -> tuple[np.ndarray, ShardStats]:
+    """The rows of a block that are trained on, as a store would hold them, and their statistics.
+
+    Raises StoreError for a value that float16 cannot hold.
+    """
+    batch = capturer.batch(block)
+    flags_N = batch.flags_N | outliers(batch, [hook])
+    stored_nD = stored_rows(capturer, batch, hook, np.flatnonzero(flags_N & FLAGS_ALL == 0))
+    everything = np.ones(len(stored_nD), bool)
+    return stored_nD, shard_stats(stored_nD, hook.dtype, everything, np.zeros(len(stored_nD), np.int32))
+
+
+def calibrated(capturer: Capturer, known: dict[str, Any] | None) -> Calibration:
+    """Number format, outlier threshold and pilot statistics: measured, or those a resumed run began with."""
+    plan, model = capturer.plan, capturer.model.id
+    if known is not None:
+        calibration = Calibration.from_dict(known)
+        for what, was, now in (
+            ("model", calibration.model_sha256, model.sha256),
+            ("corpus", calibration.corpus_hash, plan.corpus_hash),
+            ("plan", calibration.config_hash, plan.config_hash),
+        ):
+            if was != now:
+                raise ConfigError(
+                    f"cannot resume the stream: its {what} was {was[:12]}, is {now[:12]}; start a new run"
+                )
+        return calibration
+    (hook,) = calibrate(capturer).hooks
+    return Calibration(
+        hook=hook,
+        pilot=pilot(capturer, hook),
+        corpus_hash=plan.corpus_hash,
+        config_hash=plan.config_hash,
+        model_sha256=model.sha256,
+    )
+
+
+def pilot(capturer: Capturer, hook: HookInfo) -> Pilot:
+    """Statistics of the unflagged rows of batches spread evenly over the corpus, about `calibration_tokens` rows.
+
+    A second pass over the calibration's batches: which rows are outliers is only known after the first.
+    Raises StoreError where they are all flagged or all equal.
+    """
+    plan, wanted = capturer.plan, capturer.config.calibration_tokens // capturer.plan.max_batch_rows
+    count = min(plan.n_batches, max(1, wanted))
+    moments = RunningMoments.empty(hook.width)
+    for block in np.unique(np.linspace(0, plan.n_batches - 1, count).round().astype(int)).tolist():
+        _, stats = unflagged_block(capturer, hook, block)
+        moments = moments.plus(stats.count, stats.sum_D, stats.centred_D)
+    variance = float(moments.centred_D.sum() / moments.count) if moments.count else 0.0
+    if variance <= 0:
+        raise StoreError(
+            f"the {moments.count} unflagged calibration rows at {hook.name} have no variance; "
+            f"raise extract.calibration_tokens, or give more text"
+        )
+    return Pilot(rows=moments.count, mean_D=moments.mean_D, variance=variance)
+
+
+def unflagged_rows(table: WindowTable) -> int:
+    """Rows that the corpus itself does not flag, a piece of the column at a time."""
+    return sum(
+        int((np.asarray(table.flags_N[start : start + FLAG_ROWS_AT_ONCE]) & FLAGS_ALL == 0).sum())
+        for start in range(0, table.rows, FLAG_ROWS_AT_ONCE)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))
