@@ -147,6 +147,7 @@ def extract(
                 model.close()
                 executor, work = elsewhere
                 executor.run(work, progress=lambda done, _total: counter.set(done))
+                writer.backend.remove_partial()  # of workers that died
             elif missing:
                 capture_shards(capturer, writer, missing, counter.add)
             seconds = time.monotonic() - started
