@@ -81,7 +81,7 @@ def test_columns_and_documents_come_back(made):
     for name, column in columns.items():
         np.testing.assert_array_equal(store.column(name), column)
         assert store.column(name).dtype == column.dtype
-    assert store.documents == [{"name": "a.py", "bytes": 10, "sha256": "0" * 64, "exact_offsets": True}]
+    assert store.documents == [{"name": "a.py", "bytes": 10, "sha256": "0" * 64, "exact_offsets": True, "form": "text"}]
     assert store.flagged_rows == (columns["flags"] != 0).sum()
 
 
