@@ -58,7 +58,9 @@ def test_objects_are_found_by_pattern_and_read_whole(endpoint):
     remote.pipe_file("bucket/data/sub/b.jsonl.gz", gzip.compress(b"\n".join(lines[4:])))
     remote.pipe_file("bucket/data/note.txt", b"a note")
     found = list(read_documents(config("s3://bucket/data/**/*.jsonl*", seed=-1)))
-    assert [d.name for d in found] == [f"a.jsonl:{i}" for i in range(1, 5)] + [f"sub/b.jsonl.gz:{i}" for i in range(1, 6)]
+    assert [d.name for d in found] == [f"a.jsonl:{i}" for i in range(1, 5)] + [
+        f"sub/b.jsonl.gz:{i}" for i in range(1, 6)
+    ]
     assert [d.text for d in found] == [f"größe {i}" for i in range(9)]
     assert [d.text for d in read_documents(config("s3://bucket/data/note.txt", kind="text"))] == ["a note"]
 
