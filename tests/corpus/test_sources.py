@@ -340,7 +340,8 @@ def test_messages_that_are_none_are_named(tmp_path):
 
 
 READING = """
-import resource, sys
+import sys
+from tests.peak_memory import peak_kib
 from pipeline.config import CorpusConfig
 from pipeline.corpus.readers import read_documents
 kind, *paths = sys.argv[1:]
@@ -348,7 +349,7 @@ read = lambda path: sum(1 for _ in read_documents(CorpusConfig(kind=kind, paths=
 peaks = []
 for path in paths:
     count = read(path)
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peaks.append(peak_kib())
 print(count, *peaks)
 """
 
