@@ -16,6 +16,7 @@ import numpy as np
 from .table import DocumentInfo
 
 GAP_ITEMS = 1024  # items nearer to each other than this are read together
+PIECE_BYTES = 1 << 18
 RUN_ITEMS = 1 << 20  # most that are read at once for an index array
 
 
@@ -26,15 +27,14 @@ class DiskFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def read(self, start: int, size_bytes: int) -> bytes:
-        parts = []
-        while size_bytes > 0:
-            part = os.pread(self._descriptor, size_bytes, start)
+    def read_into(self, start: int, into: memoryview) -> None:
+        """Fill `into` from byte `start` on. Raises EOFError where the file ends before."""
+        while len(into):
+            part = os.pread(self._descriptor, min(len(into), PIECE_BYTES), start)
             if not part:
                 raise EOFError(f"{self.path} became shorter while it was read")
-            parts.append(part)
-            start, size_bytes = start + len(part), size_bytes - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            into[: len(part)] = part
+            start, into = start + len(part), into[len(part) :]
 
     @property
     def size_bytes(self) -> int:
@@ -101,8 +101,7 @@ class DiskColumn:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         array = np.empty(stop - start, self.dtype)
-        data = self._file.read(start * self.dtype.itemsize, array.nbytes)
-        array.view(np.uint8)[:] = np.frombuffer(data, np.uint8)
+        self._file.read_into(start * self.dtype.itemsize, memoryview(array.view(np.uint8)))
         return array
 
     def _gather(self, row_N: np.ndarray) -> np.ndarray:
@@ -144,7 +143,9 @@ class DiskDocuments(Sequence[DocumentInfo]):
         index = int(key) + (len(self) if key < 0 else 0)
         start = int(self._starts[index])  # raises IndexError
         stop = int(self._starts[index + 1]) if index + 1 < len(self) else self._file.size_bytes
-        return DocumentInfo(**json.loads(self._file.read(start, stop - start)))
+        line = bytearray(stop - start)
+        self._file.read_into(start, memoryview(line))
+        return DocumentInfo(**json.loads(line))
 
     def __iter__(self) -> Iterator[DocumentInfo]:
         with self._file.path.open("rb") as lines:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import importlib
+import importlib.util
 import io
 import zlib
 from collections import Counter
@@ -24,6 +25,7 @@ from sae.errors import ConfigError
 from .documents import UnusableError
 
 COMPRESSED = (".gz", ".zst")
+OBJECT_STORES = ("s3", "gs", "abfs")  # obstore reads them where fsspec's own packages are not installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +47,7 @@ class CorpusFile:
     @contextmanager
     def reading(self) -> Iterator[BinaryIO]:
         """The bytes, decompressed where the name says so. What goes wrong inside comes out as UnusableError."""
-        broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+        broken = (OSError, EOFError, zlib.error, *_failures_of(self.remote))
         with ExitStack() as stack:
             try:
                 raw = self._opened()
@@ -129,13 +131,14 @@ def _static_prefix(pattern: str) -> Path:
 
 
 def _remote(pattern: str) -> list[tuple[str, str, CorpusFile]]:
-    fsspec = optional("fsspec")
+    remote: Any = None
     try:
-        remote, path = fsspec.core.url_to_fs(pattern)
-        wild = glob.has_magic(path)
-        files = remote.glob(path) if wild else [path]
+        remote, path = _file_system(pattern)
+        files = remote.glob(path) if glob.has_magic(path) else [path]
         files = [file for file in files if remote.isfile(file)]
-    except (OSError, ValueError, ImportError, NotImplementedError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, ImportError, NotImplementedError, *_failures_of(remote)) as error:
         raise ConfigError(f"corpus.paths: {pattern!r} cannot be opened ({reason(error)})") from None
     if not files:
         raise ConfigError(f"corpus.paths: {pattern!r} matches no file")
@@ -148,6 +151,26 @@ def _remote(pattern: str) -> list[tuple[str, str, CorpusFile]]:
         )
         for file in files
     ]
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it."""
+    fsspec = optional("fsspec")
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError:
+        protocol = url.partition("://")[0]
+        if protocol not in OBJECT_STORES or importlib.util.find_spec("obstore") is None:
+            raise
+        importlib.import_module("obstore.fsspec").register(protocol)
+        return fsspec.core.url_to_fs(url)
+
+
+def _failures_of(remote: Any) -> tuple[type[Exception], ...]:
+    """What a file system raises besides OSError."""
+    if type(remote).__module__.startswith("obstore"):
+        return (importlib.import_module("obstore.exceptions").BaseError,)
+    return ()
 
 
 def _below(file: str, root: PurePosixPath) -> str:

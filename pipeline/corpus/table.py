@@ -35,7 +35,7 @@ COLUMN_DTYPES: dict[str, str] = {
     "byte_offset": "int64",
     "flags": "uint8",
 }
-HASH_ROWS = 1 << 20
+HASH_ROWS = 1 << 16
 
 Column: TypeAlias = "np.ndarray | DiskColumn"
 

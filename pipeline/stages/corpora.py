@@ -34,6 +34,10 @@ def window_table(
     """
     config = context.config.corpus
     check_settings(config)
+    if config.context_tokens > model.n_ctx_train:  # before hours of tokenising
+        raise ConfigError(
+            f"corpus.context_tokens={config.context_tokens} is more than the {model.n_ctx_train} the model was trained for"
+        )
     if split:
         config = dataclasses.replace(config, split=split)
     if config.split == "held_out":

@@ -192,9 +192,10 @@ def sae_sha256(path: Path) -> str:
 
 def relative(path: Path | str) -> str:
     """The path as a person in this folder would write it; a URL as it is."""
-    if "://" in str(path):
-        return str(path)
-    path = Path(path)
+    place = as_location(path)
+    if isinstance(place, str):
+        return place
+    path = place
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

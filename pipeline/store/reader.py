@@ -7,7 +7,7 @@ order; in a finished store they are the plan's rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -104,6 +104,10 @@ class ActivationStore:
         """Like `rows`, in the format on disk. May be read-only."""
         info = self.meta.hook(hook)
         return self._read(info.array_path, np.dtype(STORED_DTYPES[info.dtype]), (info.width,), start, stop)
+
+    def stored_blocks(self, hook: str, blocks: Sequence[tuple[int, int]]) -> Sequence[np.ndarray]:
+        """`stored_rows` of several `(start, stop)`, in order; from object storage several at a time."""
+        return self.backend.each(lambda block: self.stored_rows(hook, *block), blocks)
 
     def stats(self, hook: str) -> HookStats:
         """Mean, variance, norm quantiles, ... over the unflagged rows, from the commits: no data is read."""

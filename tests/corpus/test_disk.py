@@ -68,4 +68,4 @@ def test_a_column_goes_through_pickle(both):
 def test_a_file_that_became_shorter_is_an_error_and_not_a_loop(tmp_path):
     (tmp_path / "f").write_bytes(b"1234")
     with pytest.raises(EOFError, match="shorter"):
-        DiskFile(tmp_path / "f").read(2, 5)
+        DiskFile(tmp_path / "f").read_into(2, memoryview(bytearray(5)))

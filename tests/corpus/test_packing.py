@@ -221,3 +221,13 @@ def test_a_model_without_bos_cannot_always_have_one():
     model.eos = None
     joined = windows(model, named(["abc", "d"]), 9, packing="concat")
     assert joined.token_N.tolist() == [256, ord("c"), ord("d")]
+
+
+def test_a_template_that_begins_with_bos_does_not_give_a_window_two():
+    class Llama3(ChatTokenizer):
+        def chat(self, messages, *, add_assistant=True):
+            return "<bos>" + super().chat(messages, add_assistant=add_assistant)
+
+    chat = ({"role": "user", "content": "ab"},)
+    table, plain = (windows(model, [Document(name="c", messages=chat)], 40) for model in (Llama3(), ChatTokenizer()))
+    assert table.corpus_hash == plain.corpus_hash

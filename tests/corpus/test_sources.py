@@ -306,3 +306,80 @@ def test_a_compressed_text_file_is_read_by_its_text(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"zipped text"))
     (found,) = read_documents(CorpusConfig(kind="text", paths=[f"{tmp_path}/*.gz"], split="all"))
     assert found.text == "zipped text"
+
+
+def test_chat_messages_come_the_same_way_out_of_every_kind_with_fields(tmp_path):
+    chats = [[{"role": "user", "content": f"größe {i}"}, {"role": "assistant", "content": "ok"}] for i in range(3)]
+    rows = [{"chat": chat} for chat in chats]
+    write_jsonl(tmp_path / "c.jsonl", [json.dumps(row) for row in rows])
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    base = CorpusConfig(split="all", seed=-1, messages_key="chat")
+    for options in (
+        {"kind": "jsonl", "paths": [f"{tmp_path}/c.jsonl"]},
+        {"kind": "parquet", "paths": [f"{tmp_path}/c.parquet"]},
+        {"kind": "datasets", "dataset": "json", "paths": [f"{tmp_path}/c.jsonl"]},
+    ):
+        found = [d.messages for d in read_documents(replace(base, **options))]
+        assert [[dict(m) for m in messages or ()] for messages in found] == chats
+
+
+def test_messages_that_are_none_are_named(tmp_path):
+    odd = [5, [], [{"role": "user"}], ["hi"], [{"role": "user", "content": "fine"}], None]
+    write_jsonl(tmp_path / "c.jsonl", [json.dumps({"m": messages}) for messages in odd])
+    report = ReadReport()
+    config = CorpusConfig(kind="jsonl", paths=[f"{tmp_path}/c.jsonl"], split="all", seed=-1, messages_key="m")
+    assert [d.name for d in read_documents(config, report)] == ["c.jsonl:5"]
+    reasons = dict(report.skipped)
+    assert list(reasons) == [f"c.jsonl:{i}" for i in (1, 2, 3, 4, 6)]
+    assert reasons["c.jsonl:1"] == "field 'm' is a int, not a list of messages"
+    assert reasons["c.jsonl:2"] == "empty"
+    assert (
+        reasons["c.jsonl:3"] == reasons["c.jsonl:4"] == "field 'm' has a message without the strings role and content"
+    )
+    assert reasons["c.jsonl:6"] == "field 'm' is null, not a list of messages"
+
+
+READING = """
+import sys
+from tests.peak_memory import peak_kib
+from pipeline.config import CorpusConfig
+from pipeline.corpus.readers import read_documents
+kind, *paths = sys.argv[1:]
+read = lambda path: sum(1 for _ in read_documents(CorpusConfig(kind=kind, paths=[path], split="all", seed=1)))
+peaks = []
+for path in paths:
+    count = read(path)
+    peaks.append(peak_kib())
+print(count, *peaks)
+"""
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_reading_a_corpus_sixteen_times_as_large_takes_the_same_memory(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    paths = []
+    for count in (2000, 32_000):
+        rows = [{"text": rng.bytes(1000).hex()} for _ in range(count)]
+        paths.append(tmp_path / f"{count}.{kind}")
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), paths[-1], row_group_size=count)  # one large row group
+        else:
+            write_jsonl(paths[-1], [json.dumps(row) for row in rows])
+    done = subprocess.run(
+        [sys.executable, "-c", READING, kind, *map(str, paths)], capture_output=True, text=True, check=True
+    )
+    count, small_kib, large_kib = map(int, done.stdout.split())
+    assert count == 32_000
+    assert large_kib - small_kib < 16 << 10  # of 64 MB
+
+
+def test_the_index_of_jsonl_is_eight_bytes_a_record(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ['{"text": "x"}'] * 1000)
+    from pipeline.corpus.sources.jsonl import _LineIndex
+
+    (file,) = files.expand([f"{tmp_path}/a.jsonl"], "jsonl")
+    index = _LineIndex(file)
+    assert index.offsets.itemsize == 4
+    order = read_documents(CorpusConfig(kind="jsonl", paths=[str(tmp_path / "a.jsonl")], split="all"))
+    next(order)
+    assert order._records.order.nbytes == 4 * 1000

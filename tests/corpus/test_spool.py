@@ -130,6 +130,8 @@ from pipeline.corpus.readers import ReadReport, read_documents
 from pipeline.corpus.spool import spool_table
 from tests.corpus.test_windows import PairTokenizer
 from tests.corpus.test_packing import Parrot
+from pipeline.corpus import spool
+spool.BUFFER_BYTES = 64  # much is on disk that the last checkpoint does not know
 folder, settings, packing, pause = Path(sys.argv[1]), CorpusConfig(**json.loads(sys.argv[2])), sys.argv[3], float(sys.argv[4])
 def progress(documents, rows):
     if documents % 100 == 0:
@@ -228,7 +230,8 @@ def test_rows_of_a_spool_are_read_in_slices_and_never_whole(tmp_path, monkeypatc
 
 
 MEMORY = """
-import resource, sys
+import sys
+from tests.peak_memory import peak_kib
 from pathlib import Path
 from pipeline.corpus.documents import Document
 from pipeline.corpus.spool import spool_table
@@ -244,7 +247,7 @@ for count in (100, 1600):
     make_plan(table, hooks={"a": 8}, extract=ExtractConfig(), store=StoreConfig())
     for start in range(0, table.rows, 4096):
         sum(int(column[start : start + 4096].max()) for column in table.columns().values())
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peaks.append(peak_kib())
 print(table.rows, *peaks)
 """
 

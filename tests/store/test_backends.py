@@ -72,7 +72,7 @@ def test_two_writers_of_one_object_do_not_mix(tmp_path):
     assert files_of(tmp_path) == {"x": b"aaaaaaaa"}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_a_failure_at_any_put_leaves_whole_shards_only_and_resumes_to_identical_bytes(tmp_path_factory, data):
     rows = data.draw(st.integers(1, 100), label="rows")

@@ -18,7 +18,7 @@ from pipeline.store.writer import StoreWriter
 from .helpers import DOCUMENTS, fill, known_rows, make_meta
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_every_file_has_the_sha256_of_one_that_plain_zarr_wrote_in_one_region(tmp_path_factory, data):
     widths = {f"blocks.{i}.hook_resid_post": data.draw(st.integers(1, 20)) for i in range(2)}

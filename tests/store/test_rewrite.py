@@ -50,7 +50,7 @@ def quiet(done, total):
     assert 0 < done <= total
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_a_merged_store_is_the_concatenation_with_ids_that_count_on(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("merge")

@@ -38,7 +38,9 @@ def datasets_records(
     if missing:
         raise ConfigError(f"{dataset} has no column {missing[0]!r}; it has {', '.join(columns[:20])}")
     label = f"{dataset}/{config}/{split}" if config else f"{dataset}/{split}"
-    return shuffled(_Stream(found.select_columns(form.fields), label, form, keep=keep, seed=seed), seed)
+    if columns:
+        found = found.select_columns(form.fields)
+    return shuffled(_Stream(found, label, form, keep=keep, seed=seed), seed)
 
 
 class _Stream(Records):

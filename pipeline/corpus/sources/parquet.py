@@ -16,6 +16,7 @@ from ..files import CorpusFile, optional, reason
 from .records import Keep, RecordForm, Records, StreamedRecords, broken, shuffled
 
 BATCH_ROWS = 256
+BY_PAGE = {"pre_buffer": False, "buffer_size": 1 << 20}  # or the whole column of a row group is read at once
 
 
 def parquet_records(files: list[CorpusFile], form: RecordForm, *, keep: Keep, seed: int) -> Records:
@@ -48,7 +49,7 @@ def _rows(file: CorpusFile, group: int, first: int, form: RecordForm) -> Iterato
     parquet, arrow = optional("pyarrow.parquet"), optional("pyarrow")
     number = first
     try:
-        with file.reading() as stream, parquet.ParquetFile(stream) as table:
+        with file.reading() as stream, parquet.ParquetFile(stream, **BY_PAGE) as table:
             for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=form.fields, use_threads=False):
                 size_bytes = batch.nbytes // max(batch.num_rows, 1)
                 for row in _values(batch):
