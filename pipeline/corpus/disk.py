@@ -101,7 +101,7 @@ class DiskColumn:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         array = np.empty(stop - start, self.dtype)
-        self._file.read_into(start * self.dtype.itemsize, memoryview(array.view(np.uint8)))
+        self._file.read_into(start * self.dtype.itemsize, array.view(np.uint8).data)
         return array
 
     def _gather(self, row_N: np.ndarray) -> np.ndarray:
