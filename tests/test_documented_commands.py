@@ -43,7 +43,7 @@ def environment(folder: Path, command: str) -> dict[str, str]:
     path = folder / f"without_{package}"
     path.mkdir(exist_ok=True)
     (path / "sitecustomize.py").write_text(BLOCKER.format(package=package))
-    return os.environ | {"COLUMNS": "200", "PYTHONPATH": str(path)}
+    return os.environ | {"COLUMNS": "200", "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
 
 
 def blocks(path: Path) -> list[list[str]]:
