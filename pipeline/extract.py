@@ -146,7 +146,12 @@ def extract(
                 capturer.close()
                 model.close()
                 executor, work = elsewhere
-                executor.run(work, progress=lambda done, _total: counter.set(done))
+
+                def committed(rows: int, _total: int) -> None:
+                    writer.check_lock()  # the workers do not hold it
+                    counter.set(rows)
+
+                executor.run(work, progress=committed)
                 writer.backend.remove_partial()  # of workers that died
             elif missing:
                 capture_shards(capturer, writer, missing, counter.add)

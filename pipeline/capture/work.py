@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..config import ExtractConfig, ModelConfig, StoreConfig
 from ..corpus.plan import make_plan
 from ..corpus.spool import open_table
 from ..llama.model import Model
+from ..store.schema import StoreMeta
 from ..store.writer import ShardWriter
 from .capturer import Capturer
 from .shards import capture_shards
@@ -38,7 +40,7 @@ class CaptureWork:
 
     def rows(self, shards: Sequence[int]) -> int:
         """Rows of these shards together."""
-        meta = ShardWriter(self.store).meta
+        meta = _meta(self.store)
         return sum(stop - start for start, stop in map(meta.shard_range, shards))
 
     def capture(self, shards: Sequence[int], *, place: Placement, done: Callable[[int], None]) -> None:
@@ -47,6 +49,12 @@ class CaptureWork:
         wanted = sorted(set(shards) & set(writer.missing()))
         if wanted:
             capture_shards(_opened(self, place.n_threads or self.model.n_threads), writer, wanted, done)
+
+
+@functools.lru_cache(maxsize=1)
+def _meta(store: str) -> StoreMeta:
+    """What does not change while a store is written, asked of object storage once."""
+    return ShardWriter(store).meta
 
 
 _kept: tuple[CaptureWork, int, Capturer] | None = None

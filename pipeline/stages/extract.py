@@ -50,8 +50,10 @@ def run(context: RunContext) -> None:
                 model, table, plan, **settings, progress=progress, planned=lambda cost: print_plan(context, plan, cost),
                 elsewhere=executor_of(context, model, plan, path),
             )  # fmt: skip
-    draw_stats(ActivationStore(path), context.folder / PICTURE_NAME)
-    context.outputs |= {"store": str(path), "statistics": str(context.folder / PICTURE_NAME)}
+    context.outputs["store"] = str(path)
+    if summary["flagged_share"] < 1:  # else there is nothing to draw
+        draw_stats(ActivationStore(path), context.folder / PICTURE_NAME)
+        context.outputs["statistics"] = str(context.folder / PICTURE_NAME)
     context.metrics = summary
     warn_not_finite(context, summary)
     context.three_lines(
