@@ -43,12 +43,8 @@ def environment(folder: Path, command: str) -> dict[str, str]:
     path = folder / f"without_{package}"
     path.mkdir(exist_ok=True)
     (path / "sitecustomize.py").write_text(BLOCKER.format(package=package))
-<<<<<<< HEAD
     paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"COLUMNS": "200", "PYTHONPATH": os.pathsep.join(paths)}
-=======
-    return os.environ | {"COLUMNS": "200", "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}
->>>>>>> stream
 
 
 def blocks(path: Path) -> list[list[str]]:
