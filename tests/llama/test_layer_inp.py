@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from pipeline.llama.layer_inp import choose_backend, points_for
 from pipeline.llama.model import Model
 from pipeline.llama.session import Hook, capture
 from sae.errors import ConfigError, HookError, LlamaError
-from tests.llama import other_architectures
+from tests.llama.hf_twins import loaded
 from tests.llama.support import collect, exact, flat, relative, sequences, tiny
 
 _folder = tempfile.TemporaryDirectory(prefix="inputs")
@@ -31,41 +29,11 @@ def parsed(names: list[str]) -> list[HookPoint]:
     return [HookPoint.parse(name) for name in names]
 
 
-def qwen3moe(path: Path) -> None:
-    """A router and four experts in each block, two of them used; random weights."""
-    blocks, d, ff, experts, head = 2, 64, 32, 4, 32
-    writer = other_architectures._start(path, "qwen3moe")
-    writer.add_feed_forward_length(96)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(2)
-    writer.add_expert_feed_forward_length(ff)
-    shapes = {"token_embd": (512, d), "output": (512, d), "output_norm": (d,)}
-    for i in range(blocks):
-        block = {"attn_norm": (d,), "ffn_norm": (d,), "attn_q_norm": (head,), "attn_k_norm": (head,)}
-        block |= {"attn_q": (4 * head, d), "attn_k": (2 * head, d), "attn_v": (2 * head, d)}
-        block |= {"attn_output": (d, 4 * head), "ffn_gate_inp": (experts, d), "ffn_down_exps": (experts, d, ff)}
-        block |= {"ffn_gate_exps": (experts, ff, d), "ffn_up_exps": (experts, ff, d)}
-        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
-    rng = np.random.default_rng(0)
-    weights = {n: rng.standard_normal(s) * 0.1 + (1 if len(s) == 1 else 0) for n, s in shapes.items()}
-    other_architectures._finish(writer, {f"{name}.weight": w for name, w in weights.items()})
-
-
-@functools.cache
 def model_of(architecture: str) -> Model:
-    if architecture == "llama":
-        return tiny()[0]
-    path = Path(_folder.name) / f"{architecture}.gguf"
-    (qwen3moe if architecture == "qwen3moe" else getattr(other_architectures, architecture))(path)
-    return Model(path)
+    return tiny()[0] if architecture == "llama" else loaded(architecture)[0]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3moe"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3moe", "gpt_oss"])
 @pytest.mark.parametrize("kv_unified", [True, False])
 @pytest.mark.parametrize("n_ubatch", [512, 7])
 def test_layer_inputs_have_the_bits_of_the_callback_however_the_batch_is_cut(architecture, kv_unified, n_ubatch):
