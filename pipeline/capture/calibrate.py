@@ -39,7 +39,7 @@ def calibrate(capturer: Capturer) -> Calibration:
     plan, config = capturer.plan, capturer.config
     largest = dict.fromkeys(plan.hooks, 0.0)
     norms: dict[str, list[np.ndarray]] = {name: [] for name in plan.hooks}
-    batches, rows, seconds = _timed(capturer, max(1, config.calibration_tokens // plan.max_batch_rows))
+    batches, rows, seconds = _timed(capturer, calibration_batches(capturer))
     for batch in batches:
         finite_N = batch.flags_N & FLAG_NOT_FINITE == 0
         counted_N = batch.flags_N & FLAGS_ALL == 0
@@ -60,14 +60,23 @@ def calibrate(capturer: Capturer) -> Calibration:
 
 def measure_speed(capturer: Capturer) -> Calibration:
     """Only the speed, of a store whose formats are known."""
-    _, rows, seconds = _timed(capturer, SPEED_BATCHES)
+    _, rows, seconds = _timed(capturer, _spread(capturer, SPEED_BATCHES))
     return Calibration(hooks=(), rows=rows, tokens_per_s=rows / seconds)
 
 
-def _timed(capturer: Capturer, wanted: int) -> tuple[list[Batch], int, float]:
-    """Batches spread evenly over the plan, and the rows and seconds of those after the first, which also warms up."""
-    plan = capturer.plan
-    chosen = np.unique(np.linspace(0, plan.n_batches - 1, min(wanted, plan.n_batches)).round().astype(int)).tolist()
+def calibration_batches(capturer: Capturer) -> list[int]:
+    """The batches a calibration looks at, about `calibration_tokens` rows."""
+    return _spread(capturer, max(1, capturer.config.calibration_tokens // capturer.plan.max_batch_rows))
+
+
+def _spread(capturer: Capturer, wanted: int) -> list[int]:
+    """At most that many batches, evenly over the plan."""
+    n_batches = capturer.plan.n_batches
+    return np.unique(np.linspace(0, n_batches - 1, min(wanted, n_batches)).round().astype(int)).tolist()
+
+
+def _timed(capturer: Capturer, chosen: list[int]) -> tuple[list[Batch], int, float]:
+    """These batches, and the rows and seconds of those after the first, which also warms up."""
     batches, seconds = [], []
     for index in chosen:
         started = time.perf_counter()

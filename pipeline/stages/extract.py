@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sae.errors import ConfigError
 
-from ..corpus.plan import Plan
-from ..extract import Estimate, estimate, extract, plan_extraction
+from ..corpus.plan import Plan, make_plan
+from ..extract import Estimate, estimate, extract, hook_widths
 from ..run import RunContext
 from ..store.backends import Location, as_location
 from ..store.picture import draw_stats
@@ -34,8 +34,9 @@ def run(context: RunContext) -> None:
     if context.resumed and is_store(path):
         take_back_damaged(context, path)
     with open_model(context) as model:
+        widths = hook_widths(model, config.hooks.points)  # a misspelt point is found before the corpus is read
         table = window_table(context, model, spool=True)
-        plan = plan_extraction(model, table, config.hooks.points, extract=config.extract, store=config.store)
+        plan = make_plan(table, hooks=widths, extract=config.extract, store=config.store)
         given = f"{describe_model(model)}; {len(table.documents)} documents (corpus {table.corpus_hash[:12]})"
         settings: dict[str, Any] = {"config": config.extract, "model_config": config.model, "store_path": path}
         if config.extract.plan_only:

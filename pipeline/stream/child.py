@@ -19,12 +19,13 @@ import numpy as np
 
 from sae.errors import ConfigError, StoreError
 
-from ..capture.calibrate import calibrate
+from ..capture.calibrate import calibrate, calibration_batches
 from ..capture.capturer import Capturer
 from ..capture.shards import outliers, stored_rows
+from ..corpus.plan import make_plan
 from ..corpus.windows import FLAGS_ALL, WindowTable
 from ..executors.processes import die_with_parent, portable
-from ..extract import plan_extraction
+from ..extract import hook_widths
 from ..run import RunContext
 from ..stages.corpora import window_table
 from ..stages.inputs import open_model
@@ -62,13 +63,12 @@ def serve(connection: Connection, memory_fd: int) -> None:
     config, folder, known, slots = connection.recv()
     context = RunContext(command="train", folder=Path(folder), config=config, resumed=known is not None)
     with open_model(context) as model:
+        widths = hook_widths(model, config.hooks.points)
+        if len(widths) != 1:
+            raise ConfigError(f"trainer.source=stream trains at one hook point, hooks.points names {', '.join(widths)}")
         table = window_table(context, model, spool=True)
         write_documents(context.folder, table)
-        plan = plan_extraction(model, table, config.hooks.points, extract=config.extract, store=config.store)
-        if len(plan.hooks) != 1:
-            raise ConfigError(
-                f"trainer.source=stream trains at one hook point, hooks.points names {', '.join(plan.hooks)}"
-            )
+        plan = make_plan(table, hooks=widths, extract=config.extract, store=config.store)
         with Capturer(model, table, plan, config.extract, config.model) as capturer:
             header = Header(
                 calibration=calibrated(capturer, known),
@@ -142,10 +142,8 @@ def pilot(capturer: Capturer, hook: HookInfo) -> Pilot:
     A second pass over the calibration's batches: which rows are outliers is only known after the first.
     Raises StoreError where they are all flagged or all equal.
     """
-    plan, wanted = capturer.plan, capturer.config.calibration_tokens // capturer.plan.max_batch_rows
-    count = min(plan.n_batches, max(1, wanted))
     moments = RunningMoments.empty(hook.width)
-    for block in np.unique(np.linspace(0, plan.n_batches - 1, count).round().astype(int)).tolist():
+    for block in calibration_batches(capturer):
         _, stats = unflagged_block(capturer, hook, block)
         moments = moments.plus(stats.count, stats.sum_D, stats.centred_D)
     variance = float(moments.centred_D.sum() / moments.count) if moments.count else 0.0
