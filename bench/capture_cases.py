@@ -20,8 +20,9 @@ LIBRARIES = ("hf", "transformerlens", "nnsight")
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 SMALL_VOCABULARY = 64
 MEMORY_BATCH = 4  # windows at a time, of both sides, where memory is measured
-# ||ours - hf f32|| / ||hf f32|| of one activation; F16 KV and the kernels' own rounding are in it
-TOLERANCES = {"F32": 3e-3, "F16": 5e-3, "BF16": 2e-2, "Q8_0": 3e-2, "Q4_0": 0.3, "f32": 1e-4, "bf16": 3e-2}
+# ||ours - hf f32|| / ||hf f32|| of one activation; F16 KV and the kernels' own rounding are in it;
+# another model would be off by 1.4. Gaussian weights lose more in Q4_0 than trained ones
+TOLERANCES = {"F32": 3e-3, "F16": 5e-3, "BF16": 2e-2, "Q8_0": 5e-2, "Q4_0": 0.5, "f32": 1e-4, "bf16": 3e-2}
 BARE_TARGET, BUSY_TARGET, READ_TARGET, MEMORY_TARGET = 0.97, 0.95, 0.7, 2.0
 SPEED_TARGETS = {"hf-f32": 2.5, "hf-bf16": 1.0, "transformerlens-f32": 1.0, "transformerlens-bf16": 1.0}
 
