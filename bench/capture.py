@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import capture_cases as cases
+from bench import capture_storage as storage
 from bench.capture_cases import Settings
 from bench.common import PEER_PYTHON, BenchError, Row, cache_folder, machine, report
 
@@ -57,10 +58,10 @@ def _group(group: str, model: cases.BenchModel, settings: Settings, facts: dict[
         facts[f"{model.name} best shapes"] = found.shapes
         return found.rows
     if group == "growth":
-        return cases.memory_growth(model, settings, _say)
+        return storage.memory_growth(model, settings, _say)
     folder = Path(tempfile.mkdtemp(dir=cache_folder(), prefix="reading-"))
     try:
-        return cases.reading(folder / "store", settings, _say)
+        return storage.reading(folder / "store", settings, _say)
     finally:
         shutil.rmtree(folder)
 
