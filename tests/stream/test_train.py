@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,11 +165,14 @@ def test_run_is_for_stores(tmp_path):
     assert "ggscope train trainer.source=stream" in done.stderr.strip().splitlines()[-1]
 
 
-def test_a_stream_of_another_corpus_is_not_resumed(folder, tmp_path):
+def test_a_resumed_stream_keeps_its_corpus_and_another_one_is_refused(folder, tmp_path):
     run = tmp_path / "run"
     (tmp_path / "x.txt").write_text("def f():\n    return 1\n" * 300)
     options = [*TRAIN, f"corpus.paths=[{tmp_path}/*.txt]", "trainer.tokens=1280"]
-    ggscope(*options, f"run_dir={run}", cwd=folder)
+    first = ggscope(*options, f"run_dir={run}", cwd=folder)
     (tmp_path / "x.txt").write_text("def g():\n    return 2\n" * 300)
+    again = ggscope(*options, f"resume={run}", cwd=folder)  # its text is in the run folder
+    assert again.stdout.splitlines()[0] == first.stdout.splitlines()[0]
+    shutil.rmtree(run / "corpus")
     done = ggscope(*options, f"resume={run}", cwd=folder, code=2)
     assert "corpus was" in done.stderr
