@@ -112,7 +112,7 @@ def run(
     """Tokens/s of a capture."""
     model = model_at(path)
     table = random_table(windows, context, model.n_vocab, seed)
-    memory_facts["table_bytes"] = sum(column.nbytes for column in table.columns().values())
+    memory_facts["table_bytes"] = sum(np.asarray(column).nbytes for column in table.columns().values())
     with beside(busy):
         summary = run_extract(model, table, points, shape, threads, **(settings or {}))
     return {"tokens_per_s": summary["tokens_per_s"]}

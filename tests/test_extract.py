@@ -271,6 +271,35 @@ def test_a_model_without_a_finite_value_is_refused(model_path, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_the_last_block_is_captured_in_parts_whose_logits_fit_and_gives_the_same_rows(model, tmp_path, monkeypatch):
+    points = ["blocks.3.hook_resid_post", "blocks.1.hook_resid_post"]
+    table, _ = run(model, tmp_path / "whole", points=points, dtype="float32")
+    decoded = []
+    whole = Session.decode
+
+    def counted(self, tokens_N, *args, **options):
+        decoded.append(len(tokens_N))
+        return whole(self, tokens_N, *args, **options)
+
+    monkeypatch.setattr(Session, "decode", counted)
+    monkeypatch.setattr("pipeline.capture.capturer.LOGIT_BYTES", 4 * model.n_vocab * 50)
+    run(model, tmp_path / "parts", points=points, dtype="float32")
+    assert max(decoded) <= 50
+    a, b = (ActivationStore(tmp_path / name) for name in ("whole", "parts"))
+    for point in points:
+        mine, theirs = a.rows(point, 0, table.rows), b.rows(point, 0, table.rows)
+        assert np.linalg.norm(mine - theirs) < 1e-5 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("points", [["blocks.0.hook_resid_post", "blocks.3.hook_resid_pre"]])
+def test_layer_inputs_give_the_store_of_the_callback(model, tmp_path, points):
+    for backend in ("callback", "layer_inp"):
+        run(model, tmp_path / backend, points=points, backend=backend)
+    assert files_of(tmp_path / "callback") == files_of(tmp_path / "layer_inp")
+    with pytest.raises(HookError, match=r"not the input of a block.*extract\.backend=callback"):
+        run(model, tmp_path / "other", backend="layer_inp")
+
+
 def test_the_plan_says_what_a_capture_will_cost_and_what_is_left_of_it(model, tmp_path):
     settings, layout = ExtractConfig(batch_tokens=100, ubatch_tokens=32), StoreConfig(shard_rows=64)
     table = windows(model, DOCUMENTS, 24)

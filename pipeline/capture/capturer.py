@@ -6,8 +6,9 @@ Letters: N rows, D width of a hook.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +21,8 @@ from ..llama.hooks import HookPoint
 from ..llama.layer_inp import choose_backend
 from ..llama.model import Model
 from ..llama.session import Hook, Rows, Session
+
+LOGIT_BYTES = 256 << 20  # llama.cpp allocates them for every token of a decode that asks, read or not
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +68,8 @@ class Capturer:
         """Decode one batch from an empty KV cache, stopping after the deepest hook."""
         start, stop = (int(row) for row in self.plan.batch_rows[index : index + 2])
         flags_N = np.array(self.table.flags_N[start:stop])
-        acts = self._decode(start, stop)
+        parts = [self._decode(low, high) for low, high in self._spans(index)]
+        acts = parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         norms = {name: row_norms(x_ND) for name, x_ND in acts.items()}
         if not all(np.isfinite(norm_N).all() for norm_N in norms.values()):
             flags_N |= self._repair(index, acts, norms)
@@ -94,19 +98,36 @@ class Capturer:
             )
         return self._session
 
+    @cached_property
+    def _needs_outputs(self) -> bool:
+        """Whether a hook has rows only for tokens whose logits are asked for: the last block after its attention."""
+        graph = self._open().graph
+        return any(graph.find(point).outputs_only for point in self._points.values())
+
+    def _spans(self, index: int) -> Iterator[tuple[int, int]]:
+        """The rows decoded together: a whole batch, or where llama.cpp keeps room for their logits fewer windows."""
+        first, last = (int(window) for window in self.plan.batch_windows[index : index + 2])
+        borders = np.asarray(self.table.window_starts[first : last + 1]).tolist()
+        most = LOGIT_BYTES // (4 * self.model.n_vocab) if self._needs_outputs else borders[-1] - borders[0]
+        start = borders[0]
+        for low, high in itertools.pairwise(borders):
+            if high - start > most and low > start:
+                yield start, low
+                start = low
+        yield start, borders[-1]
+
     def _decode(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Values of the rows `start : stop`, whole windows, by hook."""
         rows = slice(start, stop)
         acts = {name: np.empty((stop - start, width), np.float32) for name, width in self.plan.hooks.items()}
         session = self._open()  # its KV cache is empty: every decode here stops early, which clears it
-        last_block = any(session.graph.find(point).outputs_only for point in self._points.values())
         window_N = self.table.window_N[rows]
         session.decode(
             self.table.token_N[rows],
             window_N - window_N[0],
             self.table.pos_N[rows],
             hooks=[Hook(point, read=_into(acts[name])) for name, point in self._points.items()],
-            logits="all" if last_block else "none",
+            logits="all" if self._needs_outputs else "none",
             stop_early=True,
         )
         return acts
