@@ -29,6 +29,7 @@ from .llama.hooks import NOT_STORABLE
 from .llama.model import Model
 from .llama.session import Session, capture
 from .store.backends import Location, open_backend
+from .store.commits import committed_shards
 from .store.reader import ActivationStore
 from .store.schema import HookInfo, StoreMeta, is_store, read_meta
 from .store.summary import write_stats
@@ -83,11 +84,13 @@ def plan_extraction(
     return make_plan(table, hooks=hook_widths(model, points), extract=extract, store=store)
 
 
-def hook_widths(model: Model, points: list[str]) -> dict[str, int]:
-    """Hook point, by its full name, to width; wildcards and ranges are expanded."""
+def hook_widths(model: Model, points: list[str], config: ModelConfig | None = None) -> dict[str, int]:
+    """Hook point, by its full name, to width; wildcards and ranges are expanded, on the graph `config` gives."""
     if not points:
         return {}
-    with Session(model, n_ctx=8, n_threads=1) as session:  # one token: more threads only wait for each other
+    config = config or ModelConfig()
+    # one token: more threads would only wait for each other
+    with Session(model, n_ctx=8, n_threads=1, kv_type=config.kv_type, flash_attn=config.flash_attn) as session:
         parsed = session.expand(points)
         for point in parsed:
             if point.site in NOT_STORABLE:
@@ -182,8 +185,7 @@ def _prepare(capturer: Capturer, store_path: Location) -> tuple[StoreMeta, Estim
     there = read_meta(store_path) if is_store(store_path) else None
     missing = list(range(capturer.plan.n_shards))
     if there is not None:
-        done = {commit.shard for commit in ActivationStore(store_path).commits}
-        missing = [shard for shard in missing if shard not in done]
+        missing = sorted(set(missing) - set(committed_shards(store_path)))
         calibration = measure_speed(capturer) if missing else Calibration(hooks=(), rows=0, tokens_per_s=1.0)
         meta = _meta(capturer, _known_hooks(capturer.plan, there))
     else:

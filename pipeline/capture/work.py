@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sae.errors import StoreError
+
 from ..config import ExtractConfig, ModelConfig, StoreConfig
-from ..corpus.plan import make_plan
+from ..corpus.plan import Plan, make_plan
 from ..corpus.spool import open_table
 from ..llama.model import Model
 from ..store.schema import StoreMeta
@@ -72,6 +74,27 @@ def _opened(work: CaptureWork, n_threads: int) -> Capturer:
     table = open_table(Path(work.spool))
     plan = make_plan(table, hooks=dict(work.hooks), extract=work.extract, store=work.layout)
     model = Model(work.model_path, n_gpu_layers=work.model.n_gpu_layers)
+    try:
+        _refuse_other(work, plan, model)
+    except BaseException:
+        model.close()
+        raise
     settings = dataclasses.replace(work.model, n_threads=n_threads)
     _kept = (work, n_threads, Capturer(model, table, plan, work.extract, settings))
     return _kept[2]
+
+
+def _refuse_other(work: CaptureWork, plan: Plan, model: Model) -> None:
+    """StoreError when the files a worker finds are not those the store was made for: paths may mean others here."""
+    meta = _meta(work.store)
+    checks = {
+        f"corpus ({work.spool})": (plan.corpus_hash, meta.corpus_hash),
+        "plan": (plan.config_hash, meta.config_hash),
+        f"model ({work.model_path})": (model.id.sha256, meta.model["sha256"]),
+    }
+    wrong = [what for what, (found, expected) in checks.items() if found != expected]
+    if wrong:
+        raise StoreError(
+            f"{work.store} was made with another {' and another '.join(wrong)} than this worker finds; "
+            "give every worker the same files"
+        )

@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
 
 class Continuation(Protocol):
-    """The model's own text after prompts (`pipeline.generate.BatchGenerator`)."""
+    """The model's own text after prompts (`pipeline.continuation.BatchGenerator`)."""
 
     @property
     def n_parallel(self) -> int: ...

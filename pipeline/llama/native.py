@@ -67,11 +67,11 @@ def _built() -> Path | None:
     """The library, from the user's cache where it was built before."""
     source = SOURCE.read_bytes()
     stamp = hashlib.sha256(source + platform.platform().encode()).hexdigest()[:16]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    library = base / "ggscope" / "native" / f"ask-{stamp}.so"
-    if library.exists():
-        return library
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        library = base / "ggscope" / "native" / f"ask-{stamp}.so"
+        if library.exists():
+            return library
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name

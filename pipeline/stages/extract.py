@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from sae.errors import ConfigError
 
 from ..corpus.plan import Plan, make_plan
 from ..extract import Estimate, estimate, extract, hook_widths
+from ..llama.hooks import HookPoint
+from ..llama.layer_inp import choose_backend
 from ..run import RunContext
 from ..store.backends import Location, as_location
 from ..store.picture import draw_stats
@@ -34,7 +37,10 @@ def run(context: RunContext) -> None:
     if context.resumed and is_store(path):
         take_back_damaged(context, path)
     with open_model(context) as model:
-        widths = hook_widths(model, config.hooks.points)  # a misspelt point is found before the corpus is read
+        # what is misspelt or cannot be had is found before the corpus is read
+        widths = hook_widths(model, config.hooks.points, config.model)
+        choose_backend(config.extract.backend, model, [HookPoint.parse(name) for name in widths])
+        executor = executor_of(context)
         table = window_table(context, model, spool=True)
         plan = make_plan(table, hooks=widths, extract=config.extract, store=config.store)
         given = f"{describe_model(model)}; {len(table.documents)} documents (corpus {table.corpus_hash[:12]})"
@@ -49,7 +55,7 @@ def run(context: RunContext) -> None:
         with context.progress("capturing", plan.rows) as progress:
             summary = extract(
                 model, table, plan, **settings, progress=progress, planned=lambda cost: print_plan(context, plan, cost),
-                elsewhere=executor_of(context, model, plan, path),
+                elsewhere=executor and (executor, capture_work(context, model, plan, path)),
             )  # fmt: skip
     context.outputs["store"] = str(path)
     if summary["flagged_share"] < 1:  # else there is nothing to draw
@@ -65,24 +71,30 @@ def run(context: RunContext) -> None:
     )
 
 
-def executor_of(context: RunContext, model: Model, plan: Plan, store: Location) -> tuple[Executor, CaptureWork] | None:
-    """The executor of the settings and the work for it; None where this process captures itself."""
+def executor_of(context: RunContext) -> Executor | None:
+    """The executor of the settings; None where this process captures itself."""
     config = context.config
     if config.executor.kind == "local":
         return None
-    from ..capture.work import CaptureWork
     from ..executors import open_executor
 
-    work = CaptureWork(
+    threads = config.executor.threads_per_worker or config.model.n_threads
+    return open_executor(replace(config.executor, threads_per_worker=threads), context.folder)
+
+
+def capture_work(context: RunContext, model: Model, plan: Plan, store: Location) -> CaptureWork:
+    """What an executor's workers are told: files by absolute path, and the settings."""
+    from ..capture.work import CaptureWork
+
+    return CaptureWork(
         model_path=str(model.path.resolve()),
         spool=str(context.folder / SPOOL_NAME),
         store=str(store),
-        model=config.model,
-        extract=config.extract,
-        layout=config.store,
+        model=context.config.model,
+        extract=context.config.extract,
+        layout=context.config.store,
         hooks=tuple(plan.hooks.items()),
     )
-    return open_executor(config.executor, context.folder), work
 
 
 def what_it_costs(plan: Plan, cost: Estimate) -> str:

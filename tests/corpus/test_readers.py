@@ -129,13 +129,14 @@ def test_bad_lines_of_jsonl_are_named_by_file_and_line(tmp_path):
         b'{"text": "\xff"}',
         b'{"text": "\\ud800"}',
         '{"text": "schön"}'.encode(),
+        b'{"text": "fine", "n": ' + b"9" * 5000 + b"}",
     ]
     (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
     report = ReadReport()
     config = CorpusConfig(kind="jsonl", paths=[f"{tmp_path}/d.jsonl"], split="all", seed=-1)
     assert [d.text for d in read_documents(config, report)] == ["good", "schön"]
     reasons = dict(report.skipped)
-    assert list(reasons) == [f"d.jsonl:{n}" for n in (3, 4, 5, 6, 7, 8)]
+    assert list(reasons) == [f"d.jsonl:{n}" for n in (3, 4, 5, 6, 7, 8, 10)]
     assert "no field 'text'" in reasons["d.jsonl:3"]
     assert "body" in reasons["d.jsonl:3"]
     assert reasons["d.jsonl:4"].startswith("not JSON")
@@ -143,3 +144,4 @@ def test_bad_lines_of_jsonl_are_named_by_file_and_line(tmp_path):
     assert "list, not an object" in reasons["d.jsonl:6"]
     assert reasons["d.jsonl:7"] == "not UTF-8"
     assert "surrogate" in reasons["d.jsonl:8"]
+    assert "too many digits" in reasons["d.jsonl:10"]

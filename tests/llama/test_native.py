@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -75,3 +78,16 @@ def test_the_filter_is_built_once_into_the_users_cache(monkeypatch, tmp_path):
     assert native._built() == built
     assert built.stat().st_mtime_ns == stamp
     assert [path.name for path in built.parent.iterdir()] == [built.name]
+
+
+def test_without_a_home_folder_there_is_no_filter_and_no_error(tmp_path):
+    code = (
+        "import os; os.environ.pop('HOME', None); os.environ.pop('XDG_CACHE_HOME', None)\n"
+        "import pathlib\n"
+        "def none(cls): raise RuntimeError('Could not determine home directory.')\n"
+        "pathlib.Path.home = classmethod(none)\n"
+        "from pipeline.llama import native\n"
+        "assert native.ask_function() is None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -108,4 +108,6 @@ def _document(name: str, line: bytes, form: RecordForm) -> Document:
         raise UnusableError(f"not JSON ({error.msg})") from None
     except RecursionError:
         raise UnusableError("not JSON (nested too deep)") from None
+    except ValueError:
+        raise UnusableError("not JSON (a number of too many digits)") from None
     return form.document(name, record)
