@@ -10,7 +10,7 @@ from sae.errors import ConfigError
 
 from ..corpus.plan import Plan, make_plan
 from ..extract import Estimate, estimate, extract, hook_widths
-from ..llama.hooks import HookPoint
+from ..llama.hooks import HookPoint, describe
 from ..llama.layer_inp import choose_backend
 from ..run import RunContext
 from ..store.backends import Location, as_location
@@ -65,7 +65,7 @@ def run(context: RunContext) -> None:
     warn_not_finite(context, summary)
     context.three_lines(
         given,
-        f"{summary['rows']:,} rows at {', '.join(plan.hooks)} as {summary['dtype']}, {summary['flagged_share']:.2%} flagged, "
+        f"{summary['rows']:,} rows at {describe(map(HookPoint.parse, plan.hooks))} as {summary['dtype']}, {summary['flagged_share']:.2%} flagged, "
         f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['shards_done']} shards written, {summary['shards_skipped']} were there",
         f"{relative(path)} ({store_sha256(path)[:12]}, {summary['bytes'] / 1e6:,.0f} MB)",
     )
