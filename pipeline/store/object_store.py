@@ -12,8 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -26,7 +25,6 @@ from .backends import CHUNK_BYTES, LOCK_FILE, S3_SCHEME, Backend, Buffer, Lock, 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-REQUESTS_AT_ONCE = 8
 RETRIES = 4
 RETRY_SECONDS = 60
 LEASE_SECONDS = 60.0
@@ -41,6 +39,8 @@ class ObjectBackend(Backend):
 
     Not to be carried across a fork: obstore runs threads of its own. Open it anew in the child.
     """
+
+    at_once = 8
 
     def __init__(self, url: str) -> None:
         bucket, _, prefix = url.removeprefix(S3_SCHEME).partition("/")
@@ -122,12 +122,6 @@ class ObjectBackend(Backend):
         from zarr.storage import ObjectStore
 
         return ObjectStore(self._store, read_only=True)
-
-    def each(self, call: Callable[[T], R], items: Sequence[T]) -> Sequence[R]:
-        if len(items) < 2:
-            return [call(item) for item in items]
-        with ThreadPoolExecutor(min(REQUESTS_AT_ONCE, len(items))) as pool:
-            return list(pool.map(call, items))
 
     def _range(self, key: str, start: int, length: int) -> bytes:
         with self._answers():
