@@ -20,9 +20,10 @@ LIBRARIES = ("hf", "transformerlens", "nnsight")
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 SMALL_VOCABULARY = 64
 MEMORY_BATCH = 4  # windows at a time, of both sides, where memory is measured
-# ||ours - hf f32|| / ||hf f32|| of one activation; F16 KV and the kernels' own rounding are in it
-TOLERANCES = {"F32": 3e-3, "F16": 5e-3, "BF16": 2e-2, "Q8_0": 3e-2, "Q4_0": 0.3, "f32": 1e-4, "bf16": 3e-2}
-BARE_TARGET, BUSY_TARGET, READ_TARGET, MEMORY_TARGET = 0.97, 0.95, 0.7, 2.0
+# ||ours - hf f32|| / ||hf f32|| of one activation; F16 KV and the kernels' own rounding are in it;
+# another model would be off by 1.4. Gaussian weights lose more in Q4_0 than trained ones
+TOLERANCES = {"F32": 3e-3, "F16": 5e-3, "BF16": 2e-2, "Q8_0": 5e-2, "Q4_0": 0.5, "f32": 1e-4, "bf16": 3e-2}
+BARE_TARGET, BUSY_TARGET, MEMORY_TARGET = 0.97, 0.95, 2.0
 SPEED_TARGETS = {"hf-f32": 2.5, "hf-bf16": 1.0, "transformerlens-f32": 1.0, "transformerlens-bf16": 1.0}
 
 Say = Callable[[str], None]
@@ -47,6 +48,7 @@ class Settings:
     growth_tokens: int = 65536
     store_rows: int = 1_048_576
     seed: int = 1
+    short: bool = False
 
     @classmethod
     def quick(cls) -> Self:
@@ -61,16 +63,17 @@ class Settings:
             without_stop=("hf",),
             growth_tokens=8192,
             store_rows=262_144,
+            short=True,
         )
 
     def changed(self, *, threads: int | None = None, rounds: int | None = None, kinds: Any = None) -> Settings:
         """With what was given on the command line."""
-        chosen = {"kinds": tuple(kinds), "bare_kinds": tuple(kinds)} if kinds else {}
+        chosen = {"kinds": tuple(kinds), "bare_kinds": tuple(kinds), "short": False} if kinds else {}
         return replace(self, threads=threads or self.threads, rounds=rounds or self.rounds, **chosen)
 
     def for_demo(self) -> Settings:
-        """The quick run takes the small model with one peer and its own type only."""
-        if self.rounds >= Settings().rounds:
+        """The quick run takes the small model with one peer and few types only."""
+        if not self.short:
             return self
         return replace(self, kinds=("F16", "Q8_0"), bare_kinds=("F16",), libraries=("hf",))
 
@@ -124,7 +127,7 @@ def prepare(name: str, folder: Path, settings: Settings, say: Say, shape: models
     return model
 
 
-def _point(block: int) -> str:
+def point_of(block: int) -> str:
     return f"blocks.{block}.hook_resid_post"
 
 
@@ -177,7 +180,7 @@ def _bare_sides(
 
     def capture(block: int, **more: Any) -> Callable[[], float]:
         path = str(model.file(kind))
-        return lambda: _speed(ours, "run", path=path, points=[_point(block)], **common, **more)
+        return lambda: _speed(ours, "run", path=path, points=[point_of(block)], **common, **more)
 
     def bare(path: Path, **more: Any) -> Callable[[], float]:
         return lambda: _speed(theirs, "bare", path=str(path), **common, **more)
@@ -252,7 +255,7 @@ def _our_peak(worker: Worker, model: BenchModel, kind: str, settings: Settings, 
     shape = {"batch_tokens": MEMORY_BATCH * settings.context, "ubatch_tokens": 512}
     request = {"context": settings.context, "threads": settings.threads, "seed": settings.seed, "shape": shape}
     worker.ask("start_memory")
-    path, points = str(model.file(kind)), [_point(model.mid)]
+    path, points = str(model.file(kind)), [point_of(model.mid)]
     worker.ask("run", path=path, points=points, windows=2 * MEMORY_BATCH, **request)
     return worker.ask("memory")["bytes"]
 
@@ -280,7 +283,7 @@ def _check_equal(
             worker.ask("activation", path=out, block=model.mid, stop=True, **request)
             found[name] = np.load(out)
         for kind, worker in ours.items():
-            where = {"path": str(model.file(kind)), "out": out, "point": _point(model.mid)}
+            where = {"path": str(model.file(kind)), "out": out, "point": point_of(model.mid)}
             worker.ask("activation", threads=settings.threads, **where, **request)
             found[kind] = np.load(out)
     oracle = found.pop("hf-f32").astype(np.float64)
@@ -317,7 +320,7 @@ def _our_side(
     model: BenchModel, kind: str, worker: Worker, settings: Settings, shape: tuple[int, int]
 ) -> Callable[[], float]:
     request = {"windows": settings.windows(settings.run_tokens), "context": settings.context, "seed": settings.seed}
-    request |= {"path": str(model.file(kind)), "points": [_point(model.mid)], "threads": settings.threads}
+    request |= {"path": str(model.file(kind)), "points": [point_of(model.mid)], "threads": settings.threads}
     sizes = {"batch_tokens": shape[0], "ubatch_tokens": shape[1]}
     return lambda: _speed(worker, "run", shape=sizes, **request)
 
@@ -353,51 +356,3 @@ def _memory_rows(model: BenchModel, settings: Settings, peaks: Mapping[str, int]
         )
         for peer, kind in itertools.product(_peer_names(settings), settings.kinds)
     ]
-
-
-# --- memory over time, and reading back ---
-
-
-def memory_growth(model: BenchModel, settings: Settings, say: Say) -> list[Row]:
-    """Peak of extract for 1x and 16x the tokens, a fresh process each; the peer is the 1x run."""
-    kind, peaks = settings.kinds[-1], {}
-    shape = {"batch_tokens": MEMORY_BATCH * settings.context, "ubatch_tokens": 512}
-    for times in (1, 16):
-        say(f"{model.name}: memory for {times}x the tokens")
-        request = {"context": settings.context, "threads": settings.threads, "seed": settings.seed, "shape": shape}
-        windows = settings.windows(settings.growth_tokens) * times
-        with our_worker(settings.threads) as worker:
-            worker.ask("start_memory")
-            worker.ask("run", path=str(model.file(kind)), points=[_point(0)], windows=windows, **request)
-            peaks[times] = worker.ask("memory")["bytes"]
-    return [
-        Row(
-            case=f"{model.name}_{kind.lower()}_memory_16x_tokens",
-            peer="ours-1x",
-            unit="MB peak",
-            ours=peaks[16] / 1e6,
-            theirs=peaks[1] / 1e6,
-            ratio=peaks[1] / peaks[16],
-            target=0.9,
-        )
-    ]
-
-
-def reading(path: Path, settings: Settings, say: Say) -> list[Row]:
-    """Shuffled float32 batches from a store that is not in the page cache, against reading its files in order."""
-    width = 768
-    with our_worker(settings.threads) as worker:
-        say("writing a store to read back")
-        worker.ask("write_store", path=str(path), rows=settings.store_rows, width=width, shard_rows=65536)
-
-    def cold(op: str, **request: Any) -> Callable[[], float]:
-        def ask() -> float:
-            with our_worker(settings.threads) as worker:  # a fresh one: files still mapped do not leave the cache
-                return worker.ask(op, path=str(path), **request)["mb_per_s"]
-
-        return ask
-
-    sides = {"shuffled": cold("read_shuffled", batch_rows=4096), "raw": cold("read_raw")}
-    speeds = in_turns(sides, settings.rounds, say=lambda text: say(f"reading: {text}"))
-    case = f"store_d{width}_rows{settings.store_rows}_cold"
-    return [compare(case, "raw-sequential", "MB/s", speeds["shuffled"], speeds["raw"], target=READ_TARGET)]

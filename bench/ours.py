@@ -36,7 +36,7 @@ from pipeline.store.writer import StoreWriter, shard_file
 
 READ_PIECE_BYTES = 8 << 20
 models: dict[str, Model] = {}
-at_import: dict[str, int] = {}
+memory_facts: dict[str, int] = {}
 
 
 def model_at(path: str) -> Model:
@@ -112,6 +112,7 @@ def run(
     """Tokens/s of a capture."""
     model = model_at(path)
     table = random_table(windows, context, model.n_vocab, seed)
+    memory_facts["table_bytes"] = sum(column.nbytes for column in table.columns().values())
     with beside(busy):
         summary = run_extract(model, table, points, shape, threads, **(settings or {}))
     return {"tokens_per_s": summary["tokens_per_s"]}
@@ -251,13 +252,13 @@ def read_shuffled(path: str, batch_rows: int) -> dict[str, Any]:
 
 def start_memory() -> dict[str, Any]:
     forget_peak()
-    at_import["bytes"] = resident_bytes()
+    memory_facts["bytes"] = resident_bytes()
     return {}
 
 
 def memory() -> dict[str, Any]:
-    """Peak resident bytes since `start_memory`, less those resident then."""
-    return {"bytes": peak_bytes() - at_import["bytes"]}
+    """Peak resident bytes since `start_memory`, less those resident then; and the size of the last table."""
+    return {"bytes": peak_bytes() - memory_facts["bytes"], "table_bytes": memory_facts["table_bytes"]}
 
 
 def facts(path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import capture_cases as cases
-from bench import capture_settings, models
+from bench import capture_settings, capture_storage, models
 from bench.common import Row, compare, in_turns, our_worker, report
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
@@ -103,10 +103,10 @@ def test_settings_of_llama_cpp_run_one_by_one(model):
 
 
 def test_memory_and_reading_back_give_rows(model, tmp_path):
-    (growth,) = cases.memory_growth(model, SMALL, lambda text: None)
+    (growth,) = capture_storage.memory_growth(model, SMALL, lambda text: None)
     assert growth.theirs > 1  # MB: a model and a context at least
     assert growth.ratio == pytest.approx(growth.theirs / growth.ours)
-    (row,) = cases.reading(tmp_path / "store", SMALL, lambda text: None)
+    (row,) = capture_storage.reading(tmp_path / "store", SMALL, lambda text: None)
     assert row.ours > 0
     assert row.theirs > 0
 
