@@ -10,9 +10,10 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -74,8 +75,15 @@ class ObjectBackend(Backend):
         return whole(parts[0] if len(parts) == 1 else b"".join(parts), length, f"{self.location}/{key}")
 
     def put(self, key: str, data: Buffer | Iterable[Buffer]) -> None:
-        with self._answers():
-            self._obstore.put(self._store, key, data if isinstance(data, bytes) else pieces(data))
+        if isinstance(data, bytes | bytearray | memoryview | Sequence):
+            self._put(key, data if isinstance(data, bytes) else pieces(data))
+            return
+        # Lazy data may come out of object storage themselves, and obstore cannot be called while it takes what it puts.
+        with tempfile.SpooledTemporaryFile(max_size=CHUNK_BYTES) as spool:
+            for piece in pieces(data):
+                spool.write(piece)
+            spool.seek(0)
+            self._put(key, iter(lambda: spool.read(CHUNK_BYTES), b""))
 
     def put_if(self, key: str, data: bytes, e_tag: str | None) -> str | None:
         """Write where the object is absent (`e_tag` None) or still that version; returns the new e_tag.
@@ -122,6 +130,10 @@ class ObjectBackend(Backend):
         from zarr.storage import ObjectStore
 
         return ObjectStore(self._store, read_only=True)
+
+    def _put(self, key: str, data: bytes | Iterator[Buffer]) -> None:
+        with self._answers():
+            self._obstore.put(self._store, key, data)
 
     def _range(self, key: str, start: int, length: int) -> bytes:
         with self._answers():
