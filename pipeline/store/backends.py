@@ -234,6 +234,12 @@ def as_location(text: Location) -> Location:
     return Path(text).expanduser()
 
 
+def absolute(text: Location) -> Location:
+    """`as_location`, a folder from the root: it means the same in every process and working folder."""
+    place = as_location(text)
+    return place if isinstance(place, str) else place.resolve()
+
+
 def open_backend(location: Location | Backend) -> Backend:
     """The backend of a folder or `s3://bucket/prefix`. Raises StoreError for a URL of another kind."""
     if isinstance(location, Backend):
