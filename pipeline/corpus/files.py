@@ -11,6 +11,7 @@ import gzip
 import importlib
 import importlib.util
 import io
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from sae.errors import ConfigError
 from .documents import UnusableError
 
 COMPRESSED = (".gz", ".zst")
-OBJECT_STORES = ("s3", "gs", "abfs")  # obstore reads them where fsspec's own packages are not installed
+OBJECT_STORES = {"s3", "gs", "abfs"}  # obstore reads them where fsspec's own packages are not installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +69,8 @@ class CorpusFile:
 
 def reason(error: Exception) -> str:
     """What an error of reading says, in one line."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    said = str(error).partition("Debug source:")[0]  # obstore adds the error's structure
+    return getattr(error, "strerror", None) or " ".join(said.split()).rstrip(": ") or type(error).__name__
 
 
 def optional(package: str) -> ModuleType:
@@ -131,17 +133,18 @@ def _static_prefix(pattern: str) -> Path:
 
 
 def _remote(pattern: str) -> list[tuple[str, str, CorpusFile]]:
-    remote: Any = None
+    remote, path, why = None, "", ""
     try:
         remote, path = _file_system(pattern)
-        files = remote.glob(path) if glob.has_magic(path) else [path]
-        files = [file for file in files if remote.isfile(file)]
-    except ConfigError:
-        raise
+        found = remote.glob(path, detail=True) if glob.has_magic(path) else {path: remote.info(path)}
+        files = [file for file, about in found.items() if about["type"] != "directory"]
+    except FileNotFoundError as error:
+        said = reason(cast(Exception, error.__cause__ or error))
+        files, why = [], "" if said.strip("/") in pattern else f" ({said})"
     except (OSError, ValueError, ImportError, NotImplementedError, *_failures_of(remote)) as error:
         raise ConfigError(f"corpus.paths: {pattern!r} cannot be opened ({reason(error)})") from None
     if not files:
-        raise ConfigError(f"corpus.paths: {pattern!r} matches no file")
+        raise ConfigError(f"corpus.paths: {pattern!r} matches no file{why}")
     root = PurePosixPath(_static_prefix(path).as_posix())
     return [
         (
@@ -156,14 +159,26 @@ def _remote(pattern: str) -> list[tuple[str, str, CorpusFile]]:
 def _file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it."""
     fsspec = optional("fsspec")
+    protocols = {part.partition("://")[0] for part in url.split("::")}
+    options: dict[str, Any] = {}
+    for protocol in protocols & OBJECT_STORES:
+        through_obstore = _object_store(fsspec, protocol)
+        if through_obstore and protocol == "s3" and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+            options[protocol] = {"client_options": {"allow_http": True}}
+    return fsspec.core.url_to_fs(url, **options)
+
+
+def _object_store(fsspec: Any, protocol: str) -> bool:
+    """Make sure that something reads `protocol`; whether obstore does. ConfigError where neither package is there."""
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.get_filesystem_class(protocol).__module__.startswith("obstore")
     except ImportError:
-        protocol = url.partition("://")[0]
-        if protocol not in OBJECT_STORES or importlib.util.find_spec("obstore") is None:
-            raise
-        importlib.import_module("obstore.fsspec").register(protocol)
-        return fsspec.core.url_to_fs(url)
+        if importlib.util.find_spec("obstore") is None:
+            raise ConfigError(
+                f"a corpus on {protocol}:// needs the package obstore; install it with pip install 'ggscope[s3]'"
+            ) from None
+    importlib.import_module("obstore.fsspec").register(protocol)
+    return True
 
 
 def _failures_of(remote: Any) -> tuple[type[Exception], ...]:

@@ -13,7 +13,7 @@ from ..extract import Estimate, estimate, extract, hook_widths
 from ..llama.hooks import HookPoint, describe
 from ..llama.layer_inp import choose_backend
 from ..run import RunContext
-from ..store.backends import Location, as_location
+from ..store.backends import Location, absolute
 from ..store.picture import draw_stats
 from ..store.reader import ActivationStore
 from ..store.schema import is_store
@@ -33,7 +33,7 @@ def run(context: RunContext) -> None:
     config = context.config
     if not config.hooks.points:
         raise ConfigError("missing required setting: hooks.points; give it as hooks.points=[blocks.3.hook_resid_post]")
-    path = as_location(config.store.path) if config.store.path else context.folder / STORE_NAME
+    path = absolute(config.store.path or context.folder / STORE_NAME)  # workers may start in another folder
     if context.resumed and is_store(path):
         take_back_damaged(context, path)
     with open_model(context) as model:

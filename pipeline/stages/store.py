@@ -6,18 +6,20 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from sae.errors import CheckFailedError, ConfigError
 
 from ..run import RunContext, read_manifest
+from ..store.backends import as_location
+from ..store.reader import ActivationStore
+from ..store.rewrite import compact as compact_store
+from ..store.rewrite import merge as merge_stores
+from ..store.summary import info as describe
+from ..store.verify import verify_store
 from .inputs import print_wide, relative, store_path
-
-if TYPE_CHECKING:
-    from ..store.reader import ActivationStore
+from .store_text import facts_table, hooks_table
 
 
 def run(context: RunContext) -> None:
@@ -26,8 +28,6 @@ def run(context: RunContext) -> None:
 
 def info(context: RunContext) -> None:
     """Rows, shards, flags and statistics of one store."""
-    from ..store.summary import info as describe
-
     store = one_store(context)
     found = describe(store)
     as_json = context.config.store.format == "json"
@@ -47,8 +47,6 @@ def info(context: RunContext) -> None:
 
 def verify(context: RunContext) -> None:
     """Every byte of one store. Raises CheckFailedError (exit code 3) when something is wrong."""
-    from ..store.verify import verify_store
-
     store = one_store(context)
     total = sum(file["bytes"] for commit in store.commits for file in commit.files.values())
     out, problems = Console(highlight=False, soft_wrap=True, markup=False), 0
@@ -67,16 +65,12 @@ def verify(context: RunContext) -> None:
 
 def merge(context: RunContext) -> None:
     """Several stores into a new one."""
-    from ..store.rewrite import merge as merge_stores
-
     places = [place_of(name) for name in context.config.store.inputs]
     rewrite(context, places, merge_stores)
 
 
 def compact(context: RunContext) -> None:
     """One store, packed anew into another."""
-    from ..store.rewrite import compact as compact_store
-
     places = given_or_newest(context, newest=False)
     rewrite(context, places, lambda given, out, **settings: compact_store(given[0], out, **settings))
 
@@ -85,8 +79,6 @@ def rewrite(context: RunContext, places: list[Path | str], make: Callable[..., A
     settings = context.config.store
     if not settings.path:
         raise ConfigError(f"`ggscope store {context.verb}` writes a new store: give store.path=OUT")
-    from ..store.backends import as_location
-
     with context.progress("writing, then comparing", 0, "rows") as progress:
         made = make(places, as_location(settings.path), shard_rows=settings.shard_rows, progress=progress)
     context.three_lines(
@@ -97,8 +89,6 @@ def rewrite(context: RunContext, places: list[Path | str], make: Callable[..., A
 
 
 def one_store(context: RunContext) -> ActivationStore:
-    from ..store.reader import ActivationStore
-
     return ActivationStore(given_or_newest(context, newest=True)[0])
 
 
@@ -114,8 +104,6 @@ def given_or_newest(context: RunContext, *, newest: bool) -> list[Path | str]:
 
 def place_of(name: str) -> Path | str:
     """A store as it is named on the command line: a folder, a URL, or the run folder around a store."""
-    from ..store.backends import as_location
-
     place = as_location(name)
     manifest = read_manifest(place) if isinstance(place, Path) else None
     if manifest is not None and "store" in manifest.get("outputs", {}):
@@ -126,61 +114,6 @@ def place_of(name: str) -> Path | str:
 def model_of(store: ActivationStore) -> str:
     model = store.meta.model
     return f"{model.get('name') or 'a model'} (sha256 {str(model.get('sha256', ''))[:12]})"
-
-
-def facts_table(found: dict[str, Any]) -> Table:
-    from ..store.summary import ranges
-
-    missing = found["shards_missing"]
-    flags = ", ".join(f"{name} {rows:,}" for name, rows in found["flags"].items() if rows)
-    model, share = found["model"], found["flagged_rows"] / max(found["rows"], 1)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("model", f"{model.get('name', '')} {model.get('architecture', '')}".strip())
-    table.add_row("corpus", found["corpus_hash"][:12])
-    table.add_row("rows", f"{found['rows']:,} of {found['rows_planned']:,} planned, {found['bytes'] / 1e6:,.1f} MB")
-    table.add_row(
-        "shards", f"{found['shards_committed']} of {found['shard_rows']:,} rows; missing: {ranges(missing) or 'none'}"
-    )
-    table.add_row("flagged", f"{found['flagged_rows']:,} ({share:.2%} left out of training): {flags or 'none'}")
-    return table
-
-
-def hooks_table(found: dict[str, Any]) -> Table:
-    """One row a hook; statistics over the unflagged rows."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    columns = (
-        "width",
-        "dtype",
-        "outlier above",
-        "mean norm",
-        "norm 1 %",
-        "50 %",
-        "99 %",
-        "variance",
-        "max",
-        "outlier dims (rms)",
-    )
-    table.add_column("hook")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for name, hook in found["hooks"].items():
-        given = [name, str(hook["width"]), hook["dtype"], short(hook["outlier_threshold"])]
-        stats = found["statistics"].get(name)
-        table.add_row(*given, *(["-"] * 7 if stats is None else statistics_cells(stats)))
-    return table
-
-
-def statistics_cells(stats: dict[str, Any]) -> list[str]:
-    norms = stats["norm_quantiles"]
-    dims = [f"{top['dim']} ({short(top['rms'])})" for top in stats["top_outlier_dims"][:3]]
-    more = stats["outlier_dims"] - len(dims)
-    named = ", ".join(dims + [f"{more} more"] * (more > 0)) or "none"
-    numbers = (stats["mean_norm"], norms["0.01"], norms["0.5"], norms["0.99"], stats["variance"], stats["max_abs"])
-    return [*map(short, numbers), named]
-
-
-def short(value: float) -> str:
-    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"
 
 
 VERBS: dict[str, Callable[[RunContext], None]] = {"info": info, "verify": verify, "merge": merge, "compact": compact}

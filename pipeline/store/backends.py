@@ -13,6 +13,7 @@ import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, final
@@ -59,6 +60,7 @@ class Backend(ABC):
 
     location: Location
     local_path: Path | None = None
+    at_once: int = 4  # requests that `each` has under way
 
     @abstractmethod
     def get(self, key: str) -> bytes:
@@ -104,8 +106,11 @@ class Backend(ABC):
         """Remove what writers that were killed left behind. Only under the lock."""
 
     def each(self, call: Callable[[T], R], items: Sequence[T]) -> Sequence[R]:
-        """`call` of every item, in order; several at a time where waiting is what costs."""
-        return [call(item) for item in items]
+        """`call` of every item, in order of the items, several at a time: a disk and a network answer many as soon as one."""
+        if len(items) < 2:
+            return [call(item) for item in items]
+        with ThreadPoolExecutor(min(self.at_once, len(items))) as pool:
+            return list(pool.map(call, items))
 
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         """The first `size` bytes of an object, in pieces of bounded size."""
@@ -227,6 +232,12 @@ def as_location(text: Location) -> Location:
     if "://" in named:
         raise StoreError(f"expected a folder or s3://bucket/prefix, got {named}")
     return Path(text).expanduser()
+
+
+def absolute(text: Location) -> Location:
+    """`as_location`, a folder from the root: it means the same in every process and working folder."""
+    place = as_location(text)
+    return place if isinstance(place, str) else place.resolve()
 
 
 def open_backend(location: Location | Backend) -> Backend:

@@ -10,10 +10,10 @@ import json
 import os
 import secrets
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -26,7 +26,6 @@ from .backends import CHUNK_BYTES, LOCK_FILE, S3_SCHEME, Backend, Buffer, Lock, 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
-REQUESTS_AT_ONCE = 8
 RETRIES = 4
 RETRY_SECONDS = 60
 LEASE_SECONDS = 60.0
@@ -41,6 +40,8 @@ class ObjectBackend(Backend):
 
     Not to be carried across a fork: obstore runs threads of its own. Open it anew in the child.
     """
+
+    at_once = 8
 
     def __init__(self, url: str) -> None:
         bucket, _, prefix = url.removeprefix(S3_SCHEME).partition("/")
@@ -74,8 +75,15 @@ class ObjectBackend(Backend):
         return whole(parts[0] if len(parts) == 1 else b"".join(parts), length, f"{self.location}/{key}")
 
     def put(self, key: str, data: Buffer | Iterable[Buffer]) -> None:
-        with self._answers():
-            self._obstore.put(self._store, key, data if isinstance(data, bytes) else pieces(data))
+        if isinstance(data, bytes | bytearray | memoryview | Sequence):
+            self._put(key, data if isinstance(data, bytes) else pieces(data))
+            return
+        # Lazy data may come out of object storage themselves, and obstore cannot be called while it takes what it puts.
+        with tempfile.SpooledTemporaryFile(max_size=CHUNK_BYTES) as spool:
+            for piece in pieces(data):
+                spool.write(piece)
+            spool.seek(0)
+            self._put(key, iter(lambda: spool.read(CHUNK_BYTES), b""))
 
     def put_if(self, key: str, data: bytes, e_tag: str | None) -> str | None:
         """Write where the object is absent (`e_tag` None) or still that version; returns the new e_tag.
@@ -123,11 +131,9 @@ class ObjectBackend(Backend):
 
         return ObjectStore(self._store, read_only=True)
 
-    def each(self, call: Callable[[T], R], items: Sequence[T]) -> Sequence[R]:
-        if len(items) < 2:
-            return [call(item) for item in items]
-        with ThreadPoolExecutor(min(REQUESTS_AT_ONCE, len(items))) as pool:
-            return list(pool.map(call, items))
+    def _put(self, key: str, data: bytes | Iterator[Buffer]) -> None:
+        with self._answers():
+            self._obstore.put(self._store, key, data)
 
     def _range(self, key: str, start: int, length: int) -> bytes:
         with self._answers():

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.corpus.windows import FLAG_OUTLIER, DocumentInfo
 from sae.errors import CheckFailedError, StoreError
 
-from .backends import Backend, Location, as_location
+from .backends import Backend, Location, absolute
 from .reader import ActivationStore
 from .schema import StoreMeta, flatten, meta_sha256, to_float32
 from .summary import write_stats
@@ -203,8 +203,7 @@ def _refuse_inputs(inputs: Sequence[Location], out: Location | Backend) -> None:
 
 
 def _place(place: Location | Backend) -> str:
-    located = as_location(place.location if isinstance(place, Backend) else place)
-    return located if isinstance(located, str) else str(located.resolve())
+    return str(absolute(place.location if isinstance(place, Backend) else place))
 
 
 def _refuse_strangers(first: ActivationStore, other: ActivationStore) -> None:

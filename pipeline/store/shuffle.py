@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .reader import ActivationStore
 
 BLOCK_ROWS = 256
+PIECE_ROWS = 16 * BLOCK_ROWS  # read at once
 MIN_BLOCKS_IN_BUFFER = 16  # a buffer of few blocks would serve neighbours together
 
 
@@ -110,16 +111,18 @@ class ShuffledBatches:
             return
         slots = slots[np.argsort(self._order.slot_row[slots], kind="stable")]
         rows = self._order.slot_row[slots]
-        # Cut where the gap to the next row is more than a few flagged rows.
+        # Cut where the gap to the next row is more than a few flagged rows, and where a piece would be large.
         borders = np.flatnonzero(np.diff(rows) > BLOCK_ROWS) + 1
-        for part, part_slots in zip(np.split(rows, borders), np.split(slots, borders), strict=True):
-            self._read(part, part_slots)
+        pieces = [
+            (part[at : at + PIECE_ROWS], part_slots[at : at + PIECE_ROWS])
+            for part, part_slots in zip(np.split(rows, borders), np.split(slots, borders), strict=True)
+            for at in range(0, len(part), PIECE_ROWS)
+        ]
+        self.store.backend.each(self._read, pieces)
         self._loaded[slots] = self._order.slot_row[slots]
 
-    def _read(self, rows: np.ndarray, slots: np.ndarray) -> None:
-        """Rows (ascending, nearly contiguous) into slots, in bounded pieces."""
-        for start in range(0, len(rows), BLOCK_ROWS * 16):
-            piece = slice(start, start + BLOCK_ROWS * 16)
-            first, last = int(rows[piece][0]), int(rows[piece][-1])
-            stored = self.store.stored_rows(self.hook, first, last + 1)
-            self._buffer_MD[slots[piece]] = stored[rows[piece] - first]
+    def _read(self, piece: tuple[np.ndarray, np.ndarray]) -> None:
+        """Rows (ascending, nearly contiguous) into slots."""
+        rows, slots = piece
+        first, last = int(rows[0]), int(rows[-1])
+        self._buffer_MD[slots] = self.store.stored_rows(self.hook, first, last + 1)[rows - first]

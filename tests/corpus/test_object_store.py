@@ -3,57 +3,54 @@
 from __future__ import annotations
 
 import gzip
+import http.server
+import importlib.util
 import json
-import os
-import socket
-import subprocess
+import re
 import sys
-import time
-import urllib.request
+import threading
 
-import fsspec
 import pytest
 
 from pipeline.config import CorpusConfig
+from pipeline.corpus.files import _file_system
 from pipeline.corpus.readers import read_documents
 from sae.errors import ConfigError
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with (
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "us-east-1", "ENDPOINT_URL": url}
-        for name, value in {**settings, "ALLOW_HTTP": "true"}.items():
-            patch.setenv(f"AWS_{name}", value)
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield url
-        server.kill()
+@pytest.fixture
+def closed(s3, monkeypatch):
+    """`s3://closed` of a server that refuses everything."""
+
+    class Refusal(http.server.BaseHTTPRequestHandler):
+        def refuse(self):
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = refuse
+
+        def log_message(self, *args):
+            return
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        yield "s3://closed"
+        server.shutdown()
+        thread.join()
 
 
 def config(path, **options):
     return CorpusConfig(**{"kind": "jsonl", "paths": [path], "split": "all", **options})
 
 
-def test_objects_are_found_by_pattern_and_read_whole(endpoint):
+def test_objects_are_found_by_pattern_and_read_whole(s3):
     with pytest.raises(ConfigError, match="matches no file"):
         next(read_documents(config("s3://bucket/data/*.jsonl")))
     lines = [json.dumps({"text": f"größe {i}"}).encode() for i in range(9)]
-    remote, _ = fsspec.core.url_to_fs("s3://bucket/data")
+    remote, _ = _file_system("s3://bucket/data")
     remote.pipe_file("bucket/data/a.jsonl", b"\n".join(lines[:4]))
     remote.pipe_file("bucket/data/sub/b.jsonl.gz", gzip.compress(b"\n".join(lines[4:])))
     remote.pipe_file("bucket/data/note.txt", b"a note")
@@ -65,7 +62,32 @@ def test_objects_are_found_by_pattern_and_read_whole(endpoint):
     assert [d.text for d in read_documents(config("s3://bucket/data/note.txt", kind="text"))] == ["a note"]
 
 
-def test_a_bucket_that_is_not_there_is_one_line(endpoint):
-    with pytest.raises(ConfigError, match="s3://nowhere/x") as caught:
-        next(read_documents(config("s3://nowhere/x/*.jsonl")))
-    assert "\n" not in str(caught.value)
+def test_a_bucket_that_is_not_there_is_one_line(s3):
+    for name in ("x/*.jsonl", "x.jsonl"):
+        with pytest.raises(ConfigError, match=r"'s3://nowhere/x.*NoSuchBucket") as caught:
+            next(read_documents(config(f"s3://nowhere/{name}")))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none/*.jsonl"])
+def test_an_object_that_is_not_there_matches_no_file(s3, name):
+    with pytest.raises(ConfigError, match=rf"^corpus.paths: 's3://bucket/{re.escape(name)}' matches no file$"):
+        next(read_documents(config(f"s3://bucket/{name}")))
+
+
+def test_a_refused_access_is_not_taken_for_a_missing_object(closed):
+    for name in ("a.jsonl", "*.jsonl"):
+        with pytest.raises(ConfigError, match=r"cannot be opened \(.*403 Forbidden\)$") as caught:
+            next(read_documents(config(f"{closed}/{name}")))
+        assert "\n" not in str(caught.value)
+
+
+def test_without_a_package_for_s3_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(
+        sys.modules["fsspec.registry"]._registry, "s3", raising=False
+    )  # another test may have registered obstore
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "obstore" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"s3:// needs the package obstore.*pip install 'ggscope\[s3\]'"):
+        next(read_documents(config("s3://bucket/a.jsonl")))

@@ -1,6 +1,6 @@
 """Stand-ins for the four commands of SLURM that submitit calls: jobs are process groups of this machine.
 
-No scheduler and no nodes: what is tested with them is what we and submitit say to SLURM, not SLURM.
+They start in a folder of their own, as on a node of another machine. No scheduler and no nodes: what is tested with them is what we and submitit say to SLURM, not SLURM.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ for task in range(int(array[1]) + 1) if array else [None]:
                         "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "6"}
     if task is not None:
         env |= {"SLURM_ARRAY_JOB_ID": str(number), "SLURM_ARRAY_TASK_ID": str(task)}
-    job = subprocess.Popen(["bash", str(script)], env=env, start_new_session=True,
+    job = subprocess.Popen(["bash", str(script)], env=env, start_new_session=True, cwd=STATE,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     (STATE / (f"{number}.pid" if task is None else f"{number}_{task}.pid")).write_text(str(job.pid))
 print(f"Submitted batch job {number}")

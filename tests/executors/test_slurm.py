@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 
 import pytest
 
+from pipeline.cli import main
 from pipeline.config import ExecutorConfig
 from pipeline.executors import open_executor, submitit
+from pipeline.store.reader import ActivationStore
 from sae.errors import ConfigError, LlamaError
 from tests.executors import slurm_stand_in
 from tests.executors.file_work import FileWork, alive, wait_until
+from tests.tiny_llama import write_tiny_llama
 
 SLURM = ExecutorConfig(
     kind="submitit", cluster="slurm", workers=2, threads_per_worker=3, gpus_per_worker=0.5, partition="fast",
@@ -67,6 +71,25 @@ def test_slurm_that_refuses_and_a_number_of_jobs_that_is_missing_are_one_line(sl
     (slurm.parent / "bin" / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified: fast' >&2; exit 1\n")
     with pytest.raises(ConfigError, match=r"SLURM took no job \(.*invalid partition specified: fast\)"):
         open_executor(SLURM, tmp_path).run(FileWork(folder=tmp_path, n_shards=1))
+
+
+def test_jobs_that_start_in_another_folder_find_a_store_given_by_a_relative_path(slurm, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    write_tiny_llama(work / "tiny.gguf")
+    (work / "a.txt").write_text("def walk(tree):\n    return [node for node in tree]\n" * 40)
+    assert main([
+        "extract", "model.path=tiny.gguf", "model.n_threads=1", "hooks.points=[blocks.1.hook_resid_post]",
+        "corpus=text", "corpus.paths=[a.txt]", "corpus.split=all", "corpus.context_tokens=24",
+        "extract.batch_tokens=100", "extract.calibration_tokens=400", "store.path=store", "executor=submitit",
+        "executor.cluster=slurm", "executor.workers=1", "executor.threads_per_worker=1",
+    ]) == 0  # fmt: skip
+    assert ActivationStore(work / "store").verify() == []
+    (manifest,) = (json.loads(path.read_text()) for path in work.glob("runs/extract/*/manifest.json"))
+    assert manifest["outputs"]["store"] == str(work / "store")
+    assert manifest["metrics"]["shards_done"] == len(ActivationStore(work / "store").commits) > 0
+    assert list(slurm.glob("*.sh"))  # it was a job that captured
 
 
 @pytest.mark.long

@@ -22,6 +22,7 @@ from pipeline.store.backends import as_location, open_backend
 from pipeline.store.commits import committed_shards
 from pipeline.store.object_store import Lease
 from pipeline.store.reader import ActivationStore
+from pipeline.store.rewrite import compact, merge
 from pipeline.store.summary import write_stats
 from pipeline.store.writer import ShardWriter, StoreWriter, invalidate
 from sae.errors import StoreError
@@ -106,6 +107,28 @@ def test_an_object_longer_than_one_part_comes_back_whole_and_in_ranges(s3):
     assert backend.size("a/b") is None
     with pytest.raises(FileNotFoundError):
         backend.get("a/b")
+
+
+def test_lazy_data_may_be_read_from_object_storage_while_they_are_put(s3):
+    backend, data = open_backend(f"{s3}/lazy"), np.random.default_rng(1).bytes(17_000_001)
+    backend.put("from", data)
+    backend.put("to", backend.chunks("from", len(data)))
+    assert backend.get("to") == data
+    backend.put("to", iter(()))
+    assert backend.get("to") == b""
+
+
+def test_stores_in_object_storage_are_merged_and_compacted_into_it_as_in_folders(s3, tmp_path):
+    for place in (str(tmp_path), f"{s3}/rewrite"):
+        for seed, name in enumerate("ab"):
+            acts, columns = known_rows(ROWS, WIDTHS, seed=seed)
+            fill(f"{place}/{name}", make_meta(ROWS, WIDTHS, dtype="float16", shard_rows=80), acts, columns)
+        merge([f"{place}/a", f"{place}/b"], f"{place}/merged", progress=lambda done, total: None)
+        compact(f"{place}/merged", f"{place}/packed", shard_rows=128, progress=lambda done, total: None)
+    for name in ("merged", "packed"):
+        local = files_of(tmp_path / name)
+        del local[".lock"]
+        assert objects_of(f"{s3}/rewrite/{name}") == local
 
 
 def test_a_url_that_went_through_path_is_mended():
