@@ -28,6 +28,7 @@ COMMANDS: dict[str, Command] = {
         examples=(
             "ggscope extract corpus.max_tokens=200000",
             "ggscope extract model.path=my.gguf hooks.points=[blocks.12.hook_resid_post] corpus=text corpus.paths=[notes/*.md]",
+            "ggscope extract extract.plan_only=true corpus.max_tokens=200000",
             "ggscope extract resume=latest corpus.max_tokens=200000",
         ),
     ),

@@ -41,11 +41,10 @@ def run(context: RunContext) -> None:
         settings: dict[str, Any] = {"config": config.extract, "model_config": config.model, "store_path": path}
         if config.extract.plan_only:
             cost = estimate(model, table, plan, **settings)
-            print_plan(context, plan, cost)
-            context.metrics = {"rows": plan.rows, "bytes": cost.bytes_missing, "seconds": cost.seconds}
-            context.three_lines(given, what_it_costs(plan, cost), "nothing was captured (extract.plan_only=true)")
-            cost.check(path)
-            return
+            if cost.rows_missing:  # a whole store stays a finished run
+                only_plan(context, plan, cost, given)
+                cost.check(path)
+                return
         with context.progress("capturing", plan.rows) as progress:
             summary = extract(
                 model, table, plan, **settings, progress=progress, planned=lambda cost: print_plan(context, plan, cost),
@@ -63,6 +62,15 @@ def run(context: RunContext) -> None:
         f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['shards_done']} shards written, {summary['shards_skipped']} were there",
         f"{relative(path)} ({store_sha256(path)[:12]}, {summary['bytes'] / 1e6:,.0f} MB)",
     )
+
+
+def only_plan(context: RunContext, plan: Plan, cost: Estimate, given: str) -> None:
+    """Print what the capture would cost; the run counts as planned, and `resume=` captures with its tokenised corpus."""
+    print_plan(context, plan, cost)
+    context.ends_as = "planned"
+    context.metrics = {"rows": plan.rows, "bytes": cost.bytes_missing, "seconds": cost.seconds}
+    output = f"nothing was captured (extract.plan_only=true); `ggscope extract resume={relative(context.folder)}` does"
+    context.three_lines(given, what_it_costs(plan, cost), output)
 
 
 def executor_of(context: RunContext, model: Model, plan: Plan, store: Location) -> tuple[Executor, CaptureWork] | None:

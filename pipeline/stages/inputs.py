@@ -84,7 +84,7 @@ def store_path(context: RunContext) -> Path | str:
 
 def newest_output(context: RunContext, command: str, output: str, label: str) -> str:
     """An output of the newest finished run of `command`; says on the console which one it is."""
-    _, manifest = newest_finished(command, context.command)
+    _, manifest = newest_finished(command, context.command, output)
     path = manifest["outputs"][output]
     context.console.print(f"using the newest {label}: {relative(path)}", highlight=False)
     return path

@@ -192,6 +192,26 @@ def test_evaluate_takes_the_store_of_the_sae_not_the_newest(copy):
     assert json.loads(run.read_text())["inputs"]["store"]["path"] == str(own)
 
 
+def test_a_plan_is_no_store_for_others_and_resuming_it_captures_the_corpus_it_tokenised(tmp_path):
+    done = ggscope("extract", *SMALL, "extract.plan_only=true", cwd=tmp_path)
+    assert "nothing was captured" in done.stdout.splitlines()[-1]
+    (run,) = tmp_path.glob("runs/extract/*")
+    assert json.loads((run / "manifest.json").read_text())["status"] == "planned"
+    assert not (run / "activations.zarr").exists()
+    for command in (["train", *TRAIN], ["store", "info"]):
+        assert "expected a finished `ggscope extract` run" in last_line(ggscope(*command, cwd=tmp_path, code=2))
+    spooled = {p.name: p.stat().st_mtime_ns for p in (run / "corpus").iterdir()}
+    ggscope("extract", *SMALL, "resume=latest", cwd=tmp_path)
+    assert {p.name: p.stat().st_mtime_ns for p in (run / "corpus").iterdir()} == spooled
+    assert "12,000 rows" in ggscope("extract", *SMALL, "extract.plan_only=true", f"resume={run}", cwd=tmp_path).stdout
+    assert "12,000 of 12,000 planned" in ggscope("store", "info", cwd=tmp_path).stdout
+
+
+def test_a_whole_run_cannot_be_only_planned(tmp_path):
+    line = last_line(ggscope("run", "extract.plan_only=true", cwd=tmp_path, code=2))
+    assert "`ggscope extract extract.plan_only=true`" in line
+
+
 def test_a_run_with_nothing_to_evaluate_on_stops_before_it_captures(tmp_path):
     name = next(f"{n}.txt" for n in "abcdefgh" if not is_held_out(f"{n}.txt"))
     (tmp_path / name).write_text("some text\n" * 200)
