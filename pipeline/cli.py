@@ -59,7 +59,7 @@ def composed(name: str) -> tuple[dict[str, str], dict[str, tuple[str, list[str]]
         f.name: sorted(y.name.removesuffix(".yaml") for y in f.iterdir() if y.name.endswith(".yaml")) for f in folders
     }
     groups = {group: (chosen.get(group) or "", there) for group, there in names.items() if there}
-    settings = OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
+    settings = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
     values = flat(OmegaConf.to_container(settings))  # type: ignore[arg-type]
     return {key: ("" if v is None else str(v).replace("'", "")) for key, v in values.items()}, groups
 
