@@ -69,6 +69,7 @@ def test_text_and_jsonl_corpora_are_captured_and_bad_documents_counted(tmp_path)
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe broken")
     done = ggscope("extract", "corpus=text", "corpus.paths=[a.txt,b.txt]", "corpus.split=all", cwd=tmp_path)
     assert "b.txt" in done.stderr
+    assert "; 1 document (corpus" in done.stdout
     rows = [{"body": "import os\n" * 30}, {"body": "class A: pass\n" * 30}]
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["corpus=jsonl", "corpus.paths=[c.jsonl]", "corpus.text_key=body", "corpus.split=all"]
@@ -84,11 +85,11 @@ def test_a_damaged_shard_is_named_and_extracted_again_to_the_same_bytes(copy):
     line = last_line(ggscope("train", *TRAIN, cwd=copy, code=2))
     assert "shard 2" in line
     done = ggscope("extract", *SMALL, f"resume={run}", cwd=copy)
-    assert "1 shards written, 5 were there" in done.stdout
+    assert "1 shard written, 5 were there" in done.stdout
     assert shard.read_bytes() == whole
     shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     done = ggscope("extract", *SMALL, f"resume={run}", "store.verify=true", cwd=copy)
-    assert "1 shards written, 5 were there" in done.stdout
+    assert "1 shard written, 5 were there" in done.stdout
     assert shard.read_bytes() == whole
 
 
