@@ -262,7 +262,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "extract.dtype": ("auto", "float16", "bfloat16", "float32"),
     "extract.backend": ("auto", "callback", "layer_inp"),
     "executor.kind": ("local", "pool", "ray", "submitit"),
-    "executor.cluster": ("", "slurm", "local"),
+    "executor.cluster": ("slurm", "local", ""),
     "inspect.format": FORMATS,
     "trainer.source": ("store", "stream"),
     "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
