@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sae.errors import ConfigError, SAEError
 
 from .commands import COMMANDS
 from .config import Config, check_ranges
+from .help import help_of, overview, takes_several
 
 # numpy's BLAS threads spin for a while after each product and then take the cores from llama.cpp's threads, which
 # wait for each other: evaluate took 1.5 times as long. Must be set before numpy is loaded; 2**4 cycles is the least.
@@ -34,44 +36,15 @@ PATH_KEYS = {
     "run_dir", "resume", "model.path", "store.path", "sae.path", "convert.source", "convert.out",
     "evaluate.random_sae", "report.evaluation", "report.metrics",
 }  # fmt: skip
-INTRO = "ggscope: train k-sparse autoencoders on what llama.cpp computes, and run them back inside it."
-
-
-def overview() -> str:
-    lines = [INTRO, "", "usage: ggscope COMMAND [key=value ...]", ""]
-    lines += [f"  {name:<11}{command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "ggscope COMMAND --help shows its settings and examples; --version prints the version."]
-    return "\n".join(lines)
-
-
-def help_of(name: str) -> str:
-    """Usage, examples and every setting (with its default) of one command."""
-    command = COMMANDS[name]
-    lines = [f"ggscope {name}: {command.summary}", ""]
-    if command.verbs or command.path_key:
-        words = ["|".join(command.verbs)] * bool(command.verbs) + ["[PATH...]"] * bool(command.path_key)
-        lines += [f"usage: ggscope {name} {' '.join(words)} [key=value ...]; PATH sets {command.path_key}", ""]
-    lines += ["examples:", *(f"  {example}" for example in command.examples)]
-    if command.prompts:
-        lines += ["", "texts:"]
-        lines += [f"  {flag} TEXT, {flag}-file FILE" for flag, _ in command.prompts]
-        lines.append("  - reads the first of them from standard input")
-    if command.groups:
-        lines += ["", "settings:"]
-        lines += [
-            f"  {key}={value}" for key, value in flat_defaults(name).items() if key.split(".")[0] in command.groups
-        ]
-        lines += [
-            "",
-            "-m runs every combination of comma-separated values; experiment=NAME loads conf/experiment/NAME.yaml;",
-        ]
-        lines.append(
-            "--config-dir FOLDER adds your own yaml files; resume=RUN|latest continues; run_dir=FOLDER names the run folder."
-        )
-    return "\n".join(lines)
 
 
 def flat_defaults(name: str) -> dict[str, str]:
+    """Every setting with the value that the command gives it."""
+    return composed(name)[0]
+
+
+def composed(name: str) -> tuple[dict[str, str], dict[str, tuple[str, list[str]]]]:
+    """Every setting's default, and for every folder of conf the file taken by default and all there are."""
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
 
@@ -79,8 +52,16 @@ def flat_defaults(name: str) -> dict[str, str]:
 
     register_schema()
     with initialize_config_module("conf", version_base="1.3"):
-        values = flat(OmegaConf.to_container(compose(name)))  # type: ignore[arg-type]
-    return {key: ("" if v is None else str(v).replace("'", "")) for key, v in values.items()}
+        whole = compose(name, return_hydra_config=True)
+    chosen = whole.hydra.runtime.choices
+    folders = sorted((f for f in resources.files("conf").iterdir() if f.is_dir()), key=lambda f: f.name)
+    names = {
+        f.name: sorted(y.name.removesuffix(".yaml") for y in f.iterdir() if y.name.endswith(".yaml")) for f in folders
+    }
+    groups = {group: (chosen.get(group) or "", there) for group, there in names.items() if there}
+    settings = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+    values = flat(OmegaConf.to_container(settings))  # type: ignore[arg-type]
+    return {key: ("" if v is None else str(v).replace("'", "")) for key, v in values.items()}, groups
 
 
 def register_schema() -> None:
@@ -173,7 +154,7 @@ def with_paths(name: str, config: Config, paths: list[str]) -> Config:
     if not paths:
         return config
     group, item = COMMANDS[name].path_key.split(".")
-    several = isinstance(getattr(getattr(config, group), item), list)
+    several = takes_several(COMMANDS[name].path_key)
     if not several and len(paths) > 1:
         raise ConfigError(f"`ggscope {name}` takes one path, got {len(paths)}: {' '.join(paths)}")
     value = paths if several else paths[0]
@@ -344,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     if any(arg in ("-h", "--help") for arg in args):
-        print(help_of(name))
+        print(help_of(name, *(composed(name) if COMMANDS[name].groups else ({}, {}))))
         return 0
     signal.signal(signal.SIGTERM, terminate)
     try:

@@ -14,6 +14,7 @@ class Command:
     verbs: tuple[str, ...] = ()  # the first word after the command
     path_key: str = ""  # config key of the path(s) that follow
     keeps_run: bool = True  # makes a run folder; those that only look do not
+    not_read: tuple[str, ...] = ("store.inputs", "store.format")  # settings of its groups that are another command's
 
 
 COMMANDS: dict[str, Command] = {
@@ -28,6 +29,9 @@ COMMANDS: dict[str, Command] = {
         examples=(
             "ggscope extract corpus.max_tokens=200000",
             "ggscope extract model.path=my.gguf hooks.points=[blocks.12.hook_resid_post] corpus=text corpus.paths=[notes/*.md]",
+            "ggscope extract hooks.points=[blocks.*.hook_resid_post] executor=pool executor.workers=2",
+            "ggscope extract corpus=jsonl corpus.paths=[data/*.jsonl] 'corpus.filter=[lang==en,score>=0.5]' store.path=s3://bucket/activations",
+            "ggscope extract extract.plan_only=true corpus.max_tokens=200000",
             "ggscope extract resume=latest corpus.max_tokens=200000",
         ),
     ),
@@ -43,6 +47,7 @@ COMMANDS: dict[str, Command] = {
         ),
         verbs=("info", "verify", "merge", "compact"),
         path_key="store.inputs",
+        not_read=(),
         keeps_run=False,
     ),
     "train": Command(

@@ -1,6 +1,6 @@
 """Every setting of every command, typed and frozen. Domain code sees these classes, never a DictConfig.
 
-The yaml files of `conf/` give the defaults people read; the classes check types and names.
+The yaml files of `conf/` give the defaults people read; the classes check types and names, CHOICES and LEAST below the values.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class ModelConfig:
     n_threads: int = 0  # 0: all cores
     n_gpu_layers: int = 0  # -1: all
     n_ctx: int = 0  # 0: what the command needs
-    kv_type: str = "f16"  # f16 | f32
-    flash_attn: str = "auto"  # auto | on | off
+    kv_type: str = "f16"
+    flash_attn: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class HooksConfig:
 class CorpusConfig:
     """Documents and how they are cut into windows."""
 
-    kind: str = "stdlib"  # stdlib | text | stdin | jsonl | parquet | datasets | tokens
+    kind: str = "stdlib"
     paths: list[str] = field(default_factory=list)  # files, globs and fsspec URLs
     text_key: str = "text"  # the field or column of a record that holds the text
     messages_key: str = ""  # ... or the one that holds chat messages, for the model's own chat template
@@ -45,15 +45,15 @@ class CorpusConfig:
     dataset: str = ""  # kind datasets: what datasets.load_dataset takes (a name, or json, parquet, ... with paths)
     dataset_config: str = ""
     dataset_split: str = "train"
-    token_dtype: str = "uint16"  # kind tokens: uint16 | uint32 | int32
-    split: str = "train"  # train | held_out | all
+    token_dtype: str = "uint16"  # kind tokens: how an id is stored
+    split: str = "train"
     context_tokens: int = 256  # window length, BOS included
     max_tokens: int = 0  # rows in all, 0: no limit
     max_documents: int = 0
     packing: str = (
         "documents"  # documents: one window never crosses a document; concat: windows cut from all of them joined
     )
-    bos: str = "auto"  # at the start of a window: auto (where the model adds one) | always | never
+    bos: str = "auto"  # at the start of a window; auto: where the model adds one
     seed: int = 0  # order in which documents are taken; decides which ones a limit keeps
     generate_tokens: int = 0  # > 0: each document is a prompt, its rows go on with that many generated tokens
     generate_temperature: float = 0.0
@@ -69,13 +69,13 @@ class StoreConfig:
     shard_rows: int = 0  # 0: chosen from buffer_bytes
     verify: bool = False  # on resume compare the sha256 of every committed shard too, not only the sizes
     inputs: list[str] = field(default_factory=list)  # `ggscope store merge A B store.path=OUT`: the stores to read
-    format: str = "text"  # `ggscope store info`: text | json
+    format: str = "text"  # of `ggscope store info`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractConfig:
-    dtype: str = "auto"  # auto | float16 | bfloat16 | float32
-    backend: str = "auto"  # auto | callback | layer_inp
+    dtype: str = "auto"
+    backend: str = "auto"
     plan_only: bool = False  # print rows, bytes, seconds and free disk, and stop
     batch_tokens: int = 2048  # tokens of one llama_decode
     ubatch_tokens: int = 512
@@ -87,13 +87,13 @@ class ExtractConfig:
 class ExecutorConfig:
     """Where the shards of a store are captured: in this process, in several, on a Ray or a SLURM cluster."""
 
-    kind: str = "local"  # local | pool | ray | submitit
+    kind: str = "local"
     workers: int = 0  # 0: one for each GPU, else one for each two cores (ray: for each node of the cluster)
     threads_per_worker: int = 0  # 0: the machine's cores shared out
     gpus_per_worker: float = 0.0
     retries: int = 3  # of shards whose worker died
     address: str = ""  # ray: the cluster's address; empty: one made on this machine
-    cluster: str = ""  # submitit: slurm | local; empty: slurm where it is installed
+    cluster: str = ""  # submitit; empty: slurm where it is installed
     partition: str = ""
     account: str = ""
     timeout_minutes: int = 240
@@ -104,7 +104,7 @@ class ExecutorConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
     tensors: bool = False  # every node of the graph, not only those with a hook point
-    format: str = "text"  # text | json
+    format: str = "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,7 @@ class SAEConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
-    source: str = "store"  # store | stream: capture while training, without a store
+    source: str = "store"  # stream: capture while training, without a store
     queue_batches: int = 8  # stream: decoded batches that may wait for the trainer
     tokens: int = 4_000_000  # rows trained on, repeats of the store included
     batch_tokens: int = 2048
@@ -129,7 +129,7 @@ class TrainerConfig:
     auxk_coef: float = 1 / 32
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 10_000_000
-    encoder_dtype: str = "auto"  # auto | float32 | bfloat16
+    encoder_dtype: str = "auto"
     buffer_rows: int = 131_072  # mixing buffer of the shuffled reader
     checkpoint_steps: int = 500
     keep_last: int = 2
@@ -162,7 +162,7 @@ class EvaluateConfig:
 class ConvertConfig:
     source: str = ""  # checkpoint folder; empty: the newest train run
     out: str = ""  # empty: in the run folder
-    encoder_type: str = "F16"  # F32 | F16 | Q8_0
+    encoder_type: str = "F16"
     decoder_type: str = "F16"
     latent: int = -1  # >= 0: write this latent as a control vector beside the SAE
     coeff: float = 1.0  # its raw scale
@@ -171,13 +171,13 @@ class ConvertConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InterventionConfig:
-    """One change of the forward pass, by an SAE latent. `kind` is none, steer, clamp or ablate."""
+    """One change of the forward pass, by an SAE latent."""
 
     kind: str = "none"
     latents: list[int] = field(default_factory=list)
     coeff: float = 0.0  # steer: x' = x + coeff W_dec[f]
     value: float = 0.0  # clamp: the activation aimed at
-    phase: str = "all"  # all | prompt | response
+    phase: str = "all"
     positions: list[int] = field(default_factory=list)  # empty: every position of the phase
     token_range: list[int] = field(default_factory=list)  # [first, last] instead of naming each position
     hook: str = ""  # another hook point of the same width, e.g. blocks.4.hook_resid_post; empty: the SAE's own
@@ -192,14 +192,14 @@ class ApplyConfig:
     seed: int = 0
     chat: bool = False
     allow_model_mismatch: bool = False
-    format: str = "text"  # text | jsonl
+    format: str = "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LensConfig:
     prompt: str = ""
     top: int = 3
-    format: str = "text"  # text | json
+    format: str = "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,7 +209,7 @@ class PatchConfig:
     answer: str = ""  # the token the clean prompt calls for
     wrong: str = ""  # the token the corrupted prompt calls for
     site: str = "hook_resid_post"
-    format: str = "text"  # text | json
+    format: str = "text"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,6 +248,34 @@ class Config:
     resume: str = ""
 
 
+# settings that take one of a few values; help shows them
+FORMATS = ("text", "json")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.kv_type": ("f16", "f32"),
+    "model.flash_attn": ("auto", "on", "off"),
+    "corpus.kind": ("stdlib", "text", "stdin", "jsonl", "parquet", "datasets", "tokens"),
+    "corpus.token_dtype": ("uint16", "uint32", "int32"),
+    "corpus.split": ("train", "held_out", "all"),
+    "corpus.packing": ("documents", "concat"),
+    "corpus.bos": ("auto", "always", "never"),
+    "store.format": FORMATS,
+    "extract.dtype": ("auto", "float16", "bfloat16", "float32"),
+    "extract.backend": ("auto", "callback", "layer_inp"),
+    "executor.kind": ("local", "pool", "ray", "submitit"),
+    "executor.cluster": ("slurm", "local", ""),
+    "inspect.format": FORMATS,
+    "trainer.source": ("store", "stream"),
+    "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
+    "trainer.device": ("auto", "cpu", "cuda"),
+    "convert.encoder_type": ("F32", "F16", "Q8_0"),
+    "convert.decoder_type": ("F32", "F16", "Q8_0"),
+    "intervention.kind": ("none", "steer", "clamp", "ablate"),
+    "intervention.phase": ("all", "prompt", "response"),
+    "apply.format": ("text", "jsonl"),
+    "lens.format": FORMATS,
+    "patch.format": FORMATS,
+}
+
 # settings with a least value; counts whose 0 means "all" or "chosen" start at 0
 LEAST: dict[str, float] = {
     "model.n_threads": 0, "model.n_gpu_layers": -1, "model.n_ctx": 0,
@@ -268,7 +296,12 @@ LEAST: dict[str, float] = {
 
 
 def check_ranges(config: Config) -> None:
-    """ConfigError for a number below what makes sense, one that is not finite, or a hook point named twice."""
+    """ConfigError for a value that is none of its choices, a number too small or not finite, a hook point named twice."""
+    for key, choices in CHOICES.items():
+        group, item = key.split(".")
+        value = getattr(getattr(config, group), item)
+        if value not in choices:
+            raise ConfigError(f"{key}={value!r}; expected {', '.join(choice or 'nothing' for choice in choices)}")
     for key, least in LEAST.items():
         group, item = key.split(".")
         value = getattr(getattr(config, group), item)

@@ -70,6 +70,7 @@ class RunContext:
     folder: Path
     config: Config
     resumed: bool = False
+    ends_as: str = "finished"  # the status of a run that did what it was to do; "planned" where that was to plan
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +81,7 @@ class RunContext:
         self.inputs[name] = {"path": str(path), "sha256": sha256, **facts}
 
     def write(self, status: str, error: str = "") -> None:
-        """Rewrite the manifest; `status` is running, finished, failed or interrupted."""
+        """Rewrite the manifest; `status` is running, finished, planned, failed or interrupted."""
         ended = time.time()
         manifest = {
             "manifest_version": 1,
@@ -165,10 +166,10 @@ def runs_of(command: str, root: Path = Path("runs")) -> list[tuple[Path, dict[st
     return sorted(found, key=lambda item: (item[1].get("started", ""), item[0].name), reverse=True)
 
 
-def newest_finished(command: str, needed_for: str) -> tuple[Path, dict[str, Any]]:
-    """The newest finished run of `command` under the working directory."""
+def newest_finished(command: str, needed_for: str, output: str = "") -> tuple[Path, dict[str, Any]]:
+    """The newest finished run of `command` under the working directory, of those that made `output` where one is named."""
     for folder, manifest in runs_of(command):
-        if manifest.get("status") == "finished":
+        if manifest.get("status") == "finished" and (not output or output in manifest.get("outputs", {})):
             return folder, manifest
     raise ConfigError(
         f"{needed_for}: expected a finished `ggscope {command}` run under {Path('runs').resolve()}, found none; "
@@ -179,7 +180,7 @@ def newest_finished(command: str, needed_for: str) -> tuple[Path, dict[str, Any]
 # settings, and whole groups, that change how fast or how often something is written, never the result
 NOT_RESULT_RELEVANT = {
     "model.n_threads", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.log_steps", "trainer.queue_batches", "store.verify",
-    "executor",
+    "extract.plan_only", "executor",
 }  # fmt: skip
 
 
@@ -248,4 +249,4 @@ def _manifest_kept(context: RunContext) -> Iterator[None]:
     except BaseException as error:
         context.write("failed", f"{type(error).__name__}: {error}")
         raise
-    context.write("finished")
+    context.write(context.ends_as)

@@ -1,4 +1,4 @@
-"""The README's and docs' command blocks are run as they stand, with smaller counts added."""
+"""The command blocks of README.md and docs/*.md are run as they stand, with smaller counts added."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from pipeline.commands import COMMANDS
 
@@ -61,21 +63,39 @@ def small(command: str, args: list[str]) -> list[str]:
     return SMALL.get(command, []) + SMALL_STREAM * ("trainer.source=stream" in args)
 
 
+def run_line(line: str, folder: Path, *more: str) -> None:
+    """Run one command line of a document in `folder`; it must end with its three lines."""
+    program, command, *args = shlex.split(line, comments=True)
+    assert program == "ggscope"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", command, *args, *small(command, args), *more],
+        cwd=folder, capture_output=True, text=True, timeout=300, env=environment(folder, command),
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    ends = [text for text in done.stdout.splitlines() if text.startswith(f"{command} ")]
+    assert [text.split()[1] for text in ends[-3:]] == ["input", "result", "output"], done.stdout
+
+
 def test_the_readme_s_stages_run_one_after_the_other_and_only_train_needs_torch(tmp_path):
     lines = [line for block in blocks(ROOT / "README.md") for line in block]
     assert {shlex.split(line)[1] for line in lines} >= set(COMMANDS) - {"run", "doctor", "completion"}
     for line in lines:
-        program, command, *args = shlex.split(line, comments=True)
-        assert program == "ggscope"
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline.cli", command, *args, *small(command, args)],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300, env=environment(tmp_path, command),
-        )  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        ends = [text for text in done.stdout.splitlines() if text.startswith(f"{command} ")]
-        assert [text.split()[1] for text in ends[-3:]] == ["input", "result", "output"], done.stdout
+        run_line(line, tmp_path)
     manifests = sorted(path.parts[-3] for path in tmp_path.glob("runs/*/*/manifest.json"))
     assert set(manifests) >= {"extract", "train", "evaluate", "convert", "apply", "lens", "patch", "report"}
+
+
+DOCS = {path.name: blocks(path) for path in sorted((ROOT / "docs").glob("*.md"))}
+
+
+@pytest.mark.parametrize("name", [name for name, found in DOCS.items() if found])
+def test_the_commands_of_the_docs_run(name, tmp_path):
+    for line in (line for block in DOCS[name] for line in block):
+        run_line(line, tmp_path, "corpus.max_tokens=6000", "store.shard_rows=2048")
+
+
+def test_some_page_of_the_docs_has_a_command():
+    assert DOCS["scaling.md"]
 
 
 def test_help_s_examples_use_settings_that_exist():

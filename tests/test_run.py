@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipeline.config import Config, ExecutorConfig, LoggerConfig, TrainerConfig
+from pipeline.config import Config, ExecutorConfig, ExtractConfig, LoggerConfig, TrainerConfig
 from pipeline.loggers import JsonlLogger, open_loggers
 from pipeline.run import RunContext, new_folder, newest_finished, read_manifest, resume_folder, running, write_json
 from sae.errors import ConfigError, InterruptedRunError
@@ -63,6 +63,29 @@ def test_the_newest_finished_run_is_taken_and_unfinished_ones_are_not():
     with pytest.raises(ConfigError), running(started()):
         raise ConfigError("broken")
     assert newest_finished("train", "evaluate")[0].resolve() == done.folder
+
+
+def test_a_run_that_was_to_make_something_is_passed_over_where_it_did_not():
+    done = started("extract")
+    with running(done):
+        done.outputs["store"] = "a.zarr"
+    with running(started("extract")):
+        pass
+    assert newest_finished("extract", "train", "store")[0].resolve() == done.folder
+    with pytest.raises(ConfigError, match="ggscope extract"):
+        newest_finished("extract", "train", "picture")
+
+
+def test_a_planned_run_is_not_finished_and_is_resumed_without_plan_only():
+    planned = started("extract", Config(extract=ExtractConfig(plan_only=True)))
+    with running(planned):
+        planned.ends_as = "planned"
+    assert read_manifest(planned.folder)["status"] == "planned"
+    with pytest.raises(ConfigError, match="found none"):
+        newest_finished("extract", "train")
+    assert resume_folder("extract", Config(resume="latest"), ("extract",)) == planned.folder
+    with pytest.raises(ConfigError, match=r"extract\.dtype"):
+        resume_folder("extract", Config(extract=ExtractConfig(dtype="float32"), resume="latest"), ("extract",))
 
 
 def test_resume_finds_the_unfinished_run_and_names_a_changed_setting():

@@ -49,6 +49,11 @@ def test_the_wheel_holds_the_packages_the_configs_and_the_model(installed):
     for name in (
         "conf/run.yaml",
         "conf/experiment/demo_cpu.yaml",
+        "conf/corpus/jsonl.yaml",
+        "conf/executor/pool.yaml",
+        "conf/inspect.yaml",
+        "conf/store.yaml",
+        "pipeline/llama/ask.c",
         "pipeline/data/pylm.gguf",
         "sae/model.py",
         "convert/sae_gguf.py",

@@ -34,8 +34,6 @@ def run(context: RunContext) -> None:
     config = context.config.apply
     if not config.prompt:
         raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
-    if config.format not in ("text", "jsonl"):
-        raise ConfigError(f"apply.format: expected text or jsonl, got {config.format!r}")
     path, weights = open_sae(context)
     with open_model(context) as model:
         check_host(context, weights, model)

@@ -28,6 +28,7 @@ from .corpora import window_table
 from .inputs import (
     LABELS,
     check_host,
+    counted,
     describe_model,
     load_sae,
     open_model,
@@ -62,7 +63,7 @@ def run(context: RunContext) -> None:
                 session=session_options(context.config.model),
                 progress=lambda what, done, total: progress(done, total, note=what),
             )  # fmt: skip
-        given = f"{relative(path)} in {describe_model(model)}, {len(table.documents)} held-out documents"
+        given = f"{relative(path)} in {describe_model(model)}, {counted(len(table.documents), 'held-out document')}"
     if config.random_sae:
         result["random_model_own"] = own_quality(config.random_sae)
     result["sae_id"] = weights.training.get("id")

@@ -19,7 +19,7 @@ from ..store.reader import ActivationStore
 from ..store.schema import is_store
 from ..store.writer import invalidate
 from .corpora import SPOOL_NAME, window_table
-from .inputs import STORE_NAME, describe_model, open_model, relative, store_sha256
+from .inputs import STORE_NAME, counted, describe_model, open_model, relative, store_sha256
 
 if TYPE_CHECKING:
     from ..capture.work import CaptureWork
@@ -43,15 +43,16 @@ def run(context: RunContext) -> None:
         executor = executor_of(context)
         table = window_table(context, model, spool=True)
         plan = make_plan(table, hooks=widths, extract=config.extract, store=config.store)
-        given = f"{describe_model(model)}; {len(table.documents)} documents (corpus {table.corpus_hash[:12]})"
+        given = (
+            f"{describe_model(model)}; {counted(len(table.documents), 'document')} (corpus {table.corpus_hash[:12]})"
+        )
         settings: dict[str, Any] = {"config": config.extract, "model_config": config.model, "store_path": path}
         if config.extract.plan_only:
             cost = estimate(model, table, plan, **settings)
-            print_plan(context, plan, cost)
-            context.metrics = {"rows": plan.rows, "bytes": cost.bytes_missing, "seconds": cost.seconds}
-            context.three_lines(given, what_it_costs(plan, cost), "nothing was captured (extract.plan_only=true)")
-            cost.check(path)
-            return
+            if cost.rows_missing:  # a whole store stays a finished run
+                only_plan(context, plan, cost, given)
+                cost.check(path)
+                return
         with context.progress("capturing", plan.rows) as progress:
             summary = extract(
                 model, table, plan, **settings, progress=progress, planned=lambda cost: print_plan(context, plan, cost),
@@ -66,9 +67,18 @@ def run(context: RunContext) -> None:
     context.three_lines(
         given,
         f"{summary['rows']:,} rows at {describe(map(HookPoint.parse, plan.hooks))} as {summary['dtype']}, {summary['flagged_share']:.2%} flagged, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['shards_done']} shards written, {summary['shards_skipped']} were there",
+        f"{summary['tokens_per_s']:,.0f} tokens/s, {counted(summary['shards_done'], 'shard')} written, {summary['shards_skipped']} were there",
         f"{relative(path)} ({store_sha256(path)[:12]}, {summary['bytes'] / 1e6:,.0f} MB)",
     )
+
+
+def only_plan(context: RunContext, plan: Plan, cost: Estimate, given: str) -> None:
+    """Print what the capture would cost; the run counts as planned, and `resume=` captures with its tokenised corpus."""
+    print_plan(context, plan, cost)
+    context.ends_as = "planned"
+    context.metrics = {"rows": plan.rows, "bytes": cost.bytes_missing, "seconds": cost.seconds}
+    output = f"nothing was captured (extract.plan_only=true); `ggscope extract resume={relative(context.folder)}` does"
+    context.three_lines(given, what_it_costs(plan, cost), output)
 
 
 def executor_of(context: RunContext) -> Executor | None:
@@ -98,13 +108,13 @@ def capture_work(context: RunContext, model: Model, plan: Plan, store: Location)
 
 
 def what_it_costs(plan: Plan, cost: Estimate) -> str:
-    """`900,000 rows of 256 values at 1 hook points, 16 shards, 462 MB, about 0:01:02 at 14,400 tokens/s, 118 GB free`."""
+    """`900,000 rows of 256 values at 1 hook point, 16 shards, 462 MB, about 0:01:02 at 14,400 tokens/s, 118 GB free`."""
     time = timedelta(seconds=round(cost.seconds))
     speed = f"about {time} at {cost.tokens_per_s:,.0f} tokens/s" if cost.rows_missing else "nothing left to capture"
     room = f", {cost.free_bytes / 1e9:,.1f} GB free" if cost.free_bytes is not None else ""
     return (
-        f"{cost.rows_missing:,} of {cost.rows:,} rows x {sum(plan.hooks.values()):,} values at {len(plan.hooks)} hook "
-        f"point{'s' * (len(plan.hooks) > 1)}, {cost.shards_missing} shards, {cost.bytes_missing / 1e6:,.0f} MB{room}; {speed}"
+        f"{cost.rows_missing:,} of {cost.rows:,} rows x {sum(plan.hooks.values()):,} values at "
+        f"{counted(len(plan.hooks), 'hook point')}, {counted(cost.shards_missing, 'shard')}, {cost.bytes_missing / 1e6:,.0f} MB{room}; {speed}"
     )
 
 

@@ -75,6 +75,11 @@ def describe_model(model: Model) -> str:
     return f"{Path(model.path).name} (sha256 {m.sha256[:12]}, {m.architecture}, {m.n_layer} blocks x {m.n_embd})"
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def store_path(context: RunContext) -> Path | str:
     """`store.path`, or the store of the newest finished extract run (which one is printed): a folder or a URL."""
     if context.config.store.path:
@@ -84,7 +89,7 @@ def store_path(context: RunContext) -> Path | str:
 
 def newest_output(context: RunContext, command: str, output: str, label: str) -> str:
     """An output of the newest finished run of `command`; says on the console which one it is."""
-    _, manifest = newest_finished(command, context.command)
+    _, manifest = newest_finished(command, context.command, output)
     path = manifest["outputs"][output]
     context.console.print(f"using the newest {label}: {relative(path)}", highlight=False)
     return path

@@ -6,8 +6,6 @@ import json
 
 from rich.console import Console
 
-from sae.errors import ConfigError
-
 from ..llama.card import graph_facts, graph_tensors, hook_point_table, model_card
 from ..llama.hooks import describe_tensors
 from ..llama.session import Session
@@ -20,8 +18,6 @@ PROBE_TOKENS = 64  # room in the context; the graph looked at is that of one tok
 
 def run(context: RunContext) -> None:
     config = context.config.inspect
-    if config.format not in ("text", "json"):
-        raise ConfigError(f"inspect.format: expected text or json, got {config.format!r}")
     with open_model(context) as model:
         with Session(model, n_ctx=PROBE_TOKENS, **session_options(context.config.model)) as session:
             used = session.graph

@@ -25,8 +25,6 @@ def run(context: RunContext) -> None:
     config = context.config.lens
     if not config.prompt:
         raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
-    if config.format not in ("text", "json"):
-        raise ConfigError(f"lens.format: expected text or json, got {config.format!r}")
     with open_model(context) as model:
         tokens = prompt_tokens(model, config.prompt)
         session = Session(

@@ -27,8 +27,6 @@ def run(context: RunContext) -> None:
     for flag in ("clean", "corrupted", "answer", "wrong"):
         if not getattr(config, flag):
             raise ConfigError(f"expected --clean, --corrupted, --answer and --wrong, --{flag} is missing")
-    if config.format not in ("text", "json"):
-        raise ConfigError(f"patch.format: expected text or json, got {config.format!r}")
     with open_model(context) as model:
         count = len(prompt_tokens(model, config.clean))
         n_ctx = context.config.model.n_ctx or SIDE_BY_SIDE * context_tokens(context, model, count)

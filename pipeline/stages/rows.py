@@ -23,7 +23,7 @@ from ..store.reader import ActivationStore
 from ..store.shuffle import MIN_BLOCKS_IN_BUFFER
 from ..stream.batches import StreamBatches
 from ..stream.process import CaptureProcess
-from .inputs import open_store, relative, store_sha256, threads
+from .inputs import counted, open_store, relative, store_sha256, threads
 
 STREAM_FILE = "stream.json"  # in the run folder: what the first start measured
 SOURCES = ("store", "stream")
@@ -111,7 +111,7 @@ def described(source: StreamBatches, capture: CaptureProcess) -> str:
     stats, calibration = source.statistics(), capture.header.calibration
     part = "the whole corpus" if stats.whole else "a part of the corpus"
     return (
-        f"{capture.header.documents} documents (corpus {calibration.corpus_hash[:12]}), "
+        f"{counted(capture.header.documents, 'document')} (corpus {calibration.corpus_hash[:12]}), "
         f"{stats.rows:,} unflagged rows captured ({part}) at {calibration.hook.name}"
     )
 

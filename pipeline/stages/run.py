@@ -28,6 +28,11 @@ def run(context: RunContext) -> None:
             f"`ggscope run` captures a store first, got trainer.source={config.trainer.source}; "
             "stream with `ggscope train trainer.source=stream`, then evaluate, convert and report"
         )
+    if config.extract.plan_only:
+        raise ConfigError(
+            "extract.plan_only=true captures nothing that the later stages could use; plan with "
+            "`ggscope extract extract.plan_only=true`, then run without it"
+        )
     check_held_out(config.corpus)  # before hours of capture
     save_settings(context)
     random_model = random_copy(context) if config.evaluate.baselines else None

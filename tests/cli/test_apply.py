@@ -84,7 +84,7 @@ def test_interventions_change_what_they_should(sae, tmp_path):
         (["intervention=steer", "intervention.latents=[9999]"], "9999"),
         (["intervention.kind=flip", "intervention.latents=[1]"], "steer, clamp, ablate"),
         (["intervention=ablate", "intervention.latents=[1]", "intervention.token_range=[5,2]"], "token_range"),
-        (["apply.format=xml"], "text or jsonl"),
+        (["apply.format=xml"], "expected text, jsonl"),
         (["apply.temperature=-1"], "temperature"),
         (["sae.path=nowhere"], "nowhere"),
     ],

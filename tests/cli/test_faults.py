@@ -69,6 +69,7 @@ def test_text_and_jsonl_corpora_are_captured_and_bad_documents_counted(tmp_path)
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe broken")
     done = ggscope("extract", "corpus=text", "corpus.paths=[a.txt,b.txt]", "corpus.split=all", cwd=tmp_path)
     assert "b.txt" in done.stderr
+    assert "; 1 document (corpus" in done.stdout
     rows = [{"body": "import os\n" * 30}, {"body": "class A: pass\n" * 30}]
     (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = ["corpus=jsonl", "corpus.paths=[c.jsonl]", "corpus.text_key=body", "corpus.split=all"]
@@ -84,11 +85,11 @@ def test_a_damaged_shard_is_named_and_extracted_again_to_the_same_bytes(copy):
     line = last_line(ggscope("train", *TRAIN, cwd=copy, code=2))
     assert "shard 2" in line
     done = ggscope("extract", *SMALL, f"resume={run}", cwd=copy)
-    assert "1 shards written, 5 were there" in done.stdout
+    assert "1 shard written, 5 were there" in done.stdout
     assert shard.read_bytes() == whole
     shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     done = ggscope("extract", *SMALL, f"resume={run}", "store.verify=true", cwd=copy)
-    assert "1 shards written, 5 were there" in done.stdout
+    assert "1 shard written, 5 were there" in done.stdout
     assert shard.read_bytes() == whole
 
 
@@ -190,6 +191,26 @@ def test_evaluate_takes_the_store_of_the_sae_not_the_newest(copy):
     ggscope("evaluate", *options, cwd=copy)
     (run,) = copy.glob("runs/evaluate/*/manifest.json")
     assert json.loads(run.read_text())["inputs"]["store"]["path"] == str(own)
+
+
+def test_a_plan_is_no_store_for_others_and_resuming_it_captures_the_corpus_it_tokenised(tmp_path):
+    done = ggscope("extract", *SMALL, "extract.plan_only=true", cwd=tmp_path)
+    assert "nothing was captured" in done.stdout.splitlines()[-1]
+    (run,) = tmp_path.glob("runs/extract/*")
+    assert json.loads((run / "manifest.json").read_text())["status"] == "planned"
+    assert not (run / "activations.zarr").exists()
+    for command in (["train", *TRAIN], ["store", "info"]):
+        assert "expected a finished `ggscope extract` run" in last_line(ggscope(*command, cwd=tmp_path, code=2))
+    spooled = {p.name: p.stat().st_mtime_ns for p in (run / "corpus").iterdir()}
+    ggscope("extract", *SMALL, "resume=latest", cwd=tmp_path)
+    assert {p.name: p.stat().st_mtime_ns for p in (run / "corpus").iterdir()} == spooled
+    assert "12,000 rows" in ggscope("extract", *SMALL, "extract.plan_only=true", f"resume={run}", cwd=tmp_path).stdout
+    assert "12,000 of 12,000 planned" in ggscope("store", "info", cwd=tmp_path).stdout
+
+
+def test_a_whole_run_cannot_be_only_planned(tmp_path):
+    line = last_line(ggscope("run", "extract.plan_only=true", cwd=tmp_path, code=2))
+    assert "`ggscope extract extract.plan_only=true`" in line
 
 
 def test_a_run_with_nothing_to_evaluate_on_stops_before_it_captures(tmp_path):

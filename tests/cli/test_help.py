@@ -1,0 +1,89 @@
+"""What help and completion say: choices beside the defaults, and only what a command takes."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from convert.keys import MATRIX_TYPES
+from pipeline.cli import main
+from pipeline.config import CHOICES, Config, CorpusConfig, check_ranges
+from pipeline.corpus.cutting import PACKINGS
+from pipeline.corpus.encoding import BOS_POLICIES
+from pipeline.corpus.plan import DTYPES
+from pipeline.corpus.readers import KINDS, SPLITS
+from pipeline.corpus.sources.tokens import TOKEN_DTYPES
+from pipeline.executors import KINDS as EXECUTORS
+from pipeline.interventions.base import PHASES
+from pipeline.stages.apply import KINDS as INTERVENTIONS
+from pipeline.stages.rows import SOURCES
+from sae.errors import ConfigError
+
+
+def help_lines(name, capsys):
+    assert main([name, "--help"]) == 0
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_settings_and_groups_show_their_choices_beside_the_default(capsys):
+    lines = help_lines("extract", capsys)
+    assert "extract.dtype=auto (auto | float16 | bfloat16 | float32)" in lines
+    assert "corpus=stdlib (datasets | jsonl | parquet | stdin | stdlib | text | tokens)" in lines
+    assert "executor=local (local | pool | ray | submitit)" in lines
+    assert "extract.batch_tokens=2048" in lines
+    assert "intervention=none (ablate | clamp | none | steer)" in help_lines("apply", capsys)
+    assert "logger=jsonl (jsonl | tensorboard | wandb)" in help_lines("train", capsys)
+
+
+def test_the_choices_are_those_of_the_code_that_takes_them():
+    for key, known in {
+        "corpus.kind": KINDS, "corpus.split": SPLITS, "corpus.packing": PACKINGS, "corpus.bos": BOS_POLICIES,
+        "corpus.token_dtype": TOKEN_DTYPES, "extract.dtype": DTYPES, "executor.kind": EXECUTORS,
+        "trainer.source": SOURCES, "intervention.kind": INTERVENTIONS, "intervention.phase": PHASES,
+        "convert.encoder_type": MATRIX_TYPES, "convert.decoder_type": MATRIX_TYPES,
+    }.items():  # fmt: skip
+        assert set(CHOICES[key]) == set(known), key
+
+
+def test_every_default_is_one_of_its_choices_and_another_value_is_refused():
+    check_ranges(Config())
+    with pytest.raises(ConfigError, match=r"^corpus\.split='test'; expected train, held_out, all$"):
+        check_ranges(Config(corpus=CorpusConfig(split="test")))
+
+
+@pytest.mark.parametrize(("name", "keeps"), [("extract", True), ("store", False), ("inspect", False)])
+def test_only_commands_that_keep_a_run_folder_offer_to_continue_or_name_it(name, keeps, capsys):
+    text = "\n".join(help_lines(name, capsys))
+    assert ("resume=" in text, "run_dir=" in text) == (keeps, keeps)
+
+
+def test_usage_says_how_many_paths_a_command_takes(capsys):
+    assert any(line.startswith("usage: ggscope inspect [PATH] [key") for line in help_lines("inspect", capsys))
+    assert any("info|verify|merge|compact [PATH...] [key" in line for line in help_lines("store", capsys))
+
+
+@pytest.mark.parametrize(("name", "there"), [("store", True), ("extract", False), ("train", False)])
+def test_settings_of_the_store_command_are_listed_for_it_alone(name, there, capsys):
+    lines = help_lines(name, capsys)
+    assert any(line.startswith("store.inputs=") for line in lines) == there
+    assert any(line.startswith("store.format=") for line in lines) == there
+    assert any(line.startswith("store.path=") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "expected"),
+    [("ggscope store v", 2, "verify"), ("ggscope store info store.shard", 3, "store.shard_rows=")],
+)
+def test_verbs_are_offered_right_after_the_command(words, place, expected, capsys):
+    main(["completion", "bash"])
+    call = f'COMP_WORDS=({words}); COMP_CWORD={place}; compopt() {{ :; }}; _ggscope; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(
+        ["bash", "-c", capsys.readouterr().out + call], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_fish_knows_the_verbs(capsys):
+    main(["completion", "fish"])
+    assert "-a 'info verify merge compact'" in capsys.readouterr().out
