@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from sae.errors import ConfigError, FormatError, InterruptedRunError, SAEError
 
+from ..llama.hooks import is_pattern
 from ..run import RunContext, read_manifest
 from .corpora import check_held_out
 from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, print_wide, relative
@@ -28,7 +30,8 @@ def run(context: RunContext) -> None:
             f"`ggscope run` captures a store first, got trainer.source={config.trainer.source}; "
             "stream with `ggscope train trainer.source=stream`, then evaluate, convert and report"
         )
-    check_held_out(config.corpus)  # before hours of capture
+    check_hook(config.hooks.points)  # before hours of capture, as the next
+    check_held_out(config.corpus)
     save_settings(context)
     random_model = random_copy(context) if config.evaluate.baselines else None
     store, sae = folder / "extract" / STORE_NAME, folder / "train" / SAE_NAME
@@ -44,6 +47,16 @@ def run(context: RunContext) -> None:
         f"report.evaluation={folder / 'evaluate' / 'evaluation.json'}", f"report.metrics={folder / 'train' / 'metrics.jsonl'}",
     )  # fmt: skip
     finish(context)
+
+
+def check_hook(points: Sequence[str]) -> None:
+    """ConfigError for anything but one hook point, named without a pattern: the training takes no other."""
+    if len(points) != 1 or is_pattern(points[0]):
+        found = ", ".join(points) or "none"
+        raise ConfigError(
+            "`ggscope run` trains at one hook point: give hooks.points=[blocks.3.hook_resid_post], got "
+            f"{found}; capture several with `ggscope extract`"
+        )
 
 
 def save_settings(context: RunContext) -> None:
