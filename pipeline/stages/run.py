@@ -15,8 +15,10 @@ from rich.table import Table
 from sae.errors import ConfigError, FormatError, InterruptedRunError, SAEError
 
 from ..llama.hooks import is_pattern
+from ..llama.identity import file_vocabulary
 from ..run import RunContext, read_manifest
-from .corpora import check_held_out
+from ..store.backends import as_location
+from .corpora import check_held_out, check_settings
 from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, print_wide, relative
 
 EXPERIMENT = "this_run"
@@ -31,10 +33,12 @@ def run(context: RunContext) -> None:
             "stream with `ggscope train trainer.source=stream`, then evaluate, convert and report"
         )
     check_hook(config.hooks.points)  # before hours of capture, as the next
-    check_held_out(config.corpus)
+    check_settings(config.corpus)
+    check_held_out(config.corpus, file_vocabulary(model_path(config.model)) if config.corpus.kind == "tokens" else None)
     save_settings(context)
     random_model = random_copy(context) if config.evaluate.baselines else None
-    store, sae = folder / "extract" / STORE_NAME, folder / "train" / SAE_NAME
+    sae = folder / "train" / SAE_NAME
+    store = as_location(config.store.path) if config.store.path else folder / "extract" / STORE_NAME
     stage(context, "extract", "extract", f"store.path={store}")
     stage(context, "train", "train", f"store.path={store}")
     random_sae = random_baseline(context, random_model) if random_model else ""
@@ -123,7 +127,10 @@ def random_copy(context: RunContext) -> Path | None:
 
 
 def random_baseline(context: RunContext, model: Path) -> str:
-    """An SAE trained the same way on the same architecture with re-drawn weights; returns its folder."""
+    """An SAE trained the same way on the same architecture with re-drawn weights; returns its folder.
+
+    Its store stays in the run folder, wherever `store.path` has that of the model.
+    """
     config, folder = context.config, context.folder / "random"
     rows = config.evaluate.random_model_tokens
     limit = config.corpus.max_tokens
