@@ -19,7 +19,7 @@ from ..llama.identity import file_vocabulary
 from ..run import RunContext, read_manifest
 from ..store.backends import as_location
 from .corpora import check_held_out, check_settings
-from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, print_wide, relative
+from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, number, print_wide, relative
 
 EXPERIMENT = "this_run"
 PATIENCE_SECONDS = 2.0  # a Ctrl-C reaches the child by itself; only a signal to us alone is passed on
@@ -193,6 +193,6 @@ def finish(context: RunContext) -> None:
     context.three_lines(
         f"{relative(path)} (sha256 {sha256[:12]}), {extract.get('rows', 0):,} rows captured at {', '.join(context.config.hooks.points)}",
         f"{extract.get('tokens_per_s', 0):,.0f} tokens/s captured, {train.get('tokens_per_s', 0):,.0f} tokens/s trained; "
-        f"FVU {evaluation.get('fvu', float('nan')):.4f}, CE recovered {evaluation.get('ce_recovered', float('nan')):.4f}",
+        f"FVU {number(evaluation.get('fvu'))}, CE recovered {number(evaluation.get('ce_recovered'))}",
         f"open {relative(report)}",
     )
