@@ -52,6 +52,8 @@ def window_table(
             table = _spooled(context, model, documents, limit, options)
         else:
             most = max(IN_MEMORY_ROWS, 2 * context.config.evaluate.tokens, 2 * context.config.report.tokens)
+            if not limit:
+                most = sampled_rows(context) or most
             table = windows(model, documents, config.context_tokens, min(limit or most, most), **options)
             if table.rows >= most - 1:
                 context.console.print(f"only the first {table.rows:,} rows of the corpus are used", highlight=False)
@@ -59,6 +61,17 @@ def window_table(
         context.console.print(f"warning: {table.report.describe_skipped()}", style="yellow", highlight=False)
     context.add_input("corpus", config.kind, table.corpus_hash, documents=len(table.documents), rows=table.rows)
     return table
+
+
+def sampled_rows(context: RunContext) -> int:
+    """Twice what the command takes of a table whose rows the model has to generate one by one; 0: all, or no such table."""
+    config = context.config
+    samples = {
+        "evaluate": (config.evaluate.tokens, config.evaluate.splice_tokens),
+        "report": (config.report.tokens,),
+        "convert": (config.convert.probe_tokens,),
+    }.get(context.command, (0,))
+    return 2 * max(samples) if config.corpus.generate_tokens and all(samples) else 0
 
 
 def _spooled(
