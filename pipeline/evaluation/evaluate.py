@@ -65,8 +65,8 @@ def evaluate(
     and the same for each of `baselines` and for mean and zero ablation under `baselines`. `same_rows` holds
     the SAE's reconstruction metrics on the spliced rows, comparable with the baselines'. Intervals cluster by
     document, or by window where there are fewer than ten documents (`cluster_kind`). Windows are taken in an
-    order drawn from `config.seed`. Rows whose norm exceeds `outlier_norm` (the store's outlier threshold) are
-    flagged beside those the table flags; `session` holds further arguments of Session.
+    order drawn from `config.seed`. Rows whose norm exceeds `outlier_norm` (the store's outlier threshold) and
+    rows that are not finite are flagged beside those the table flags; `session` holds further arguments of Session.
     """
     hook = HookPoint.parse(weights.hook)
     order_W = np.random.default_rng(config.seed).permutation(windows.n_windows)
@@ -120,7 +120,7 @@ def captured_rows(
     batch_tokens: int = 1024,
     session: Mapping[str, Any] | None = None,
 ) -> Iterator[CapturedRows]:
-    """The unflagged rows of the chosen windows at `hook`, captured through llama.cpp a few windows at a time."""
+    """The unflagged, finite rows of the chosen windows at `hook`, captured through llama.cpp a few windows at a time."""
     lengths_W = np.diff(table.window_starts)[chosen_W]
     rows = max(batch_tokens, int(lengths_W.max(initial=1)))
     cut = [TokenWindow(tokens=table.window_tokens(w), flags=np.empty(0), document=int(w)) for w in chosen_W]
@@ -141,7 +141,7 @@ def captured_rows(
             captured = capture(llama, [w.tokens for w in group], [hook])
             x_ND = np.concatenate([c[str(hook)] for c in captured])
             row_N = np.concatenate([np.arange(*table.window_starts[w.document : w.document + 2]) for w in group])
-            keep_N = (table.flags_N[row_N] & FLAGS_ALL) == 0
+            keep_N = ((table.flags_N[row_N] & FLAGS_ALL) == 0) & np.isfinite(x_ND).all(axis=1)
             if outlier_norm > 0:
                 keep_N &= np.linalg.norm(x_ND, axis=1) <= outlier_norm
             yield CapturedRows(x_ND=x_ND[keep_N], row_N=row_N[keep_N], rows=len(row_N))
@@ -200,7 +200,9 @@ def _reconstruction(
         if progress is not None:
             progress("reconstruct", done, total)
     if metrics.rows == 0:
-        raise ConfigError("every held-out row is flagged (BOS, special, first, outlier); give a longer corpus")
+        raise ConfigError(
+            "every held-out row is flagged (BOS, special, first, outlier, not finite); give a longer corpus"
+        )
     result = metrics.result()
     counts_B, edges_B1, dead = density_histogram(result.pop("density_F"))
     return result | {

@@ -3,8 +3,8 @@
 The clean run of a batch is decoded once; it gives the logits to compare with, the activations x at the
 hook and the flagged rows. Every other run decodes the same batch again while the hook writes
 x + (x_hat - x), so a replacement that returns x is bit-identical to the clean run. Flagged rows (BOS,
-special, first, outlier) are never changed and never counted. A row is counted where it is unflagged and
-the window holds the token it predicts.
+special, first, outlier, not finite) are never changed and never counted. A row is counted where it is
+unflagged and the window holds the token it predicts.
 
 N rows of a batch, D width, V vocabulary.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.corpus.windows import FLAG_OUTLIER, FLAGS_ALL, WindowTable
+from pipeline.corpus.windows import FLAG_NOT_FINITE, FLAG_OUTLIER, FLAGS_ALL, WindowTable
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Hook, Rows, Session
@@ -186,8 +186,9 @@ def _measure(
     config: SpliceConfig,
     observe: Observe | None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(rows counted, `ce/<run>` and `kl/<run>` of them). Adds the outlier rows to batch.flags_N."""
+    """(rows counted, `ce/<run>` and `kl/<run>` of them). Flags the rows that are outliers or not finite, at the hook or at the end."""
     x_ND, clean = _clean_run(session, batch, hook, piece, config)
+    batch.flags_N[~(np.isfinite(x_ND).all(axis=1) & np.isfinite(clean.log_z_N))] |= FLAG_NOT_FINITE
     if config.outlier_norm > 0:
         batch.flags_N[np.linalg.norm(x_ND, axis=1) > config.outlier_norm] |= FLAG_OUTLIER
     active_N = batch.flags_N == 0

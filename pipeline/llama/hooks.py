@@ -83,6 +83,14 @@ def _cannot_read(text: str) -> str:
     return f"'{text}' is no hook point{hint} (known: {', '.join(names)}, ggml:TENSOR_NAME)"
 
 
+def is_pattern(text: str) -> bool:
+    """Whether a text may stand for several hook points: it has a `*`, or names blocks by a range or a list."""
+    match = _IN_BLOCKS.fullmatch(text)
+    return ("*" in text and (match is not None or text.startswith(RAW_PREFIX))) or (
+        match is not None and not match[1].isdigit()
+    )
+
+
 def expand(texts: Iterable[str], known: Sequence[HookPoint], raw_names: Iterable[str] = ()) -> list[HookPoint]:
     """Hook points of texts that may hold patterns, each pattern's in the order of `known`; no doubles.
 
@@ -96,12 +104,12 @@ def expand(texts: Iterable[str], known: Sequence[HookPoint], raw_names: Iterable
     raw_names = list(raw_names)
     found: dict[HookPoint, None] = {}
     for text in texts:
-        if text.startswith(RAW_PREFIX) and "*" in text:
-            matches = _raw_matches(text, raw_names)
-        elif (match := _IN_BLOCKS.fullmatch(text)) and ("*" in text or not match[1].isdigit()):
+        if not is_pattern(text):
+            matches = [HookPoint.parse(text)]
+        elif match := _IN_BLOCKS.fullmatch(text):
             matches = _block_matches(text, match, known)
         else:
-            matches = [HookPoint.parse(text)]
+            matches = _raw_matches(text, raw_names)
         found |= dict.fromkeys(matches)
     return list(found)
 

@@ -115,6 +115,27 @@ def _identify(reader: gguf.GGUFReader, file: Path) -> ModelId:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileVocabulary:
+    """What the file itself says of its vocabulary: enough to read token ids without llama.cpp."""
+
+    n_vocab: int
+    bos: int | None
+    eos: int | None
+
+
+def file_vocabulary(path: str | os.PathLike[str]) -> FileVocabulary | None:
+    """None where the file leaves its end token to llama.cpp's defaults. FormatError as `open_gguf`."""
+    reader = open_gguf(path)
+    eos = field_value(reader, "tokenizer.ggml.eos_token_id")
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    if eos is None or tokens is None:
+        return None
+    return FileVocabulary(
+        n_vocab=len(tokens.data), bos=field_value(reader, "tokenizer.ggml.bos_token_id"), eos=int(eos)
+    )
+
+
 def vocab_sha256(tokens: list[str]) -> str:
     """sha256 over the token list, each token as its UTF-8 length (4 bytes, little-endian) and bytes."""
     digest = hashlib.sha256()

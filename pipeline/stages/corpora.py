@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sae.errors import ConfigError
 
 from ..config import CorpusConfig
+from ..corpus.documents import Vocabulary
 from ..corpus.readers import DocumentStream, ReadReport, read_documents
 from ..corpus.spool import spool_table
 from ..corpus.windows import WindowTable, windows
@@ -51,6 +52,8 @@ def window_table(
             table = _spooled(context, model, documents, limit, options)
         else:
             most = max(IN_MEMORY_ROWS, 2 * context.config.evaluate.tokens, 2 * context.config.report.tokens)
+            if not limit:
+                most = sampled_rows(context) or most
             table = windows(model, documents, config.context_tokens, min(limit or most, most), **options)
             if table.rows >= most - 1:
                 context.console.print(f"only the first {table.rows:,} rows of the corpus are used", highlight=False)
@@ -58,6 +61,17 @@ def window_table(
         context.console.print(f"warning: {table.report.describe_skipped()}", style="yellow", highlight=False)
     context.add_input("corpus", config.kind, table.corpus_hash, documents=len(table.documents), rows=table.rows)
     return table
+
+
+def sampled_rows(context: RunContext) -> int:
+    """Twice what the command takes of a table whose rows the model has to generate one by one; 0: all, or no such table."""
+    config = context.config
+    samples = {
+        "evaluate": (config.evaluate.tokens, config.evaluate.splice_tokens),
+        "report": (config.report.tokens,),
+        "convert": (config.convert.probe_tokens,),
+    }.get(context.command, (0,))
+    return 2 * max(samples) if config.corpus.generate_tokens and all(samples) else 0
 
 
 def _spooled(
@@ -109,20 +123,23 @@ def check_settings(config: CorpusConfig) -> None:
             )
 
 
-def check_held_out(config: CorpusConfig, model: Model | None = None) -> None:
-    """ConfigError where no document of the corpus is held out: there is nothing to evaluate on."""
+def check_held_out(config: CorpusConfig, vocabulary: Vocabulary | None = None) -> None:
+    """ConfigError where no document of the corpus is held out: there is nothing to evaluate on.
+
+    Ids (corpus.kind=tokens) are checked with a vocabulary only, which says where their documents end.
+    """
     if config.kind == "stdin":
         raise ConfigError(
             "corpus.kind=stdin is one document that can be read once, so nothing is left to evaluate on; save it to "
             "files and use corpus=text"
         )
-    if config.kind == "tokens" and model is None:
-        return  # only the model knows where documents end; found out when it is open
+    if config.kind == "tokens" and vocabulary is None:
+        return  # found out when the model is open
     try:
-        next(read_documents(dataclasses.replace(config, split="held_out", max_documents=0), vocabulary=model))
+        next(read_documents(dataclasses.replace(config, split="held_out", max_documents=0), vocabulary=vocabulary))
     except ConfigError as error:
         # a wrong path is its own error
-        next(read_documents(dataclasses.replace(config, split="all", max_documents=0), vocabulary=model))
+        next(read_documents(dataclasses.replace(config, split="all", max_documents=0), vocabulary=vocabulary))
         raise ConfigError(
             "no document of this corpus is held out (a tenth is, chosen by name), so nothing is left to evaluate on; "
             "give more documents: split the text into several files or into JSONL records"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .inputs import (
     counted,
     describe_model,
     load_sae,
+    number,
     open_model,
     open_sae,
     open_store,
@@ -67,7 +68,7 @@ def run(context: RunContext) -> None:
     if config.random_sae:
         result["random_model_own"] = own_quality(config.random_sae)
     result["sae_id"] = weights.training.get("id")
-    trained_on = documents_of_training(weights) if streamed else store.documents if store is not None else []
+    trained_on = documents_of_training(weights) if streamed else store.iter_documents() if store is not None else ()
     result["documents_trained_on"] = seen_in_training(context, trained_on, table)
     write_json(context.folder / EVALUATION_NAME, result)
     context.outputs["evaluation"] = str(context.folder / EVALUATION_NAME)
@@ -108,18 +109,20 @@ def first_rows(parts: Iterable[np.ndarray], rows: int) -> Iterable[np.ndarray]:
             return
 
 
-def documents_of_training(weights: SAEWeights) -> list[dict[str, Any]]:
-    """The documents of a streamed training, where its run folder is found."""
+def documents_of_training(weights: SAEWeights) -> Iterator[dict[str, Any]]:
+    """The documents of a streamed training, one after another, where its run folder is found."""
     for folder, manifest in runs_of("train"):
         path = folder / DOCS_FILE
         if manifest.get("metrics", {}).get("sae_id") == weights.training.get("id") and path.is_file():
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return []
+            with path.open(encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
+            return
 
 
-def seen_in_training(context: RunContext, documents: list[dict[str, Any]], table: WindowTable) -> int:
+def seen_in_training(context: RunContext, documents: Iterable[dict[str, Any]], table: WindowTable) -> int:
     """Held-out documents whose text was trained on too: none, unless the training took another split."""
-    trained = {document["sha256"] for document in documents}
+    held_out = {document.sha256 for document in table.documents}
+    trained = {document["sha256"] for document in documents if document["sha256"] in held_out}
     seen = sum(document.sha256 in trained for document in table.documents)
     if seen:
         context.console.print(
@@ -128,10 +131,6 @@ def seen_in_training(context: RunContext, documents: list[dict[str, Any]], table
             highlight=False,
         )
     return seen
-
-
-def number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
 
 
 def beside(result: dict[str, Any]) -> str:

@@ -207,6 +207,11 @@ def relative(path: Path | str) -> str:
         return str(path)
 
 
+def number(value: float | None) -> str:
+    """A metric as people read it; `n/a` for one that cannot be had."""
+    return "n/a" if value is None else f"{value:.4f}"
+
+
 def print_wide(table: Table) -> None:
     """Print a table whole, past the terminal's edge if need be: a cut number is worse than a long line."""
     out = Console(highlight=False)

@@ -91,7 +91,8 @@ def read_evaluation(context: RunContext, weights: SAEWeights) -> dict[str, Any]:
 def corpus_name(config: CorpusConfig) -> str:
     if config.kind == "stdlib":
         return "the Python standard library"
-    return ", ".join(Path(p).name for p in config.paths)
+    dataset = [config.dataset] if config.kind == "datasets" else []
+    return ", ".join(dataset + [Path(p).name for p in config.paths])
 
 
 def sources(config: CorpusConfig, table: WindowTable) -> dict[str, bytes] | None:

@@ -18,6 +18,7 @@ from sae.errors import ConfigError, FormatError
 from sae.weights import SAEWeights
 
 from ..config import Config
+from ..llama.hooks import HookPoint, is_pattern
 from ..run import RunContext, write_json
 from ..store.reader import ActivationStore
 from ..store.shuffle import MIN_BLOCKS_IN_BUFFER
@@ -160,10 +161,11 @@ def trainer_threads(config: Config) -> int:
 
 
 def the_hook(store: ActivationStore, config: Config) -> str:
-    """The one hook point to train on: the only one of the store, or the one `hooks.points` names."""
+    """The one hook point to train on: the only one of the store, or the one `hooks.points` names by any of its names."""
     names = list(store.hooks)
     if len(names) == 1:
         return names[0]
-    if len(config.hooks.points) == 1 and config.hooks.points[0] in names:
-        return config.hooks.points[0]
+    points = config.hooks.points
+    if len(points) == 1 and not is_pattern(points[0]) and (name := str(HookPoint.parse(points[0]))) in names:
+        return name
     raise ConfigError(f"the store holds {', '.join(names)}: choose one with hooks.points=[{names[0]}]")

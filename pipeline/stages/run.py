@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from rich.table import Table
 
 from sae.errors import ConfigError, FormatError, InterruptedRunError, SAEError
 
+from ..llama.hooks import is_pattern
+from ..llama.identity import file_vocabulary
 from ..run import RunContext, read_manifest
-from .corpora import check_held_out
-from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, print_wide, relative
+from ..store.backends import as_location
+from .corpora import check_held_out, check_settings
+from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, number, print_wide, relative
 
 EXPERIMENT = "this_run"
 PATIENCE_SECONDS = 2.0  # a Ctrl-C reaches the child by itself; only a signal to us alone is passed on
@@ -33,10 +37,13 @@ def run(context: RunContext) -> None:
             "extract.plan_only=true captures nothing that the later stages could use; plan with "
             "`ggscope extract extract.plan_only=true`, then run without it"
         )
-    check_held_out(config.corpus)  # before hours of capture
+    check_hook(config.hooks.points)  # before hours of capture, as the next
+    check_settings(config.corpus)
+    check_held_out(config.corpus, file_vocabulary(model_path(config.model)) if config.corpus.kind == "tokens" else None)
     save_settings(context)
     random_model = random_copy(context) if config.evaluate.baselines else None
-    store, sae = folder / "extract" / STORE_NAME, folder / "train" / SAE_NAME
+    sae = folder / "train" / SAE_NAME
+    store = as_location(config.store.path) if config.store.path else folder / "extract" / STORE_NAME
     stage(context, "extract", "extract", f"store.path={store}")
     stage(context, "train", "train", f"store.path={store}")
     random_sae = random_baseline(context, random_model) if random_model else ""
@@ -49,6 +56,16 @@ def run(context: RunContext) -> None:
         f"report.evaluation={folder / 'evaluate' / 'evaluation.json'}", f"report.metrics={folder / 'train' / 'metrics.jsonl'}",
     )  # fmt: skip
     finish(context)
+
+
+def check_hook(points: Sequence[str]) -> None:
+    """ConfigError for anything but one hook point, named without a pattern: the training takes no other."""
+    if len(points) != 1 or is_pattern(points[0]):
+        found = ", ".join(points) or "none"
+        raise ConfigError(
+            "`ggscope run` trains at one hook point: give hooks.points=[blocks.3.hook_resid_post], got "
+            f"{found}; capture several with `ggscope extract`"
+        )
 
 
 def save_settings(context: RunContext) -> None:
@@ -115,7 +132,10 @@ def random_copy(context: RunContext) -> Path | None:
 
 
 def random_baseline(context: RunContext, model: Path) -> str:
-    """An SAE trained the same way on the same architecture with re-drawn weights; returns its folder."""
+    """An SAE trained the same way on the same architecture with re-drawn weights; returns its folder.
+
+    Its store stays in the run folder, wherever `store.path` has that of the model.
+    """
     config, folder = context.config, context.folder / "random"
     rows = config.evaluate.random_model_tokens
     limit = config.corpus.max_tokens
@@ -178,6 +198,6 @@ def finish(context: RunContext) -> None:
     context.three_lines(
         f"{relative(path)} (sha256 {sha256[:12]}), {extract.get('rows', 0):,} rows captured at {', '.join(context.config.hooks.points)}",
         f"{extract.get('tokens_per_s', 0):,.0f} tokens/s captured, {train.get('tokens_per_s', 0):,.0f} tokens/s trained; "
-        f"FVU {evaluation.get('fvu', float('nan')):.4f}, CE recovered {evaluation.get('ce_recovered', float('nan')):.4f}",
+        f"FVU {number(evaluation.get('fvu'))}, CE recovered {number(evaluation.get('ce_recovered'))}",
         f"open {relative(report)}",
     )

@@ -11,8 +11,10 @@ import pytest
 
 from pipeline.cli import checked_overrides
 from pipeline.config import ModelConfig
+from pipeline.corpus.stdlib import is_held_out
 from pipeline.corpus.texts import document_text, row_texts
 from pipeline.corpus.windows import COLUMN_DTYPES, FLAG_GENERATED, DocumentInfo
+from pipeline.llama.identity import file_vocabulary
 from pipeline.llama.model import Model
 from pipeline.stages.inputs import model_path
 from pipeline.store.reader import ActivationStore
@@ -95,3 +97,17 @@ def test_generated_rows_are_marked_in_the_store(tmp_path):
 def test_a_corpus_that_cannot_be_had_is_one_line(args, message, tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps({"m": [{"role": "user", "content": "hi"}]}) + "\n")
     assert message in last_line(ggscope(*args, cwd=tmp_path, code=2))
+
+
+def test_ids_without_a_held_out_document_are_refused_before_they_are_captured(tmp_path):
+    with Model(model_path(ModelConfig())) as model:
+        ids = model.tokenize(TEXT)
+        found = file_vocabulary(model_path(ModelConfig()))
+        assert found is not None
+        assert (found.n_vocab, found.bos, found.eos) == (model.n_vocab, model.bos, model.eos)
+    name = next(f"{i}.bin" for i in range(99) if not is_held_out(f"{i}.bin:0"))
+    (tmp_path / name).write_bytes(ids.astype("<u2").tobytes())
+    options = ["corpus=tokens", f"corpus.paths=[{name}]"]
+    line = last_line(ggscope("run", *options, cwd=tmp_path, code=2))
+    assert "no document of this corpus is held out" in line
+    assert not list(tmp_path.glob("runs/run/*/extract"))

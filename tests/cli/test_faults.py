@@ -45,6 +45,16 @@ def test_a_hook_that_does_not_exist_lists_those_that_do(tmp_path):
     assert "0..5" in line or "blocks.5" in line
 
 
+@pytest.mark.parametrize(
+    "points", ["", "blocks.*.hook_resid_post", "blocks.1.hook_z,blocks.2.hook_z", "blocks.2..3.hook_z"]
+)
+def test_run_refuses_what_it_cannot_train_on_before_it_captures(points, tmp_path):
+    line = last_line(ggscope("run", *SMALL, f"hooks.points=[{points}]", cwd=tmp_path, code=2))
+    assert "trains at one hook point" in line
+    assert "`ggscope extract`" in line
+    assert not list(tmp_path.glob("runs/run/*/extract"))
+
+
 def test_an_sae_of_another_model_is_refused(made, tmp_path):
     from tests.tiny_llama import write_tiny_llama
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pipeline.llama.hooks import BLOCK_SITES, MODEL_SITES, HookPoint, describe, expand
+from pipeline.llama.hooks import BLOCK_SITES, MODEL_SITES, HookPoint, describe, expand, is_pattern
 from sae.errors import HookError
 
 
@@ -25,6 +25,29 @@ def test_every_name_reads_back_as_written():
 def test_what_is_no_hook_point_is_refused_with_the_names_that_are(text):
     with pytest.raises(HookError, match=r"is no hook point.*blocks\.N\.hook_resid_post.*ggml:TENSOR_NAME"):
         HookPoint.parse(text)
+
+
+def test_a_pattern_is_told_from_a_name():
+    patterns = [
+        "blocks.*.hook_z",
+        "blocks.2..5.hook_z",
+        "blocks.{1,4}.hook_z",
+        "blocks.3.*",
+        "blocks.*.*",
+        "ggml:l_out-*",
+    ]
+    assert all(map(is_pattern, patterns))
+    names = [
+        "blocks.12.hook_z",
+        "blocks.1.attn.hook_z",
+        "ggml:l_out-3",
+        "logits",
+        "ln_final",
+        "",
+        "blocks.x.hook_z",
+        "*",
+    ]
+    assert not any(map(is_pattern, names))
 
 
 def test_a_near_miss_is_named_with_its_block():

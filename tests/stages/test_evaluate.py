@@ -1,0 +1,32 @@
+"""Held-out documents that were trained on are counted, whatever the size of the corpus."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+from pipeline.config import Config
+from pipeline.corpus.readers import Document
+from pipeline.corpus.windows import windows
+from pipeline.llama.model import Model
+from pipeline.run import RunContext
+from pipeline.stages.evaluate import seen_in_training
+from tests.tiny_llama import write_tiny_llama
+
+TRAINED = 100_000
+
+
+def test_documents_are_counted_one_after_another_and_not_held(tmp_path, capsys):
+    write_tiny_llama(tmp_path / "tiny.gguf")
+    with Model(tmp_path / "tiny.gguf") as model:
+        table = windows(model, [Document(name=f"{i}.py", text=f"x = {i}\n") for i in range(5)], 32)
+    shared = {100: table.documents[1].sha256, TRAINED - 1: table.documents[4].sha256, 7: table.documents[1].sha256}
+    documents = ({"name": f"{i}", "sha256": shared.get(i, f"{i:064}")} for i in range(TRAINED))
+    tracemalloc.start()
+    try:
+        seen = seen_in_training(RunContext(command="evaluate", folder=tmp_path, config=Config()), documents, table)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert seen == 2
+    assert "2 of 5 evaluation documents were trained on" in capsys.readouterr().err
+    assert peak < 10 * TRAINED  # bytes: a hash alone is more
