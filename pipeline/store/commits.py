@@ -2,24 +2,24 @@
 
 A commit holds only what the rows decide (no times, no worker names), so an undisturbed run and one that
 was killed and resumed leave the same bytes. It carries the shard's statistics, so that whole-store
-statistics need no second pass.
+statistics need no second pass; they are read from it only when asked for.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from sae.errors import StoreError
 
 from .backends import Backend, Location, open_backend
 from .schema import COMMITS_FOLDER, dump_json
-from .statistics import HookStats as HookStats  # where they used to be
 from .statistics import ShardStats
-from .statistics import merge_stats as merge_stats
-from .statistics import shard_stats as shard_stats
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,17 +29,7 @@ class Commit:
     shard: int
     valid_rows: int
     flagged_rows: int
-    stats: dict[str, ShardStats]
     files: dict[str, dict[str, Any]]  # path in the store -> {"bytes", "sha256"}
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "shard": self.shard,
-            "valid_rows": self.valid_rows,
-            "flagged_rows": self.flagged_rows,
-            "hooks": {name: stats.as_dict() for name, stats in self.stats.items()},
-            "files": self.files,
-        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Commit:
@@ -47,7 +37,6 @@ class Commit:
             shard=data["shard"],
             valid_rows=data["valid_rows"],
             flagged_rows=data["flagged_rows"],
-            stats={name: ShardStats.from_dict(stats) for name, stats in data["hooks"].items()},
             files=data["files"],
         )
 
@@ -56,8 +45,10 @@ def commit_key(shard: int) -> str:
     return f"{COMMITS_FOLDER}/{shard:08d}.json"
 
 
-def write_commit(backend: Backend, commit: Commit) -> None:
-    backend.put(commit_key(commit.shard), dump_json(commit.as_dict()))
+def write_commit(backend: Backend, commit: Commit, stats: Mapping[str, ShardStats]) -> None:
+    """`stats`: those of each hook."""
+    hooks = {name: found.as_dict() for name, found in stats.items()}
+    backend.put(commit_key(commit.shard), dump_json({**asdict(commit), "hooks": hooks}))
 
 
 def committed_shards(location: Location | Backend) -> list[int]:
@@ -66,11 +57,30 @@ def committed_shards(location: Location | Backend) -> list[int]:
     return sorted(int(name.stem) for name in names if name.suffix == ".json" and name.stem.isdecimal())
 
 
-def read_commit(location: Location | Backend, shard: int) -> Commit:
+def read_commit(backend: Backend, shard: int) -> Commit:
     """Raises StoreError for a commit file that cannot be read, naming it."""
-    backend = open_backend(location)
+    return _read(backend, shard, Commit.from_dict)
+
+
+def read_shard_stats(backend: Backend, shard: int, widths: Mapping[str, int]) -> dict[str, ShardStats]:
+    """Statistics of a shard at the hooks of `widths`, from its commit.
+
+    Raises StoreError for a commit file that cannot be read, or has none for one of them.
+    """
+
+    def stats(data: dict[str, Any]) -> dict[str, ShardStats]:
+        found = {name: ShardStats.from_dict(data["hooks"][name]) for name in widths}
+        for name, width in widths.items():
+            if len(found[name].sum_D) != width:
+                raise ValueError(f"statistics of width {len(found[name].sum_D)} at {name}, not {width}")
+        return found
+
+    return _read(backend, shard, stats)
+
+
+def _read(backend: Backend, shard: int, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
-        return Commit.from_dict(json.loads(backend.get(commit_key(shard)).decode("utf-8")))
+        return parse(json.loads(backend.get(commit_key(shard)).decode("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(
             f"commit {backend.location}/{commit_key(shard)} is damaged ({error}); "

@@ -31,7 +31,7 @@ def draw_stats(store: ActivationStore, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = {name: store.stats(name) for name in store.hooks}
+    found = store.all_stats()
     rows = next(iter(found.values())).count
     few = len(found) <= FEW
     size = (12, 3.3 * len(found) + 0.5) if few else (12, 5.2 + 0.19 * len(found))

@@ -18,14 +18,15 @@ from pipeline.corpus.windows import FLAGS_ALL
 from sae.errors import StoreError
 
 from .backends import Backend, Location, open_backend
-from .commits import Commit, committed_shards, read_commit
+from .commits import Commit, committed_shards, read_commit, read_shard_stats
 from .encode import ARRAY_METADATA, is_plain, plain_index, shard_key
 from .schema import DOCS_FILE, STORED_DTYPES, HookInfo, index_size, read_meta, to_float32
 from .shuffle import ShuffledBatches
-from .statistics import HookStats, merge_stats
+from .statistics import Fold, HookStats
 from .verify import Problem, wrong_file
 
 DEFAULT_BUFFER_ROWS = 131_072
+COMMITS_AT_ONCE = 8
 
 
 class ActivationStore:
@@ -48,6 +49,7 @@ class ActivationStore:
         self._plain: dict[str, bool] = {}  # shard file -> whether it is its rows, checked on the first read
         self._plain_arrays: dict[str, bool] = {}
         self._columns: dict[str, np.ndarray] = {}
+        self._stats: dict[str, HookStats] = {}
 
     @property
     def n_rows(self) -> int:
@@ -112,7 +114,25 @@ class ActivationStore:
     def stats(self, hook: str) -> HookStats:
         """Mean, variance, norm quantiles, ... over the unflagged rows, from the commits: no data is read."""
         self.meta.hook(hook)
-        return merge_stats(commit.stats[hook] for commit in self.commits)
+        return self._fold([hook])[hook]
+
+    def all_stats(self) -> dict[str, HookStats]:
+        """`stats` of every hook, in one pass over the commits."""
+        return self._fold(list(self.hooks))
+
+    def _fold(self, hooks: Sequence[str]) -> dict[str, HookStats]:
+        """Statistics of some hooks, kept once known. At any time a few commits are in memory."""
+        widths = {hook: self.hooks[hook].width for hook in hooks if hook not in self._stats}
+        if widths:
+            folds = {hook: Fold(width) for hook, width in widths.items()}
+            shards = [commit.shard for commit in self.commits]
+            for start in range(0, len(shards), COMMITS_AT_ONCE):
+                several = shards[start : start + COMMITS_AT_ONCE]
+                for found in self.backend.each(lambda shard: read_shard_stats(self.backend, shard, widths), several):
+                    for hook, fold in folds.items():
+                        fold.add(found[hook])
+            self._stats |= {hook: fold.result() for hook, fold in folds.items()}
+        return {hook: self._stats[hook] for hook in hooks}
 
     def batches(
         self,

@@ -8,7 +8,7 @@ computing sample variances".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import base64
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,9 @@ class ShardStats:
     def as_dict(self) -> dict[str, Any]:
         return {
             "count": self.count,
-            "sum": self.sum_D.tolist(),
-            "centred_sumsq": self.centred_D.tolist(),
-            "max_abs": self.max_abs_D.tolist(),
+            "sum": _as_text(self.sum_D),
+            "centred_sumsq": _as_text(self.centred_D),
+            "max_abs": _as_text(self.max_abs_D),
             "norm_sum": self.norm_sum,
             "norm_bins": self.norm_bins,
         }
@@ -61,9 +61,9 @@ class ShardStats:
     def from_dict(cls, data: dict[str, Any]) -> ShardStats:
         return cls(
             count=data["count"],
-            sum_D=np.array(data["sum"], np.float64),
-            centred_D=np.array(data["centred_sumsq"], np.float64),
-            max_abs_D=np.array(data["max_abs"], np.float64),
+            sum_D=_from_text(data["sum"]),
+            centred_D=_from_text(data["centred_sumsq"]),
+            max_abs_D=_from_text(data["max_abs"]),
             norm_sum=data["norm_sum"],
             norm_bins=data["norm_bins"],
         )
@@ -169,33 +169,47 @@ class RunningMoments:
         )
 
 
-def merge_stats(parts: Iterable[ShardStats]) -> HookStats:
-    """Statistics of all shards; `parts` in shard order, so that the same store gives the same digits."""
-    parts = [part for part in parts if part.count]
-    if not parts:
-        raise StoreError("the store has no unflagged committed row; extract more text or raise extract.outlier_factor")
-    moments = RunningMoments.empty(len(parts[0].sum_D))
-    bins: dict[str, dict[str, int]] = {}
-    for part in parts:
-        moments = moments.plus(part.count, part.sum_D, part.centred_D)
+class Fold:
+    """Statistics of a hook of width `width` from those of its shards, one after another; keeps no shard's.
+
+    Shards come in their order, so that the same store gives the same digits.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._moments = RunningMoments.empty(width)
+        self._max_abs_D, self._norm_sum = np.zeros(width), 0.0
+        self._bins: dict[str, dict[str, int]] = {}
+
+    def add(self, part: ShardStats) -> None:
+        self._moments = self._moments.plus(part.count, part.sum_D, part.centred_D)
+        np.maximum(self._max_abs_D, part.max_abs_D, out=self._max_abs_D)
+        self._norm_sum += part.norm_sum
         for bucket, counts in part.norm_bins.items():
-            _add_counts(bins.setdefault(bucket, {}), counts)
-    var_D = moments.centred_D / moments.count
-    rms_D = np.sqrt(var_D + moments.mean_D**2)
-    everywhere: dict[str, int] = {}
-    for counts in bins.values():
-        _add_counts(everywhere, counts)
-    return HookStats(
-        mean_D=moments.mean_D,
-        var_D=var_D,
-        max_abs_D=np.max([part.max_abs_D for part in parts], axis=0),
-        variance=float(var_D.sum()),
-        count=moments.count,
-        mean_norm=sum(part.norm_sum for part in parts) / moments.count,
-        norm_quantiles={bucket_name(int(b)): _quantiles(bins[b]) for b in sorted(bins, key=int)},
-        norm_quantiles_all=_quantiles(everywhere),
-        outlier_dims=np.flatnonzero(rms_D > OUTLIER_DIM_FACTOR * np.median(rms_D)).tolist(),
-    )
+            _add_counts(self._bins.setdefault(bucket, {}), counts)
+
+    def result(self) -> HookStats:
+        """Raises StoreError when no row was unflagged."""
+        moments, bins = self._moments, self._bins
+        if not moments.count:
+            raise StoreError(
+                "the store has no unflagged committed row; extract more text or raise extract.outlier_factor"
+            )
+        var_D = moments.centred_D / moments.count
+        rms_D = np.sqrt(var_D + moments.mean_D**2)
+        everywhere: dict[str, int] = {}
+        for counts in bins.values():
+            _add_counts(everywhere, counts)
+        return HookStats(
+            mean_D=moments.mean_D,
+            var_D=var_D,
+            max_abs_D=self._max_abs_D,
+            variance=float(var_D.sum()),
+            count=moments.count,
+            mean_norm=self._norm_sum / moments.count,
+            norm_quantiles={bucket_name(int(b)): _quantiles(bins[b]) for b in sorted(bins, key=int)},
+            norm_quantiles_all=_quantiles(everywhere),
+            outlier_dims=np.flatnonzero(rms_D > OUTLIER_DIM_FACTOR * np.median(rms_D)).tolist(),
+        )
 
 
 def bucket_name(bucket: int) -> str:
@@ -216,6 +230,15 @@ def _sums_of_squares(x_ND: np.ndarray) -> np.ndarray:
         x = x_ND[rough].astype(np.float64)
         squares_N[rough] = np.einsum("nd,nd->n", x, x)
     return squares_N
+
+
+def _as_text(x_D: np.ndarray) -> str:
+    """Exact, and a third of the decimal digits: base64 of little-endian float64."""
+    return base64.b64encode(x_D.astype("<f8").tobytes()).decode("ascii")
+
+
+def _from_text(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), "<f8").astype(np.float64)
 
 
 def _add_counts(total: dict[str, int], counts: dict[str, int]) -> None:

@@ -56,8 +56,7 @@ def statistics_documents(store: ActivationStore) -> dict[str, bytes]:
     if not store.n_rows or store.flagged_rows == store.n_rows:
         return {STATS_FILE: dump_json({"rows": store.n_rows, "unflagged_rows": 0, "hooks": {}})}
     tensors: dict[str, np.ndarray] = {}
-    for name in store.hooks:
-        stats = store.stats(name)
+    for name, stats in store.all_stats().items():
         tensors |= {
             f"{name}.mean": stats.mean_D,
             f"{name}.variance": stats.var_D,
@@ -76,7 +75,7 @@ def hooks_summary(store: ActivationStore) -> dict[str, Any]:
     """Per hook the statistics that are single numbers; empty while no unflagged row is committed."""
     if store.flagged_rows == store.n_rows:
         return {}
-    return {name: _numbers(store.stats(name)) for name in store.hooks}
+    return {name: _numbers(stats) for name, stats in store.all_stats().items()}
 
 
 def info(store: ActivationStore) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from pipeline.corpus.windows import FLAGS_ALL
 from sae.errors import StoreError
 
 from .backends import Backend
-from .commits import Commit
+from .commits import Commit, read_shard_stats
 from .encode import array_documents, shard_key
-from .schema import META_FILE, STATS_FILE, StoreMeta
+from .schema import META_FILE, STATS_FILE
 from .summary import ranges, statistics_documents
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def verify_store(store: ActivationStore, *, progress: Callable[[int, int], None]
     total = sum(file["bytes"] for commit in store.commits for file in commit.files.values())
     done, commits_fit = 0, True
     for commit in store.commits:
-        problems = [*_wrong_commit(store.meta, commit)]
+        problems = [*_wrong_commit(store, commit)]
         commits_fit = commits_fit and not problems
         for key, expected in commit.files.items():
             what = wrong_file(store.backend, key, expected, True)
@@ -110,8 +110,9 @@ def _wrong_metadata(store: ActivationStore) -> Iterator[Problem]:
             yield Problem(file=key, what=f"is not as the store was made: {', '.join(changed)} changed")
 
 
-def _wrong_commit(meta: StoreMeta, commit: Commit) -> Iterator[Problem]:
+def _wrong_commit(store: ActivationStore, commit: Commit) -> Iterator[Problem]:
     """A commit against the metadata: its rows, its hooks, its files."""
+    meta = store.meta
 
     def problem(what: str) -> Problem:
         return Problem(shard=commit.shard, file="commit", what=what)
@@ -126,10 +127,12 @@ def _wrong_commit(meta: StoreMeta, commit: Commit) -> Iterator[Problem]:
     expected |= {shard_key(f"columns/{name}", commit.shard, 1) for name in meta.columns}
     if commit.files.keys() != expected:
         yield problem(f"names other files than the store's arrays: {', '.join(sorted(commit.files.keys() ^ expected))}")
-    widths = {hook.name: hook.width for hook in meta.hooks}
-    if {name: len(stats.sum_D) for name, stats in commit.stats.items()} != widths:
-        yield problem("has statistics of other hooks or widths than the store's")
-    for name, stats in commit.stats.items():
+    try:
+        found = read_shard_stats(store.backend, commit.shard, {hook.name: hook.width for hook in meta.hooks})
+    except StoreError as error:
+        yield problem(f"has not the statistics of the store's hooks and widths: {error}")
+        return
+    for name, stats in found.items():
         if stats.count != commit.valid_rows - commit.flagged_rows:
             yield problem(f"counts {stats.count} rows at {name}, not {commit.valid_rows - commit.flagged_rows}")
 

@@ -92,13 +92,12 @@ class ShardWriter:
                 shard=shard,
                 valid_rows=stop - start,
                 flagged_rows=int((~unflagged).sum()),
-                stats={
-                    hook.name: shard_stats(acts[hook.name], hook.dtype, unflagged, columns["pos"])
-                    for hook in meta.hooks
-                },
                 files=files,
             )
-            write_commit(self._backend, commit)
+            stats = {
+                hook.name: shard_stats(acts[hook.name], hook.dtype, unflagged, columns["pos"]) for hook in meta.hooks
+            }
+            write_commit(self._backend, commit, stats)
         return commit
 
     @cached_property

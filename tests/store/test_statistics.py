@@ -163,3 +163,43 @@ def test_the_picture_is_drawn_for_one_hook_and_for_many(tmp_path, hooks):
             assert 0.005 < panel.mean() < 0.6
     draw_stats(ActivationStore(tmp_path), tmp_path / "stats.png")
     assert (tmp_path / "stats.png").read_bytes() == first
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from tests.peak_memory import peak_kib
+from pipeline.store.reader import ActivationStore
+from pipeline.store.summary import info, write_stats
+store = ActivationStore(Path(sys.argv[1]))
+store.stats(next(iter(store.hooks)))
+write_stats(store.backend)
+info(store)
+print(peak_kib())
+"""
+
+
+def test_opening_a_store_and_its_statistics_take_the_same_memory_whatever_the_number_of_shards(tmp_path):
+    widths = {f"blocks.{i}.hook_resid_post": 2048 for i in range(4)}
+    acts, columns = known_rows(64 * 8, widths)
+    peaks = []
+    for shards in (8, 64):
+        path = tmp_path / str(shards)
+        fill(path, make_meta(8 * shards, widths, dtype="float16", shard_rows=8), acts, columns)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout))
+    vectors_kib = 3 * 4 * 2048 * 8 // 1024  # of one shard
+    assert peaks[1] - peaks[0] < 56 * vectors_kib / 3
+
+
+def test_statistics_are_of_one_pass_over_the_commits_and_kept(made, monkeypatch):
+    path, read = made[0], []
+    store = ActivationStore(path)
+    get = type(store.backend).get
+    monkeypatch.setattr(type(store.backend), "get", lambda self, key: read.append(key) or get(self, key))
+    every = store.all_stats()
+    assert read == [f"_commits/{shard:08d}.json" for shard in range(5)]
+    assert store.stats(HOOK) is every[HOOK]
+    assert len(read) == 5

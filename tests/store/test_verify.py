@@ -73,7 +73,7 @@ def flip(file):
         ),
         (
             lambda p: change_json(p / "_commits/00000002.json", lambda d: d["hooks"].clear()),
-            ["shard 2: commit has statistics of other hooks"],
+            ["shard 2: commit has not the statistics of the store's hooks"],
         ),
         (
             lambda p: (p / "_commits/00000009.json").write_bytes((p / "_commits/00000001.json").read_bytes().replace(b'"shard": 1', b'"shard": 9')),
