@@ -28,5 +28,5 @@ def test_what_names_no_single_point_of_the_store_is_refused():
     for points in ([], ["blocks.1.*"], ["blocks.2.hook_resid_post"], NAMES):
         with pytest.raises(ConfigError, match=r"choose one with hooks.points=\[blocks.1.mlp.hook_post\]"):
             chosen(*points)
-    with pytest.raises(HookError, match="did you mean 'blocks.1.hook_resid_post'"):
+    with pytest.raises(HookError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
         chosen("blocks.1.hook_residpost")
