@@ -324,12 +324,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if any(arg in ("-h", "--help") for arg in args):
-        print(help_of(name, *(composed(name) if COMMANDS[name].groups else ({}, {}))))
-        return 0
     signal.signal(signal.SIGTERM, terminate)
     try:
-        if not COMMANDS[name].groups:
+        if any(arg in ("-h", "--help") for arg in args):
+            print(help_of(name, *(composed(name) if COMMANDS[name].groups else ({}, {}))), flush=True)
+        elif not COMMANDS[name].groups:
             importlib.import_module(f"pipeline.stages.{name}").run(args)
         else:
             run_command(name, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 
@@ -87,3 +88,10 @@ def test_verbs_are_offered_right_after_the_command(words, place, expected, capsy
 def test_fish_knows_the_verbs(capsys):
     main(["completion", "fish"])
     assert "-a 'info verify merge compact'" in capsys.readouterr().out
+
+
+def test_a_reader_that_stops_reading_ends_the_help_without_a_word():
+    command = f"{sys.executable} -m pipeline.cli extract --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("ggscope extract")
+    assert done.stderr == ""
