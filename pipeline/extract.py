@@ -156,6 +156,7 @@ def extract(
             elif missing:
                 capture_shards(capturer, writer, missing, counter.add)
             seconds = time.monotonic() - started
+            writer.check_lock()
             write_stats(store_path)
     return _summary(table, meta, store_path, missing, counter.captured, seconds)
 
