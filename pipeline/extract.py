@@ -159,6 +159,7 @@ def extract(
             elif missing:
                 capture_shards(capturer, writer, missing, counter.add)
             seconds = time.monotonic() - started
+            writer.check_lock()
             write_stats(store_path)
     return _summary(table, meta, store_path, missing, counter.captured, seconds)
 
@@ -243,13 +244,14 @@ def _not_finite(store: ActivationStore) -> tuple[int, list[tuple[int, int]]]:
     rows, named = 0, dict[tuple[int, int], None]()
     for start in range(0, store.n_rows, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, store.n_rows)
-        bad_n = start + np.flatnonzero(store.column_rows("flags", start, stop) & FLAG_NOT_FINITE)
+        bad_n = np.flatnonzero(store.column_rows("flags", start, stop) & FLAG_NOT_FINITE)
         rows += len(bad_n)
-        for row in bad_n[: NAMED_IN_SUMMARY * store.meta.config["context_tokens"]].tolist():
-            if len(named) < NAMED_IN_SUMMARY:
-                doc, window = (int(store.column_rows(name, row, row + 1)[0]) for name in ("doc", "window"))
-                named[doc, window] = None
-    return rows, list(named)
+        if len(bad_n) and len(named) < NAMED_IN_SUMMARY:
+            doc_n, window_n = (store.column_rows(name, start, stop)[bad_n] for name in ("doc", "window"))
+            changed_n = np.r_[0, 1 + np.flatnonzero((np.diff(doc_n) != 0) | (np.diff(window_n) != 0))]
+            firsts = changed_n[: NAMED_IN_SUMMARY + 1]  # the first one may be named already
+            named |= dict.fromkeys(zip(doc_n[firsts].tolist(), window_n[firsts].tolist(), strict=True))
+    return rows, list(named)[:NAMED_IN_SUMMARY]
 
 
 def _summary(

@@ -47,7 +47,7 @@ def info(context: RunContext) -> None:
 
 def verify(context: RunContext) -> None:
     """Every byte of one store. Raises CheckFailedError (exit code 3) when something is wrong."""
-    store = one_store(context)
+    store = one_store(context, damaged_commits=True)
     total = sum(file["bytes"] for commit in store.commits for file in commit.files.values())
     out, problems = Console(highlight=False, soft_wrap=True, markup=False), 0
     with context.progress("verifying", total, "bytes") as progress:
@@ -88,8 +88,8 @@ def rewrite(context: RunContext, places: list[Path | str], make: Callable[..., A
     )
 
 
-def one_store(context: RunContext) -> ActivationStore:
-    return ActivationStore(given_or_newest(context, newest=True)[0])
+def one_store(context: RunContext, *, damaged_commits: bool = False) -> ActivationStore:
+    return ActivationStore(given_or_newest(context, newest=True)[0], damaged_commits=damaged_commits)
 
 
 def given_or_newest(context: RunContext, *, newest: bool) -> list[Path | str]:

@@ -196,7 +196,7 @@ class LocalBackend(Backend):
 
     def remove_partial(self) -> None:
         for stray in self.folder.rglob(f"*{PARTIAL}"):
-            stray.unlink()
+            stray.unlink(missing_ok=True)  # a worker that still runs takes its own away
 
 
 class _FileLock(Lock):

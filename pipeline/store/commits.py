@@ -7,7 +7,6 @@ statistics need no second pass; they are read from it only when asked for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -16,10 +15,12 @@ from typing import Any, TypeVar
 from sae.errors import StoreError
 
 from .backends import Backend, Location, open_backend
+from .checks import inside, of_kind, only_keys, parse_object, whole_number
 from .schema import COMMITS_FOLDER, dump_json
 from .statistics import ShardStats
 
 T = TypeVar("T")
+MAX_BYTES = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +34,20 @@ class Commit:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Commit:
+        """Raises ValueError for what is no commit."""
+        only_keys(data, {"shard", "valid_rows", "flagged_rows", "files", "hooks"}, "keys")
+        of_kind(data["hooks"], dict, "hooks")
+        valid_rows = whole_number(data["valid_rows"], "valid_rows")
+        files = of_kind(data["files"], dict, "files")
+        for key, file in files.items():
+            only_keys(of_kind(file, dict, inside(key, "files")), {"bytes", "sha256"}, key)
+            whole_number(file["bytes"], f"bytes of {key}", most=MAX_BYTES)
+            of_kind(file["sha256"], str, f"sha256 of {key}")
         return cls(
-            shard=data["shard"],
-            valid_rows=data["valid_rows"],
-            flagged_rows=data["flagged_rows"],
-            files=data["files"],
+            shard=whole_number(data["shard"], "shard"),
+            valid_rows=valid_rows,
+            flagged_rows=whole_number(data["flagged_rows"], "flagged_rows", most=valid_rows),
+            files=files,
         )
 
 
@@ -57,9 +67,16 @@ def committed_shards(location: Location | Backend) -> list[int]:
     return sorted(int(name.stem) for name in names if name.suffix == ".json" and name.stem.isdecimal())
 
 
-def read_commit(backend: Backend, shard: int) -> Commit:
-    """Raises StoreError for a commit file that cannot be read, naming it."""
-    return _read(backend, shard, Commit.from_dict)
+def read_commit(backend: Backend, shard: int, shard_rows: int) -> Commit:
+    """Raises StoreError, naming the file, for a commit that cannot be read or is none of a shard of `shard_rows`."""
+
+    def commit(data: dict[str, Any]) -> Commit:
+        found = Commit.from_dict(data)
+        whole_number(found.shard, "shard", shard, shard)
+        whole_number(found.valid_rows, "valid_rows", most=shard_rows)
+        return found
+
+    return _read(backend, shard, commit)
 
 
 def read_shard_stats(backend: Backend, shard: int, widths: Mapping[str, int]) -> dict[str, ShardStats]:
@@ -69,7 +86,8 @@ def read_shard_stats(backend: Backend, shard: int, widths: Mapping[str, int]) ->
     """
 
     def stats(data: dict[str, Any]) -> dict[str, ShardStats]:
-        found = {name: ShardStats.from_dict(data["hooks"][name]) for name in widths}
+        hooks = of_kind(data.get("hooks"), dict, "hooks")
+        found = {name: ShardStats.from_dict(of_kind(hooks.get(name), dict, f"hooks.{name}")) for name in widths}
         for name, width in widths.items():
             if len(found[name].sum_D) != width:
                 raise ValueError(f"statistics of width {len(found[name].sum_D)} at {name}, not {width}")
@@ -80,8 +98,8 @@ def read_shard_stats(backend: Backend, shard: int, widths: Mapping[str, int]) ->
 
 def _read(backend: Backend, shard: int, parse: Callable[[dict[str, Any]], T]) -> T:
     try:
-        return parse(json.loads(backend.get(commit_key(shard)).decode("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return parse(parse_object(backend.get(commit_key(shard))))
+    except (OSError, ValueError) as error:
         raise StoreError(
             f"commit {backend.location}/{commit_key(shard)} is damaged ({error}); "
             f"delete it and resume extract to redo shard {shard}"

@@ -6,7 +6,6 @@ so, these bytes are put together here; any other codec chain goes through zarr. 
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from .backends import Buffer
+from .checks import parse_object
 from .schema import STORED_DTYPES, StoreMeta, index_size
 
 # Without it zarr leaves out chunks that are all zero, later chunks move up, and the shard file is no
@@ -67,7 +67,7 @@ def is_plain(metadata: bytes, shard_rows: int, chunk_rows: int) -> bool:
     `metadata`: its zarr.json. A column is one chunk a shard; a hook is sharded, its index at the end.
     """
     try:
-        document = json.loads(metadata)
+        document = parse_object(metadata)
         shape, codecs = document["shape"], document["codecs"]
         if document["chunk_grid"]["configuration"]["chunk_shape"] != [shard_rows, *shape[1:]]:
             return False

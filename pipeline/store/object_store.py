@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from sae.errors import StoreError
@@ -30,6 +31,8 @@ RETRIES = 4
 RETRY_SECONDS = 60
 LEASE_SECONDS = 60.0
 RENEWALS_PER_LEASE = 3
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PID_NAMESPACE = Path("/proc/self/ns/pid")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -166,12 +169,16 @@ class ObjectBackend(Backend):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """Who holds a lease, and until when (seconds since 1970, the holder's clock; 0: given back)."""
+    """Who holds a lease, and until when (seconds since 1970, the holder's clock; 0: given back).
+
+    `machine`: where `pid` means a process (`machine_id`); empty where nothing says so.
+    """
 
     host: str
     pid: int
     id: str
     expires: float
+    machine: str = ""
 
     @classmethod
     def parse(cls, data: bytes) -> Holder:
@@ -182,8 +189,10 @@ class Holder:
             return cls(host="", pid=0, id="", expires=0.0)
 
     def holds(self, now: float) -> bool:
-        """Not expired, and not of a process of this machine that is gone."""
-        return self.expires > now and not (self.host == socket.gethostname() and not _alive(self.pid))
+        """Not expired, and not of a process that would be seen here and is gone. A host's name says too little:
+        two containers may share one."""
+        seen_here = bool(self.machine) and self.machine == machine_id()
+        return self.expires > now and not (seen_here and not _alive(self.pid))
 
 
 class Lease(Lock):
@@ -195,7 +204,9 @@ class Lease(Lock):
 
     def __init__(self, backend: ObjectBackend) -> None:
         self._backend = backend
-        self._holder = Holder(host=socket.gethostname(), pid=os.getpid(), id=secrets.token_hex(8), expires=0.0)
+        self._holder = Holder(
+            host=socket.gethostname(), pid=os.getpid(), id=secrets.token_hex(8), expires=0.0, machine=machine_id()
+        )
         self._lost = False
         self._stop = threading.Event()
         self._take()
@@ -267,6 +278,14 @@ class Lease(Lock):
 
 class _TakenError(Exception):
     """A conditional put met another object than it expected."""
+
+
+def machine_id() -> str:
+    """This boot of this machine and this namespace of process numbers; empty where the system does not tell."""
+    try:
+        return f"{BOOT_ID.read_text().strip()}/{PID_NAMESPACE.stat().st_ino}"
+    except OSError:
+        return ""
 
 
 def _alive(pid: int) -> bool:

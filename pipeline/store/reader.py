@@ -6,7 +6,6 @@ order; in a finished store they are the plan's rows.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -18,7 +17,9 @@ from pipeline.corpus.windows import FLAGS_ALL
 from sae.errors import StoreError
 
 from .backends import Backend, Location, open_backend
+from .checks import parse_object
 from .commits import Commit, committed_shards, read_commit, read_shard_stats
+from .documents import document_of
 from .encode import ARRAY_METADATA, is_plain, plain_index, shard_key
 from .schema import DOCS_FILE, STORED_DTYPES, HookInfo, index_size, read_meta, to_float32
 from .shuffle import ShuffledBatches
@@ -27,29 +28,45 @@ from .verify import Problem, wrong_file
 
 DEFAULT_BUFFER_ROWS = 131_072
 COMMITS_AT_ONCE = 8
+# What zarr raises of metadata that are not a store's.
+ODD_METADATA = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 
 
 class ActivationStore:
     """The committed rows of the store at `location`, open for reading; extract may still be adding shards.
 
-    `fast_path=False` reads through the zarr API only. Memory does not grow with what is read.
+    `fast_path=False` reads through the zarr API only. `damaged_commits`: shards whose commit is damaged are left out
+    and told in `damaged`, instead of an error. Memory does not grow with what is read.
     Raises StoreError when there is no store, or (on the first read of it) a shard is damaged: the
     message names the shard and how to redo it.
     """
 
-    def __init__(self, location: Location | Backend, *, fast_path: bool = True) -> None:
+    def __init__(self, location: Location | Backend, *, fast_path: bool = True, damaged_commits: bool = False) -> None:
         self.backend = open_backend(location)
         self.path: Location = self.backend.location
         self.fast_path = fast_path
         self.meta = read_meta(self.backend)
         self.hooks: dict[str, HookInfo] = {hook.name: hook for hook in self.meta.hooks}
-        shards = committed_shards(self.backend)
-        self.commits = list(self.backend.each(lambda shard: read_commit(self.backend, shard), shards))
+        self.damaged: list[Problem] = []
+        self.commits = self._read_commits(damaged_commits)
         self._starts = np.cumsum([0, *(commit.valid_rows for commit in self.commits)])
         self._plain: dict[str, bool] = {}  # shard file -> whether it is its rows, checked on the first read
         self._plain_arrays: dict[str, bool] = {}
         self._columns: dict[str, np.ndarray] = {}
         self._stats: dict[str, HookStats] = {}
+
+    def _read_commits(self, damaged_commits: bool) -> list[Commit]:
+        def read(shard: int) -> Commit | None:
+            try:
+                return read_commit(self.backend, shard, self.meta.shard_rows)
+            except StoreError as error:
+                if not damaged_commits:
+                    raise
+                self.damaged.append(Problem(shard=shard, file="commit", what=f"cannot be used: {error}"))
+                return None
+
+        found = self.backend.each(read, committed_shards(self.backend))
+        return [commit for commit in found if commit is not None]
 
     @property
     def n_rows(self) -> int:
@@ -76,7 +93,7 @@ class ActivationStore:
             pending = b""
             for chunk in self.backend.chunks(DOCS_FILE, self.backend.size(DOCS_FILE) or 0):
                 *lines, pending = (pending + chunk).split(b"\n")
-                yield from (json.loads(line) for line in lines)
+                yield from (document_of(line) for line in lines)
         except (OSError, ValueError) as error:
             raise StoreError(f"{self.path}/{DOCS_FILE} is damaged ({error}); extract into a new store") from None
 
@@ -200,7 +217,7 @@ class ActivationStore:
             )
         try:
             if not self._plain[key]:
-                return self._through_zarr(array_path, commit.shard * self.meta.shard_rows, start, stop)
+                return self._through_zarr(array_path, dtype, width, commit.shard * self.meta.shard_rows, start, stop)
             data = self.backend.get_range(key, start * row_bytes, (stop - start) * row_bytes)
             return np.frombuffer(data, dtype).reshape(stop - start, *width)
         except (ValueError, KeyError, OSError) as error:
@@ -223,9 +240,20 @@ class ActivationStore:
         index = self.backend.get_range(key, rows * row_bytes, index_bytes)
         return index == plain_index(n_chunks, chunk_rows * row_bytes)
 
-    def _through_zarr(self, array_path: str, first: int, start: int, stop: int) -> np.ndarray:
-        array = zarr.open_array(self.backend.open_zarr_store(), path=array_path, mode="r")
-        return np.asarray(array[first + start : first + stop])
+    def _through_zarr(
+        self, array_path: str, dtype: np.dtype, width: tuple[int, ...], first: int, start: int, stop: int
+    ) -> np.ndarray:
+        parse_object(self.backend.get(f"{array_path}/{ARRAY_METADATA}"))
+        try:
+            array: Any = zarr.open_array(self.backend.open_zarr_store(), path=array_path, mode="r")
+        except ODD_METADATA as error:
+            raise ValueError(f"zarr refuses its {ARRAY_METADATA}: {' '.join(str(error).split())}") from None
+        if array.shape != (self.meta.padded_rows, *width) or array.dtype != dtype:
+            raise ValueError(f"its {ARRAY_METADATA} says {array.shape} of {array.dtype}")
+        try:
+            return np.asarray(array[first + start : first + stop])
+        except ODD_METADATA as error:
+            raise ValueError(f"zarr cannot decode it: {' '.join(str(error).split())}") from None
 
     def _check_size(self, key: str, commit: Commit) -> None:
         """zarr reads a missing file as zeros, so its size is compared with the commit before."""

@@ -88,7 +88,8 @@ def merge(
     `shard_rows` 0: as in the first. `doc` and `window` count on from store to store. `progress` gets rows
     done and rows in all, twice over: written, then compared.
 
-    Raises StoreError for stores that do not belong together (which names the difference), CheckFailedError
+    Raises StoreError for stores that do not belong together (which names the difference) or hold the same
+    corpus, CheckFailedError
     when a row comes back as another.
     """
     stores = [ActivationStore(place) for place in inputs]
@@ -97,11 +98,10 @@ def merge(
     _refuse_inputs(inputs, out)
     for store in stores[1:]:
         _refuse_strangers(stores[0], store)
+    _refuse_repeats(stores)
     rows = Concatenation(stores, renumber=True)
     first = stores[0].meta
-    origins = [
-        {"meta_sha256": meta_sha256(s.backend), "corpus_hash": s.meta.corpus_hash, "rows": s.n_rows} for s in stores
-    ]
+    origins = [_origin(store) for store in stores]
     common = {key: value for key, value in first.config.items() if all(s.meta.config.get(key) == value for s in stores)}
     meta = replace(
         first,
@@ -218,6 +218,36 @@ def _refuse_strangers(first: ActivationStore, other: ActivationStore) -> None:
             f"{first.path} and {other.path} do not belong together ({'; '.join(differences[:4])}); "
             f"merge stores of one model with the same hooks, dtypes and settings"
         )
+
+
+def _refuse_repeats(stores: Sequence[ActivationStore]) -> None:
+    """Raises StoreError for two stores with rows of one corpus: merged, every row would count twice."""
+    owners: dict[str, ActivationStore] = {}
+    for store in stores:
+        for corpus_hash in _corpora(store.meta):
+            if corpus_hash in owners:
+                raise StoreError(
+                    f"{owners[corpus_hash].path} and {store.path} both hold rows of the corpus {corpus_hash[:12]}; "
+                    f"merge stores of different corpora"
+                )
+        owners |= dict.fromkeys(_corpora(store.meta), store)
+
+
+def _origin(store: ActivationStore) -> dict[str, Any]:
+    """What a merged store says of one of its sources; `corpora` of a merged source, so that none is forgotten."""
+    corpora = sorted(_corpora(store.meta))
+    origin = {"meta_sha256": meta_sha256(store.backend), "corpus_hash": store.meta.corpus_hash, "rows": store.n_rows}
+    return {**origin, "corpora": corpora} if len(corpora) > 1 else origin
+
+
+def _corpora(meta: StoreMeta) -> set[str]:
+    """Hashes of the corpora whose rows a store holds: its own and those of the stores merged into it."""
+    origins = meta.config.get("merged")
+    merged = [origin for origin in origins if isinstance(origin, dict)] if isinstance(origins, list) else []
+    found = {meta.corpus_hash, *(str(origin.get("corpus_hash")) for origin in merged)}
+    for origin in merged:
+        found.update(map(str, corpora if isinstance(corpora := origin.get("corpora"), list) else ()))
+    return found
 
 
 def _identity(meta: StoreMeta) -> dict[str, Any]:

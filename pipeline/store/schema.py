@@ -3,7 +3,7 @@
 Layout of a store, S rows per shard, D the width of a hook, N padded to a multiple of S:
 
     meta.json                     StoreMeta; written last when a store is made, so a store without it is none
-    docs.jsonl                    one {"name", "bytes", "sha256", "exact_offsets"} per document
+    docs.jsonl                    one {"name", "bytes", "sha256", "exact_offsets", "form"} per document
     zarr.json                     zarr v3 group
     hooks/<hook>/acts             (N, D) float16, float32, or uint16 that is bfloat16; sharded, not compressed
     columns/<name>                (N,) doc window pos token byte_offset flags
@@ -16,17 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
+from pipeline.corpus.table import COLUMN_DTYPES
 from sae.errors import StoreError
 
 from .backends import Backend, Location, open_backend
+from .checks import finite, inside, of_kind, only_keys, parse_object, whole_number
 
 SCHEMA_VERSION = 1
+MAX_SHARDS = 1 << 20
+MAX_WIDTH = 1 << 24
 META_FILE = "meta.json"
 DOCS_FILE = "docs.jsonl"
 COMMITS_FOLDER = "_commits"
@@ -51,6 +55,21 @@ class HookInfo:
     @property
     def array_path(self) -> str:
         return f"hooks/{quote(self.name, safe='')}/acts"  # raw ggml names may hold any character
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> HookInfo:
+        """Raises ValueError for what is no hook."""
+        only_keys(data, {"name", "width", "dtype", "outlier_threshold"}, "hooks")
+        if of_kind(data["dtype"], str, "dtype") not in STORED_DTYPES:
+            raise ValueError(f"dtype: expected {', '.join(STORED_DTYPES)}, got {data['dtype']!r:.60}")
+        hook = cls(
+            name=of_kind(data["name"], str, "hook name"),
+            width=whole_number(data["width"], "width", 1, MAX_WIDTH),
+            dtype=data["dtype"],
+            outlier_threshold=finite(data["outlier_threshold"], "outlier_threshold"),
+        )
+        inside(hook.array_path, "hook name")
+        return hook
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,10 +120,29 @@ class StoreMeta:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> StoreMeta:
+        """Raises StoreError for another version, ValueError for what is no store's."""
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise StoreError(f"the store has schema version {version}, this ggscope reads {SCHEMA_VERSION}")
-        return cls(**{**data, "hooks": tuple(HookInfo(**hook) for hook in data["hooks"])})
+            raise StoreError(f"the store has schema version {version!r:.40}, this ggscope reads {SCHEMA_VERSION}")
+        only_keys(data, {field.name for field in fields(cls)}, "keys")
+        hooks = tuple(
+            HookInfo.from_dict(of_kind(hook, dict, "hooks")) for hook in of_kind(data["hooks"], list, "hooks")
+        )
+        if len({hook.array_path for hook in hooks}) < len(hooks):
+            raise ValueError("hooks: one twice")
+        if data["columns"] != COLUMN_DTYPES:
+            raise ValueError(f"columns: expected {', '.join(COLUMN_DTYPES)} in their number formats")
+        for key in ("rows", "shard_rows", "chunk_rows"):
+            whole_number(data[key], key, 0 if key == "rows" else 1)
+        for key, kind in {"corpus_hash": str, "config_hash": str, "model": dict, "config": dict}.items():
+            of_kind(data[key], kind, key)
+        meta = cls(**{**data, "hooks": hooks})
+        if meta.shard_rows % meta.chunk_rows or meta.n_shards > MAX_SHARDS:
+            raise ValueError(
+                f"rows {meta.rows}, shard_rows {meta.shard_rows}, chunk_rows {meta.chunk_rows}: "
+                f"expected shards of whole chunks, at most {MAX_SHARDS} of them"
+            )
+        return meta
 
     def differences(self, other: StoreMeta) -> list[str]:
         """`key: mine, not theirs` for every leaf that differs."""
@@ -143,16 +181,16 @@ def read_meta(location: Location | Backend) -> StoreMeta:
     backend = open_backend(location)
     name = f"{backend.location}/{META_FILE}"
     try:
-        data = json.loads(backend.get(META_FILE).decode("utf-8"))
+        data = parse_object(backend.get(META_FILE))
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
             f"no activation store at {backend.location} ({META_FILE} is missing); run extract, or set store.path"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, OSError) as error:
         raise StoreError(f"{name} is damaged ({error}); extract into a new store") from None
     try:
         return StoreMeta.from_dict(data)
-    except (TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
         raise StoreError(f"{name} is not an activation store's ({error})") from None
 
 

@@ -9,6 +9,7 @@ computing sample variances".
 from __future__ import annotations
 
 import base64
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,15 @@ import numpy as np
 
 from sae.errors import StoreError
 
+from .checks import finite, of_kind, only_keys, whole_number
 from .schema import magnitude_bits, to_float32
 
 # Position buckets of the norm quantiles: first position of each.
 POSITION_EDGES = (0, 1, 4, 16, 64, 256, 1024, 4096, 16384)
 NORM_BINS_PER_OCTAVE = 32  # a quantile read from them is within 2**(1/64), 1.1 %, of the value
+BUCKETS = {str(bucket) for bucket in range(len(POSITION_EDGES))}
+BIN = re.compile(r"-?[0-9]{1,5}")
+MAX_BIN = 1023 * NORM_BINS_PER_OCTAVE
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 OUTLIER_DIM_FACTOR = 10.0
 BLOCK_BYTES = 1 << 20  # the float64 copy of a block stays in the cache
@@ -59,13 +64,19 @@ class ShardStats:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ShardStats:
+        """Raises ValueError for what is no statistics."""
+        only_keys(data, {"count", "sum", "centred_sumsq", "max_abs", "norm_sum", "norm_bins"}, "statistics")
+        sum_D, centred_D, max_abs_D = (_from_text(data[key], key) for key in ("sum", "centred_sumsq", "max_abs"))
+        if not len(sum_D) == len(centred_D) == len(max_abs_D):
+            raise ValueError("statistics: vectors of several widths")
+        count = whole_number(data["count"], "count")
         return cls(
-            count=data["count"],
-            sum_D=_from_text(data["sum"]),
-            centred_D=_from_text(data["centred_sumsq"]),
-            max_abs_D=_from_text(data["max_abs"]),
-            norm_sum=data["norm_sum"],
-            norm_bins=data["norm_bins"],
+            count=count,
+            sum_D=sum_D,
+            centred_D=centred_D,
+            max_abs_D=max_abs_D,
+            norm_sum=finite(data["norm_sum"], "norm_sum"),
+            norm_bins=_checked_bins(data["norm_bins"], count),
         )
 
 
@@ -237,8 +248,26 @@ def _as_text(x_D: np.ndarray) -> str:
     return base64.b64encode(x_D.astype("<f8").tobytes()).decode("ascii")
 
 
-def _from_text(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text, validate=True), "<f8").astype(np.float64)
+def _from_text(text: Any, name: str) -> np.ndarray:
+    x_D = np.frombuffer(base64.b64decode(of_kind(text, str, name), validate=True), "<f8").astype(np.float64)
+    if not np.isfinite(x_D).all():
+        raise ValueError(f"{name}: values that are not finite")
+    return x_D
+
+
+def _checked_bins(bins: Any, count: int) -> dict[str, dict[str, int]]:
+    """Norm histograms of `count` rows; raises ValueError."""
+    total = 0
+    for bucket, counts in of_kind(bins, dict, "norm_bins").items():
+        if bucket not in BUCKETS:
+            raise ValueError(f"norm_bins: no bucket {bucket!a:.60}")
+        for key, rows in of_kind(counts, dict, "norm_bins").items():
+            if key != "zero" and not (BIN.fullmatch(key) and abs(int(key)) <= MAX_BIN):
+                raise ValueError(f"norm_bins: no bin {key!a:.60}")
+            total += whole_number(rows, "norm_bins")
+    if total != count:
+        raise ValueError(f"norm_bins: {total} rows, not {count}")
+    return bins
 
 
 def _add_counts(total: dict[str, int], counts: dict[str, int]) -> None:

@@ -14,9 +14,10 @@ from pipeline.corpus.windows import FLAGS_ALL
 from sae.errors import StoreError
 
 from .backends import Backend
+from .checks import parse_object
 from .commits import Commit, read_shard_stats
 from .encode import array_documents, shard_key
-from .schema import META_FILE, STATS_FILE
+from .schema import DOCS_FILE, META_FILE, STATS_FILE
 from .summary import ranges, statistics_documents
 
 if TYPE_CHECKING:
@@ -51,9 +52,11 @@ def verify_store(store: ActivationStore, *, progress: Callable[[int, int], None]
 
     zarr's metadata, commits, each committed file's size and sha256, flags, statistics, missing shards.
     """
+    yield from sorted(store.damaged, key=lambda problem: problem.shard)  # object storage answers in any order
     yield from _wrong_metadata(store)
+    yield from _wrong_documents(store)
     total = sum(file["bytes"] for commit in store.commits for file in commit.files.values())
-    done, commits_fit = 0, True
+    done, commits_fit = 0, not store.damaged
     for commit in store.commits:
         problems = [*_wrong_commit(store, commit)]
         commits_fit = commits_fit and not problems
@@ -100,7 +103,7 @@ def _sha256(backend: Backend, key: str, size: int) -> str:
 def _wrong_metadata(store: ActivationStore) -> Iterator[Problem]:
     for key, document in array_documents(store.meta).items():
         try:
-            found = json.loads(store.backend.get(key))
+            found = parse_object(store.backend.get(key))
         except (OSError, ValueError) as error:
             yield Problem(file=key, what=f"cannot be read ({error})")
             continue
@@ -108,6 +111,14 @@ def _wrong_metadata(store: ActivationStore) -> Iterator[Problem]:
         changed = [fact for fact in ARRAY_FACTS if found.get(fact) != expected.get(fact)]
         if changed:
             yield Problem(file=key, what=f"is not as the store was made: {', '.join(changed)} changed")
+
+
+def _wrong_documents(store: ActivationStore) -> Iterator[Problem]:
+    try:
+        for _ in store.iter_documents():
+            pass
+    except StoreError as error:
+        yield Problem(file=DOCS_FILE, what=f"cannot be used: {error}")
 
 
 def _wrong_commit(store: ActivationStore, commit: Commit) -> Iterator[Problem]:
@@ -138,7 +149,11 @@ def _wrong_commit(store: ActivationStore, commit: Commit) -> Iterator[Problem]:
 
 
 def _wrong_flags(store: ActivationStore, commit: Commit) -> Iterator[Problem]:
-    flags = store.shard_column("flags", commit)
+    try:
+        flags = store.shard_column("flags", commit)
+    except StoreError as error:
+        yield Problem(shard=commit.shard, file="flags", what=f"cannot be used: {error}")
+        return
     flagged = int(np.count_nonzero(flags & FLAGS_ALL))
     if flagged != commit.flagged_rows:
         yield Problem(shard=commit.shard, file="commit", what=f"says {commit.flagged_rows} flagged rows, {flagged} are")

@@ -23,7 +23,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     for seed, name in enumerate(("a.zarr", "b.zarr")):
         acts, columns = known_rows(300, {HOOK: 16}, seed=seed)
-        meta = make_meta(300, {HOOK: 16}, dtype="float16", shard_rows=64, model={"name": "tiny", "sha256": "abc"})
+        model, corpus = {"name": "tiny", "sha256": "abc"}, f"corpus {seed}"
+        meta = make_meta(300, {HOOK: 16}, dtype="float16", shard_rows=64, model=model, corpus_hash=corpus)
         fill(folder / name, meta, acts, columns)
         write_stats(folder / name)
     run = folder / "runs" / "extract" / "2026-01-31_12-00-00"

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.store.backends import CHUNK_BYTES, open_backend
+from pipeline.store.backends import CHUNK_BYTES, LocalBackend, open_backend
 from pipeline.store.commits import committed_shards
 from pipeline.store.reader import ActivationStore
 from pipeline.store.schema import is_store, to_float32, to_stored
@@ -149,3 +149,18 @@ def test_reading_a_whole_store_does_not_grow_the_memory(tmp_path):
         [sys.executable, "-c", READ_ALL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 8  # MB
+
+
+def test_unfinished_writes_are_removed_also_where_their_writer_is_quicker(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.01234567.partial").touch()
+    rglob = type(tmp_path).rglob
+
+    def overtaken(self, pattern):
+        found = sorted(rglob(self, pattern))
+        found[0].unlink()
+        return iter(found)
+
+    monkeypatch.setattr(type(tmp_path), "rglob", overtaken)
+    LocalBackend(tmp_path).remove_partial()
+    assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from zarr.storage import ObjectStore
 from pipeline.store import object_store
 from pipeline.store.backends import as_location, open_backend
 from pipeline.store.commits import committed_shards
-from pipeline.store.object_store import Lease
+from pipeline.store.object_store import Lease, machine_id
 from pipeline.store.reader import ActivationStore
 from pipeline.store.rewrite import compact, merge
 from pipeline.store.summary import write_stats
@@ -241,18 +241,37 @@ def test_only_a_lease_that_nobody_keeps_is_taken_over(s3):
     put_lease(url)
     with pytest.raises(StoreError, match=r"another run is writing into .*host elsewhere.*lease until"):
         Lease(open_backend(url))
-    put_lease(url, host=socket.gethostname(), pid=os.getpid())
+    put_lease(url, host=socket.gethostname(), pid=os.getpid(), machine=machine_id())
     with pytest.raises(StoreError, match="another run is writing"):
         Lease(open_backend(url))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for change in ({"host": socket.gethostname(), "pid": gone.pid}, {"expires": time.time() - 1}):
+    here = {"host": socket.gethostname(), "pid": gone.pid}
+    boot, namespace = machine_id().split("/")
+    for machine in ("", f"{boot}/1", f"another boot/{namespace}"):  # a container of the same name, another machine
+        put_lease(url, **here, machine=machine)
+        with pytest.raises(StoreError, match="another run is writing"):
+            Lease(open_backend(url))
+    for change in ({**here, "machine": machine_id()}, {"expires": time.time() - 1}):
         put_lease(url, **change)
         with Lease(open_backend(url)) as lease:
             lease.check()
             assert json.loads(open_backend(url).get(".lock"))["pid"] == os.getpid()
         assert json.loads(open_backend(url).get(".lock"))["expires"] == 0
     open_backend(url).put(".lock", b"not json")
+    Lease(open_backend(url)).close()
+
+
+def test_where_the_system_does_not_tell_machines_apart_only_expiry_counts(s3, tmp_path, monkeypatch):
+    url = f"{s3}/unknown"
+    monkeypatch.setattr(object_store, "BOOT_ID", tmp_path / "none")
+    assert machine_id() == ""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    put_lease(url, host=socket.gethostname(), pid=gone.pid, machine="")
+    with pytest.raises(StoreError, match="another run is writing"):
+        Lease(open_backend(url))
+    put_lease(url, host=socket.gethostname(), pid=gone.pid, machine="", expires=time.time() - 1)
     Lease(open_backend(url)).close()
 
 

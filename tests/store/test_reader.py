@@ -196,5 +196,5 @@ def test_a_damaged_meta_or_commit_is_one_clear_error(made, tmp_path):
     with pytest.raises(StoreError, match="schema version 99"):
         ActivationStore(copy)
     (copy / "meta.json").write_text("[]")
-    with pytest.raises(StoreError, match=r"not an activation store's"):
+    with pytest.raises(StoreError, match=r"meta.json is damaged .the document: expected dict, got \[\]"):
         ActivationStore(copy)

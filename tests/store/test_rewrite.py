@@ -33,7 +33,7 @@ def make(path, rows, *, seed, documents=2, shards=None, dtype="float16", thresho
     """A store with documents of its own; returns its rows and columns."""
     acts, columns = known_rows(rows, WIDTHS, seed=seed)
     columns["doc"] = (np.arange(rows) * documents // rows).astype(np.int32)
-    meta = make_meta(rows, WIDTHS, dtype=dtype, **change)
+    meta = make_meta(rows, WIDTHS, dtype=dtype, **{"corpus_hash": f"corpus {seed}", **change})
     if threshold is not None:
         hooks = tuple(dataclasses.replace(hook, outlier_threshold=threshold) for hook in meta.hooks)
         meta = dataclasses.replace(meta, hooks=hooks)
@@ -118,6 +118,21 @@ def test_stores_that_do_not_belong_together_are_refused_with_the_difference(tmp_
         merge([tmp_path / "a", tmp_path / "." / "a"], tmp_path / "out", progress=quiet)
     with pytest.raises(StoreError, match="one twice"):
         compact(tmp_path / "a", tmp_path / "a", progress=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_that_would_be_in_the_store_twice_is_refused_by_its_name(tmp_path):
+    """The same corpus captured again, or inside a merged or compacted store."""
+    for name, seed in (("a", 0), ("b", 1), ("c", 2)):
+        make(tmp_path / name, 40, seed=seed)
+    make(tmp_path / "again", 40, seed=7, corpus_hash="corpus 0", config={"a": 1, "batch_tokens": 64})
+    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab", progress=quiet)
+    merge([tmp_path / "ab", tmp_path / "c"], tmp_path / "abc", progress=quiet)
+    compact(tmp_path / "ab", tmp_path / "packed", progress=quiet)
+    for first, second in (("a", "again"), ("ab", "again"), ("again", "ab"), ("again", "packed"), ("abc", "again")):
+        with pytest.raises(StoreError, match=r"both hold rows of the corpus corpus 0") as caught:
+            merge([tmp_path / first, tmp_path / second], tmp_path / "out", progress=quiet)
+        assert str(tmp_path / second) in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

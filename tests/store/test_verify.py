@@ -104,7 +104,9 @@ def test_a_commit_that_counts_other_flags_than_its_column_holds_is_found(made, t
 
     def change(commit):
         commit["flagged_rows"] -= 1
-        commit["hooks"][HOOK]["count"] += 1
+        stats = commit["hooks"][HOOK]
+        stats["count"] += 1
+        stats["norm_bins"]["1"]["zero"] = 1
 
     change_json(copy / "_commits/00000000.json", change)
     flagged = int((made[1]["flags"][:32] != 0).sum())
