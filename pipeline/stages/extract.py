@@ -19,7 +19,7 @@ from ..store.reader import ActivationStore
 from ..store.schema import is_store
 from ..store.writer import invalidate
 from .corpora import SPOOL_NAME, window_table
-from .inputs import STORE_NAME, counted, describe_model, open_model, relative, store_sha256
+from .inputs import STORE_NAME, counted, describe_model, open_model, relative, store_sha256, warn_not_finite
 
 if TYPE_CHECKING:
     from ..capture.work import CaptureWork
@@ -63,7 +63,7 @@ def run(context: RunContext) -> None:
         draw_stats(ActivationStore(path), context.folder / PICTURE_NAME)
         context.outputs["statistics"] = str(context.folder / PICTURE_NAME)
     context.metrics = summary
-    warn_not_finite(context, summary)
+    warn_not_finite(context, summary["not_finite_rows"], summary["not_finite"])
     context.three_lines(
         given,
         f"{summary['rows']:,} rows at {describe(map(HookPoint.parse, plan.hooks))} as {summary['dtype']}, {summary['flagged_share']:.2%} flagged, "
@@ -120,17 +120,6 @@ def what_it_costs(plan: Plan, cost: Estimate) -> str:
 
 def print_plan(context: RunContext, plan: Plan, cost: Estimate) -> None:
     context.console.print(f"plan: {what_it_costs(plan, cost)}", highlight=False, soft_wrap=True)
-
-
-def warn_not_finite(context: RunContext, summary: dict[str, Any]) -> None:
-    """Name the documents with values that are not finite; their rows are flagged and outside everything."""
-    if summary["not_finite_rows"]:
-        named = ", ".join(f"{document}: window {window}" for document, window in summary["not_finite"])
-        context.console.print(
-            f"warning: {summary['not_finite_rows']:,} rows have values that are not finite and are left out of training "
-            f"and metrics ({named}, ...)",
-            style="yellow", highlight=False,
-        )  # fmt: skip
 
 
 def take_back_damaged(context: RunContext, path: Location) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,6 +206,17 @@ def relative(path: Path | str) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def warn_not_finite(context: RunContext, rows: int, windows: Iterable[tuple[str, int]]) -> None:
+    """Name the documents with values that are not finite; their rows are flagged and outside everything."""
+    if rows:
+        named = ", ".join(f"{document}: window {window}" for document, window in windows)
+        context.console.print(
+            f"warning: {rows:,} rows have values that are not finite and are left out of training and metrics "
+            f"({named}, ...)",
+            style="yellow", highlight=False,
+        )  # fmt: skip
 
 
 def number(value: float | None) -> str:

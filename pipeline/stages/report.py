@@ -44,6 +44,11 @@ def run(context: RunContext) -> None:
     out, picture = context.folder / REPORT_NAME, context.folder / PICTURE_NAME
     with open_model(context) as model:
         check_host(context, weights, model)
+        if weights.d_in != model.n_embd:
+            raise ConfigError(
+                f"report shows what a latent adds to the residual stream of width {model.n_embd}; {weights.hook} has width "
+                f"{weights.d_in}, so its latents have no place there: `ggscope evaluate` and `apply` work on it"
+            )
         table = window_table(context, model, split="held_out", max_tokens=0)
         inputs = ReportInputs(
             model=model,

@@ -23,6 +23,7 @@ from ..run import RunContext, write_json
 from ..store.reader import ActivationStore
 from ..store.shuffle import MIN_BLOCKS_IN_BUFFER
 from ..stream.batches import StreamBatches
+from ..stream.messages import NotFinite
 from ..stream.process import CaptureProcess
 from .inputs import counted, open_store, relative, store_sha256, threads
 
@@ -41,6 +42,7 @@ class TrainingRows:
     variance: float
     describe: Callable[[], str]
     finish: Callable[[SAEWeights], SAEWeights]  # adds the origin, which later stages check an SAE by
+    not_finite: Callable[[], NotFinite] = NotFinite  # left out meanwhile; what a store left out, extract said
 
 
 def training_rows(context: RunContext) -> AbstractContextManager[TrainingRows]:
@@ -105,6 +107,7 @@ def stream_rows(context: RunContext) -> Iterator[TrainingRows]:
             variance=calibration.pilot.variance,
             describe=lambda: described(source, capture),
             finish=lambda weights: finished(weights, source, capture),
+            not_finite=source.not_finite,
         )
 
 
@@ -127,6 +130,7 @@ def finished(weights: SAEWeights, source: StreamBatches, capture: CaptureProcess
         "outlier_threshold": calibration.hook.outlier_threshold,
         "dtype": calibration.hook.dtype,
         "statistics": {"rows": stats.rows, "of": "corpus" if stats.whole else "rows captured"},
+        "not_finite_rows": source.not_finite().rows,
         "pilot_rows": calibration.pilot.rows,
     }
     return with_origin(weights, origin)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..config import Config
 from ..loggers import MetricsLogger, open_loggers
 from ..run import ProgressCall, RunContext
-from .inputs import SAE_NAME, relative
+from .inputs import SAE_NAME, relative, warn_not_finite
 from .rows import TrainingRows, trainer_threads, training_rows
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ def run(context: RunContext) -> None:
         weights, last = fit(context, rows)
         weights = rows.finish(weights)
         given = f"{rows.describe()}, width {weights.d_in}"
+        spoiled = rows.not_finite()
     out = context.folder / SAE_NAME
     save_weights(out, weights)
     context.outputs |= {"sae": str(out), "metrics": str(context.folder / "metrics.jsonl")}
     last = last or weights.training["metrics"]  # a finished run that is resumed logs nothing
     context.metrics = {key: value for key, value in last.items() if isinstance(value, int | float)}
+    warn_not_finite(context, spoiled.rows, spoiled.windows)
     context.metrics["sae_id"] = weights.training["id"]
     context.three_lines(
         given,

@@ -22,6 +22,7 @@ from sae.errors import ConfigError, StoreError
 from ..store.mixing import MixingOrder, block_order
 from ..store.schema import STORED_DTYPES, to_float32
 from ..store.statistics import RunningMoments
+from .messages import NotFinite
 from .process import CapturedBlock, CaptureProcess
 
 UNKNOWN = -1
@@ -110,6 +111,9 @@ class StreamBatches:
         self._moments = RunningMoments(
             count=state["rows_counted"], mean_D=np.array(state["mean"]), centred_D=np.array(state["centred"])
         )
+        self._not_finite = NotFinite(
+            rows=state["not_finite_rows"], windows=tuple((name, window) for name, window in state["not_finite"])
+        )
         self._counted = {key: state[key] for key in self._counted}
         self._order.seed = int(state["seed"])
         self._replaying = True
@@ -130,6 +134,10 @@ class StreamBatches:
             whole=UNKNOWN not in self._counted["kept"],
         )
 
+    def not_finite(self) -> NotFinite:
+        """What was left out of the same blocks because it is not finite."""
+        return self._not_finite
+
     def _identity(self) -> dict[str, Any]:
         calibration = self._capture.header.calibration
         return {
@@ -144,7 +152,9 @@ class StreamBatches:
     def _forget(self) -> None:
         self._kept_B = np.full(self.n_blocks, UNKNOWN)
         self._new: list[tuple[int, np.ndarray, np.ndarray]] = []  # count and sums of blocks captured for the first time
+        self._new_not_finite = NotFinite()  # of them
         self._moments = RunningMoments.empty(self.d_in)
+        self._not_finite = NotFinite()
         self._rounds = (0, 0)
         self._held: CapturedBlock | None = None  # rows of it wait for slots
         self._counted: dict[str, Any] = {}
@@ -159,6 +169,8 @@ class StreamBatches:
         for count, sum_D, centred_D in self._new:
             self._moments = self._moments.plus(count, sum_D, centred_D)
         if self._new:
+            self._not_finite = self._not_finite.plus(self._new_not_finite)
+            self._new_not_finite = NotFinite()
             self._new.clear()
             self._snapshot()
 
@@ -168,6 +180,8 @@ class StreamBatches:
             "rows_counted": self._moments.count,
             "mean": self._moments.mean_D.tolist(),
             "centred": self._moments.centred_D.tolist(),
+            "not_finite_rows": self._not_finite.rows,
+            "not_finite": [list(window) for window in self._not_finite.windows],
         }
 
     def _blocks_from(self, epoch: int, drawn: int) -> Iterator[int]:
@@ -199,6 +213,7 @@ class StreamBatches:
             captured = self._hold(block)
             self._kept_B[block] = len(captured.stored_nD)
             self._new.append((len(captured.stored_nD), captured.sum_D.copy(), captured.centred_D.copy()))
+            self._new_not_finite = self._new_not_finite.plus(captured.not_finite)
         return self._starts[block] + np.arange(self._kept_B[block])
 
     def _put(self, block: int, rows: np.ndarray, slots: np.ndarray) -> None:

@@ -23,7 +23,7 @@ from ..capture.calibrate import calibrate, calibration_batches
 from ..capture.capturer import Capturer
 from ..capture.shards import outliers, stored_rows
 from ..corpus.plan import make_plan
-from ..corpus.windows import FLAGS_ALL, WindowTable
+from ..corpus.windows import FLAG_NOT_FINITE, FLAGS_ALL, WindowTable
 from ..executors.processes import die_with_parent, portable
 from ..extract import hook_widths
 from ..run import RunContext
@@ -32,7 +32,7 @@ from ..stages.inputs import open_model
 from ..store.backends import LocalBackend
 from ..store.schema import DOCS_FILE, HookInfo, dump_json
 from ..store.statistics import RunningMoments, ShardStats, shard_stats
-from .messages import Calibration, Header, Pilot, Slots
+from .messages import NAMED_WINDOWS, Calibration, Header, NotFinite, Pilot, Slots
 
 FLAG_ROWS_AT_ONCE = 1 << 20
 
@@ -59,7 +59,7 @@ def send_error(connection: Connection, error: Exception) -> None:
 
 
 def serve(connection: Connection, memory_fd: int) -> None:
-    """Open model and corpus, send the header, then answer every (slot, block) with (slot, block, rows without flags)."""
+    """Open model and corpus, send the header, then answer every (slot, block) with (slot, block, rows without flags, rows not finite)."""
     config, folder, known, slots = connection.recv()
     context = RunContext(command="train", folder=Path(folder), config=config, resumed=known is not None)
     with open_model(context) as model:
@@ -82,7 +82,7 @@ def serve(connection: Connection, memory_fd: int) -> None:
             memory = Slots(memory_fd, header, slots)
             while True:
                 slot, block = connection.recv()
-                connection.send(("block", slot, block, capture_into(memory, slot, capturer, header, block)))
+                connection.send(("block", slot, block, *capture_into(memory, slot, capturer, header, block)))
 
 
 def write_documents(folder: Path, table: WindowTable) -> None:
@@ -90,17 +90,17 @@ def write_documents(folder: Path, table: WindowTable) -> None:
     LocalBackend(folder).put(DOCS_FILE, (dump_json(asdict(document)) for document in table.documents))
 
 
-def capture_into(memory: Slots, slot: int, capturer: Capturer, header: Header, block: int) -> int:
-    """Capture a block into a slot; returns its number of rows without flags."""
+def capture_into(memory: Slots, slot: int, capturer: Capturer, header: Header, block: int) -> tuple[int, NotFinite]:
+    """Capture a block into a slot; returns its number of rows without flags, and its rows that are not finite."""
     hook = header.calibration.hook
-    stored_nD, stats = unflagged_block(capturer, hook, block)
+    stored_nD, stats, spoiled = unflagged_block(capturer, hook, block)
     memory.rows(slot, len(stored_nD))[:] = stored_nD
     memory.sums(slot)[:] = stats.sum_D, stats.centred_D
-    return len(stored_nD)
+    return len(stored_nD), spoiled
 
 
-def unflagged_block(capturer: Capturer, hook: HookInfo, block: int) -> tuple[np.ndarray, ShardStats]:
-    """The rows of a block that are trained on, as a store would hold them, and their statistics.
+def unflagged_block(capturer: Capturer, hook: HookInfo, block: int) -> tuple[np.ndarray, ShardStats, NotFinite]:
+    """The rows of a block that are trained on, as a store would hold them, their statistics, and what is not finite.
 
     Raises StoreError for a value that float16 cannot hold.
     """
@@ -108,7 +108,17 @@ def unflagged_block(capturer: Capturer, hook: HookInfo, block: int) -> tuple[np.
     flags_N = batch.flags_N | outliers(batch, [hook])
     stored_nD = stored_rows(capturer, batch, hook, np.flatnonzero(flags_N & FLAGS_ALL == 0))
     everything = np.ones(len(stored_nD), bool)
-    return stored_nD, shard_stats(stored_nD, hook.dtype, everything, np.zeros(len(stored_nD), np.int32))
+    stats = shard_stats(stored_nD, hook.dtype, everything, np.zeros(len(stored_nD), np.int32))
+    return stored_nD, stats, not_finite(capturer.table, batch.start + np.flatnonzero(batch.flags_N & FLAG_NOT_FINITE))
+
+
+def not_finite(table: WindowTable, row_n: np.ndarray) -> NotFinite:
+    """These rows of the table, counted, with the documents and windows of the first."""
+    window_n = table.window_N[row_n]
+    _, first = np.unique(window_n, return_index=True)  # rows ascend, and so do windows
+    first = first[:NAMED_WINDOWS]
+    names = [table.documents[int(doc)].name for doc in table.doc_N[row_n[first]]]
+    return NotFinite(rows=len(row_n), windows=tuple(zip(names, window_n[first].tolist(), strict=True)))
 
 
 def calibrated(capturer: Capturer, known: dict[str, Any] | None) -> Calibration:
@@ -144,7 +154,7 @@ def pilot(capturer: Capturer, hook: HookInfo) -> Pilot:
     """
     moments = RunningMoments.empty(hook.width)
     for block in calibration_batches(capturer):
-        _, stats = unflagged_block(capturer, hook, block)
+        _, stats, _ = unflagged_block(capturer, hook, block)
         moments = moments.plus(stats.count, stats.sum_D, stats.centred_D)
     variance = float(moments.centred_D.sum() / moments.count) if moments.count else 0.0
     if variance <= 0:

@@ -17,6 +17,8 @@ import numpy as np
 
 from ..store.schema import STORED_DTYPES, HookInfo
 
+NAMED_WINDOWS = 5
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pilot:
@@ -59,6 +61,18 @@ class Calibration:
             config_hash=data["config_hash"],
             model_sha256=data["model_sha256"],
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotFinite:
+    """Rows that were left out because a value of theirs is not finite, and where the first few are."""
+
+    rows: int = 0
+    windows: tuple[tuple[str, int], ...] = ()  # document and window, at most NAMED_WINDOWS
+
+    def plus(self, other: NotFinite) -> NotFinite:
+        windows = tuple(dict.fromkeys(self.windows + other.windows))[:NAMED_WINDOWS]
+        return NotFinite(rows=self.rows + other.rows, windows=windows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

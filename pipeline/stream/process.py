@@ -21,7 +21,7 @@ import numpy as np
 from sae.errors import LlamaError, SAEError
 
 from ..config import Config
-from .messages import Header, Slots, shared_file
+from .messages import Header, NotFinite, Slots, shared_file
 
 POLL_SECONDS = 0.2
 
@@ -35,6 +35,7 @@ class CapturedBlock:
     stored_nD: np.ndarray  # the store's format
     sum_D: np.ndarray
     centred_D: np.ndarray
+    not_finite: NotFinite  # rows of the block that are left out
 
 
 class CaptureProcess:
@@ -128,12 +129,13 @@ class CaptureProcess:
 
     def _next(self) -> CapturedBlock:
         assert self._asked, "a block is waited for that nobody asked for: none is left, or no slot is free"
-        slot, block, count = self._receive("block")
+        slot, block, count, not_finite = self._receive("block")
         assert (slot, block) == self._asked.popleft(), "blocks come in the order they were asked for"
         sum_D, centred_D = self._slots.sums(slot)
         return CapturedBlock(
-            block=block, slot=slot, stored_nD=self._slots.rows(slot, count), sum_D=sum_D, centred_D=centred_D
-        )
+            block=block, slot=slot, stored_nD=self._slots.rows(slot, count), sum_D=sum_D, centred_D=centred_D,
+            not_finite=not_finite,
+        )  # fmt: skip
 
     def _ask(self) -> None:
         """Ask for blocks while slots are free."""

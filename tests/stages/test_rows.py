@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from pipeline.config import Config, HooksConfig
 from pipeline.stages.rows import the_hook
+from pipeline.store.reader import ActivationStore
 from sae.errors import ConfigError, HookError
+from tests.store.helpers import fill, known_rows, make_meta
 
 NAMES = ["blocks.1.mlp.hook_post", "blocks.1.hook_resid_post"]
 
 
-def chosen(*points, names=NAMES):
-    return the_hook(SimpleNamespace(hooks=dict.fromkeys(names)), Config(hooks=HooksConfig(points=list(points))))
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """A store of one hook point and one of two."""
+    found = []
+    for names in (NAMES[:1], NAMES):
+        path, widths = tmp_path_factory.mktemp("rows") / "store", dict.fromkeys(names, 4)
+        fill(path, make_meta(32, widths), *known_rows(32, widths))
+        found.append(ActivationStore(path))
+    return found
 
 
-def test_a_point_is_found_by_any_of_its_names():
-    assert chosen("blocks.1.hook_mlp_post") == "blocks.1.mlp.hook_post"
-    assert chosen("blocks.1.mlp.hook_post") == "blocks.1.mlp.hook_post"
-    assert chosen("blocks.1.hook_resid_post") == "blocks.1.hook_resid_post"
-    assert chosen("blocks.3.hook_resid_post", names=NAMES[:1]) == NAMES[0]  # the only one needs no name
+def chosen(store, *points):
+    return the_hook(store, Config(hooks=HooksConfig(points=list(points))))
 
 
-def test_what_names_no_single_point_of_the_store_is_refused():
+def test_a_point_is_found_by_any_of_its_names(stores):
+    one, two = stores
+    assert chosen(two, "blocks.1.hook_mlp_post") == "blocks.1.mlp.hook_post"
+    assert chosen(two, "blocks.1.mlp.hook_post") == "blocks.1.mlp.hook_post"
+    assert chosen(two, "blocks.1.hook_resid_post") == "blocks.1.hook_resid_post"
+    assert chosen(one, "blocks.3.hook_resid_post") == NAMES[0]  # the only one needs no name
+
+
+def test_what_names_no_single_point_of_the_store_is_refused(stores):
     for points in ([], ["blocks.1.*"], ["blocks.2.hook_resid_post"], NAMES):
-        with pytest.raises(ConfigError, match=r"choose one with hooks.points=\[blocks.1.mlp.hook_post\]"):
-            chosen(*points)
+        with pytest.raises(ConfigError, match=r"choose one with hooks\.points=\[blocks\.1\."):
+            chosen(stores[1], *points)
     with pytest.raises(HookError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
-        chosen("blocks.1.hook_residpost")
+        chosen(stores[1], "blocks.1.hook_residpost")
