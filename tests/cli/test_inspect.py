@@ -156,5 +156,5 @@ def test_a_bad_file_is_refused_in_one_line(content, message, tmp_path):
 
 
 def test_settings_that_do_not_exist_are_refused(tmp_path):
-    assert "expected text or json" in last_line(ggscope("inspect", "format=xml", cwd=tmp_path, code=2))
+    assert "expected text, json" in last_line(ggscope("inspect", "format=xml", cwd=tmp_path, code=2))
     assert "takes one path" in last_line(ggscope("inspect", "a.gguf", "b.gguf", cwd=tmp_path, code=2))

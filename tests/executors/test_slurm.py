@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,7 @@ def slurm(tmp_path, monkeypatch):
     (tmp_path / "slurm").mkdir()
     state = slurm_stand_in.install(tmp_path / "slurm")
     monkeypatch.setenv("PATH", str(tmp_path / "slurm" / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)  # for the tests' own work
     monkeypatch.setattr(submitit, "SLURM_POLL_SECONDS", 0.1)
     monkeypatch.setattr(submitit, "SACCT_SECONDS", 0.5)
     return state

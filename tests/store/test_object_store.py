@@ -122,7 +122,8 @@ def test_stores_in_object_storage_are_merged_and_compacted_into_it_as_in_folders
     for place in (str(tmp_path), f"{s3}/rewrite"):
         for seed, name in enumerate("ab"):
             acts, columns = known_rows(ROWS, WIDTHS, seed=seed)
-            fill(f"{place}/{name}", make_meta(ROWS, WIDTHS, dtype="float16", shard_rows=80), acts, columns)
+            meta = make_meta(ROWS, WIDTHS, dtype="float16", shard_rows=80, corpus_hash=name)
+            fill(f"{place}/{name}", meta, acts, columns)
         merge([f"{place}/a", f"{place}/b"], f"{place}/merged", progress=lambda done, total: None)
         compact(f"{place}/merged", f"{place}/packed", shard_rows=128, progress=lambda done, total: None)
     for name in ("merged", "packed"):
