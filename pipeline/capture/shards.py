@@ -15,6 +15,7 @@ from sae.errors import StoreError
 
 from ..corpus.windows import FLAG_OUTLIER
 from ..llama.halves import to_float16
+from ..llama.switching import quick_switching
 from ..store.schema import FLOAT16_MAX, STORED_DTYPES, HookInfo, StoreMeta, to_stored
 from ..store.writer import ShardWriter, StoreWriter
 from .capturer import Batch, Capturer, exact_norms
@@ -33,7 +34,8 @@ def capture_shards(
     Shards that were committed stay, whatever happens.
     """
     plan = capturer.plan
-    with _Committer(capturer, writer) as committer:
+    # beside a busy Python thread every numpy call here would wait a whole switch interval for the interpreter
+    with quick_switching(), _Committer(capturer, writer) as committer:
         for first, last in runs(shards):
             start, stop = plan.shard_range(first)[0], plan.shard_range(last)[1]
             for index in plan.batches_of(start, stop):

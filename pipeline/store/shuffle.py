@@ -125,4 +125,5 @@ class ShuffledBatches:
         """Rows (ascending, nearly contiguous) into slots."""
         rows, slots = piece
         first, last = int(rows[0]), int(rows[-1])
-        self._buffer_MD[slots] = self.store.stored_rows(self.hook, first, last + 1)[rows - first]
+        stored = self.store.stored_rows(self.hook, first, last + 1)
+        self._buffer_MD[slots] = stored if len(stored) == len(rows) else stored[rows - first]
