@@ -6,6 +6,7 @@ rows. Letters: B batch rows, D width, M buffer rows.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from sae.errors import ConfigError, StoreError
 
 from .mixing import MixingOrder
-from .schema import STORED_DTYPES, to_float32
+from .schema import STORED_DTYPES, is_finite, to_float32
 
 if TYPE_CHECKING:
     from .reader import ActivationStore
@@ -61,7 +62,13 @@ class ShuffledBatches:
         self._block_starts = block_starts
         self._buffer_MD = np.empty((self._slots, self.d_in), STORED_DTYPES[self.dtype])
         self._order = MixingOrder(len(block_starts) - 1, self._block, slots=self._slots, seed=seed)
-        self._loaded = np.full(self._slots, -1)  # the row each slot really holds; the order says which it should
+        self._loaded = np.full(
+            self._slots, -1
+        )  # the row each slot holds or is being read; the order says which it should
+        self._round = -1
+        self._threads = ThreadPoolExecutor(store.backend.at_once, "read")
+        self._reads: list[Future[None]] = []
+        self._finite = True  # of every row read so far; looked at by the threads that read
 
     def next(self) -> np.ndarray:
         """The next B rows, a new float32 array."""
@@ -69,11 +76,19 @@ class ShuffledBatches:
         missing = self.batch_rows
         while missing:
             slots = self._order.next_slots(missing)
+            if self._order.rounds != self._round:  # what is served now was filled in the rounds before
+                self._read_new()
+                self._settle()
+                self._round = self._order.rounds
             if not np.array_equal(self._loaded[slots], self._order.slot_row[slots]):
-                self._load()
+                self._read_new()
+                self._settle()
             taken.append(np.take(self._buffer_MD, slots, axis=0))
             missing -= len(slots)
-        return to_float32(taken[0] if len(taken) == 1 else np.concatenate(taken), self.dtype)
+            while self._order.room and self._order.fill():
+                pass
+            self._read_new()
+        return to_float32(taken[0] if len(taken) == 1 else np.concatenate(taken), self.dtype, finite=self._finite)
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on with the next batch; JSON-ready."""
@@ -96,6 +111,8 @@ class ShuffledBatches:
                     f"cannot resume the batches: {key} was {state.get(key)}, is {own[key]}; "
                     f"resume with the store and buffer_rows of the first run"
                 )
+        self._settle()
+        self._round = -1
         self._order.seed = int(state["seed"])
         self._order.go_to(int(state["epoch"]), int(state["served"]))
 
@@ -104,26 +121,35 @@ class ShuffledBatches:
         start, stop = self._block_starts[block : block + 2]
         return start + np.flatnonzero(self._keep_N[start:stop])
 
-    def _load(self) -> None:
-        """Read the rows that slots should hold and do not, block by block."""
+    def _read_new(self) -> None:
+        """Start reading the rows that slots should hold and do not, block by block, in threads."""
         slots = np.flatnonzero(self._order.slot_row != self._loaded)
         if not len(slots):
             return
         slots = slots[np.argsort(self._order.slot_row[slots], kind="stable")]
         rows = self._order.slot_row[slots]
+        self._loaded[slots] = rows
         # Cut where the gap to the next row is more than a few flagged rows, and where a piece would be large.
         borders = np.flatnonzero(np.diff(rows) > BLOCK_ROWS) + 1
-        pieces = [
-            (part[at : at + PIECE_ROWS], part_slots[at : at + PIECE_ROWS])
-            for part, part_slots in zip(np.split(rows, borders), np.split(slots, borders), strict=True)
-            for at in range(0, len(part), PIECE_ROWS)
-        ]
-        self.store.backend.each(self._read, pieces)
-        self._loaded[slots] = self._order.slot_row[slots]
+        for part, part_slots in zip(np.split(rows, borders), np.split(slots, borders), strict=True):
+            for at in range(0, len(part), PIECE_ROWS):
+                piece = (part[at : at + PIECE_ROWS], part_slots[at : at + PIECE_ROWS])
+                self._reads.append(self._threads.submit(self._read, piece))
+
+    def _settle(self) -> None:
+        """Wait for the reads under way; raises what one of them raised, whose rows are then read again."""
+        reads, self._reads = self._reads, []
+        wait(reads)
+        for read in reads:
+            read.result()
 
     def _read(self, piece: tuple[np.ndarray, np.ndarray]) -> None:
         """Rows (ascending, nearly contiguous) into slots."""
         rows, slots = piece
-        first, last = int(rows[0]), int(rows[-1])
-        stored = self.store.stored_rows(self.hook, first, last + 1)
-        self._buffer_MD[slots] = stored if len(stored) == len(rows) else stored[rows - first]
+        try:
+            stored = self.store.stored_rows(self.hook, int(rows[0]), int(rows[-1]) + 1)
+        except BaseException:
+            self._loaded[slots] = -1
+            raise
+        self._finite = self._finite and is_finite(stored, self.dtype)
+        self._buffer_MD[slots] = stored if len(stored) == len(rows) else stored[rows - rows[0]]
