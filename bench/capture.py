@@ -72,7 +72,7 @@ def _group(group: str, model: cases.BenchModel, settings: Settings, facts: dict[
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.capture", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer tokens and types, under 5 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens and types, some minutes")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--models", nargs="+", choices=("llama100m", "demo"), default=["llama100m", "demo"])
