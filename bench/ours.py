@@ -30,9 +30,10 @@ from pipeline.llama.model import Model
 from pipeline.llama.session import Session
 from pipeline.llama.session import capture as capture_rows
 from pipeline.llama.symbols import lc
+from pipeline.store.encode import shard_key
 from pipeline.store.reader import ActivationStore
 from pipeline.store.schema import HookInfo, StoreMeta
-from pipeline.store.writer import StoreWriter, shard_file
+from pipeline.store.writer import StoreWriter
 
 READ_PIECE_BYTES = 8 << 20
 models: dict[str, Model] = {}
@@ -210,7 +211,7 @@ def write_store(path: str, rows: int, width: int, shard_rows: int) -> dict[str, 
 
 def _hook_files(store: ActivationStore) -> list[Path]:
     info = store.meta.hooks[0]
-    return [Path(store.path) / shard_file(info.array_path, shard, 2) for shard in range(store.meta.n_shards)]
+    return [Path(store.path) / shard_key(info.array_path, shard, 2) for shard in range(store.meta.n_shards)]
 
 
 def _drop_from_cache(folder: Path) -> None:

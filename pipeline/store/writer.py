@@ -237,11 +237,6 @@ def _joined(lines: Iterable[bytes]) -> Iterator[bytes]:
     yield bytes(pending)
 
 
-def shard_file(array_path: str, shard: int, ndim: int) -> str:
-    """Where zarr keeps shard `shard` of an array, relative to the store."""
-    return shard_key(array_path, shard, ndim)
-
-
 def lock(location: Location | Backend) -> Lock:
     """Hold a store for one writer; the end of the `with` block gives it back.
 
