@@ -20,9 +20,10 @@ import torch
 from .batches import BatchSource, Prefetcher
 from .checkpoint_torch import checkpoints, load_checkpoint, save_checkpoint
 from .errors import ConfigError, DivergedError, FormatError, InterruptedRunError, ShapeError
-from .kernels import FastStep, encoder_dtype
+from .kernels import encoder_dtype
 from .losses import LossSettings, StepResult
-from .model import TopKSAE, apply_update_, input_scale
+from .model import TopKSAE, input_scale
+from .steppers import make_stepper
 from .train_config import FREE_KEYS, TrainConfig
 from .weights import SAEWeights
 
@@ -86,10 +87,7 @@ class Trainer:
             auxk_coef=config.auxk_coef,
             encoder_dtype=self.encoder_dtype,
         )
-        self._gradients = FastStep(self.model, self._settings)
-        self._optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+        self._stepper = make_stepper(self.model, self._settings, config)
         self._mean_u_D = torch.from_numpy(mean_D.astype(np.float32) / scale).to(self.device)
         self._idle_F = torch.zeros(config.num_latents, dtype=torch.int64, device=self.device)  # tokens since it fired
         self._fired_F = torch.zeros_like(self._idle_F)
@@ -151,11 +149,8 @@ class Trainer:
         if x_BD.ndim != 2 or x_BD.shape[1] != self.model.d_in or len(x_BD) == 0:
             raise ShapeError(f"a batch must be (rows, {self.model.d_in}), the source gave {x_BD.shape}")
         u_BD = torch.from_numpy(np.multiply(x_BD, 1 / self.model.scale, dtype=np.float32)).to(self.device)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.step)
         dead_F = self._dead() if self.config.auxk_coef > 0 else None
-        result = self._gradients(u_BD, dead_F)
-        apply_update_(self.model, self._optimizer)
+        result = self._stepper.step(u_BD, lr=self.config.lr_at(self.step), dead_F=dead_F)
         fired_F = result.fired_F > 0
         if dead_F is not None:
             self._window.revived += int((dead_F & fired_F).sum())
@@ -233,6 +228,7 @@ class Trainer:
         mean = np.ascontiguousarray(self.mean_D, np.float32).tobytes()
         return config | {
             "encoder_dtype": _dtype_name(self.encoder_dtype),
+            "stepper": self._stepper.name,
             "d_in": self.model.d_in,
             "hook": self.hook,
             "activation_mean": hashlib.sha256(mean).hexdigest()[:16],
@@ -254,7 +250,7 @@ class Trainer:
             "step": self.step,
             "meta": json.dumps(meta),
             "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._stepper.state_dict(),
             "idle_F": self._idle_F,
             "fired_F": self._fired_F,
             "generator": self._generator.get_state(),
@@ -281,7 +277,7 @@ class Trainer:
         try:
             self.step = int(state["step"])
             self.model.load_state_dict(state["model"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._stepper.load_state_dict(state["optimizer"])
             self._idle_F.copy_(state["idle_F"])
             self._fired_F.copy_(state["fired_F"])
             self._generator.set_state(state["generator"])

@@ -1,0 +1,65 @@
+"""One training step: gradients and update together, so that a fused pass need never write a gradient to memory.
+
+A stepper owns the optimizer's state. The trainer only knows `Stepper`; which one runs is `make_stepper`'s choice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from .kernels import FastStep
+from .losses import LossSettings, StepResult
+from .model import TopKSAE, apply_update_
+from .train_config import TrainConfig
+
+
+class Stepper(ABC):
+    """Changes the model's parameters in place, batch by batch."""
+
+    name: str  # recorded with the run: another stepper's sums round differently, so a resume must use the same one
+
+    @abstractmethod
+    def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
+        """One update at learning rate `lr`; `dead_F` (bool) turns AuxK on where any is true."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state: tensors and plain values, what `load_state_dict` needs for the same bits."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+
+
+class TorchStepper(Stepper):
+    """The sparse gradients of `kernels.FastStep`, then torch's own fused Adam. Any device, no compiler."""
+
+    name = "torch"
+
+    def __init__(self, model: TopKSAE, settings: LossSettings, config: TrainConfig) -> None:
+        self.model = model
+        self._gradients = FastStep(model, settings)
+        self._optimizer = torch.optim.Adam(
+            model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+
+    def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        result = self._gradients(u_ND, dead_F)
+        apply_update_(self.model, self._optimizer)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state)
+
+
+def make_stepper(model: TopKSAE, settings: LossSettings, config: TrainConfig) -> Stepper:
+    """The stepper for this model, device and configuration."""
+    return TorchStepper(model, settings, config)
