@@ -17,7 +17,7 @@ from typing import Any
 from bench import capture_cases as cases
 from bench import capture_storage as storage
 from bench.capture_cases import Settings
-from bench.common import PEER_PYTHON, BenchError, Row, cache_folder, machine, report
+from bench.common import PEER_PYTHON, BenchError, Row, cache_folder, machine, report, write_json
 
 GROUPS = ("bare", "peers", "growth", "reading")
 
@@ -45,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
                 rows += _group(group, model, own, facts)
             except BenchError as error:  # the other groups' rows are worth their time
                 facts.setdefault("failed", []).append(f"{name} {group}: {error}")
-    facts["seconds"] = round(time.monotonic() - started)
+            facts["seconds"] = round(time.monotonic() - started)
+            if options.json:
+                write_json(rows, facts, options.json)
     report(rows, facts, title="capture", json_path=options.json)
     return 3 if "failed" in facts else 0
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.capture_cases import MEMORY_BATCH, BenchModel, Say, Settings, point_of
+from bench.capture_cases import BenchModel, Say, Settings, point_of
 from bench.common import Row, compare, in_turns, our_worker
 
 GROWTH_TARGET, READ_TARGET = 0.9, 0.7
@@ -18,7 +18,7 @@ def memory_growth(model: BenchModel, settings: Settings, say: Say) -> list[Row]:
     The benchmark's own table of tokens, which lies in memory, is left out; a corpus on disk is never held.
     """
     kind, peaks = settings.kinds[-1], {}
-    shape = {"batch_tokens": MEMORY_BATCH * settings.context, "ubatch_tokens": 512}
+    shape = {"batch_tokens": 4 * settings.context, "ubatch_tokens": 512}
     for times in (1, 16):
         say(f"{model.name}: memory for {times}x the tokens")
         request = {"context": settings.context, "threads": settings.threads, "seed": settings.seed, "shape": shape}

@@ -153,7 +153,7 @@ def machine() -> dict[str, Any]:
 
 
 def report(rows: Sequence[Row], facts: Mapping[str, Any], *, title: str, json_path: Path | None = None) -> None:
-    """Print the table; write `{"rows": [...], "machine": {...}}` where asked."""
+    """Print the table; `write_json` where asked."""
     table = Table(title=title)
     for name in ("case", "peer", "unit", "ours", "theirs", "ratio", "target", ""):
         table.add_column(name, justify="right" if name in ("ours", "theirs", "ratio", "target") else "left")
@@ -166,9 +166,12 @@ def report(rows: Sequence[Row], facts: Mapping[str, Any], *, title: str, json_pa
     console.print(table)
     console.print("ratio > 1: ours is better; ! misses its target. " + json.dumps(dict(facts)))
     if json_path is not None:
-        json_path.write_text(
-            json.dumps({"rows": [asdict(row) for row in rows], "machine": dict(facts)}, indent=1) + "\n"
-        )
+        write_json(rows, facts, json_path)
+
+
+def write_json(rows: Sequence[Row], facts: Mapping[str, Any], path: Path) -> None:
+    """`{"rows": [...], "machine": {...}}`; called after each part of a long run, so that a stopped one keeps its rows."""
+    path.write_text(json.dumps({"rows": [asdict(row) for row in rows], "machine": dict(facts)}, indent=1) + "\n")
 
 
 def cache_folder() -> Path:

@@ -40,9 +40,9 @@ models: dict[str, Model] = {}
 memory_facts: dict[str, int] = {}
 
 
-def model_at(path: str) -> Model:
+def model_at(path: str, *, mmap: bool = True) -> Model:
     if path not in models:
-        models[path] = Model(path)
+        models[path] = Model(path, use_mmap=mmap)
     return models[path]
 
 
@@ -108,10 +108,10 @@ def beside(busy: bool) -> Iterator[None]:
 
 def run(
     path: str, points: list[str], windows: int, context: int, shape: dict[str, int], threads: int, seed: int,
-    busy: bool = False, settings: dict[str, Any] | None = None,
+    busy: bool = False, settings: dict[str, Any] | None = None, mmap: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Tokens/s of a capture."""
-    model = model_at(path)
+    model = model_at(path, mmap=mmap)
     table = random_table(windows, context, model.n_vocab, seed)
     memory_facts["table_bytes"] = sum(np.asarray(column).nbytes for column in table.columns().values())
     with beside(busy):

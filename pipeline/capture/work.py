@@ -73,7 +73,7 @@ def _opened(work: CaptureWork, n_threads: int) -> Capturer:
         _kept = None
     table = open_table(Path(work.spool))
     plan = make_plan(table, hooks=dict(work.hooks), extract=work.extract, store=work.layout)
-    model = Model(work.model_path, n_gpu_layers=work.model.n_gpu_layers)
+    model = Model(work.model_path, n_gpu_layers=work.model.n_gpu_layers, use_mmap=work.model.mmap)
     try:
         _refuse_other(work, plan, model)
     except BaseException:

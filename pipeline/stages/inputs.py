@@ -66,7 +66,7 @@ def open_model(context: RunContext) -> Model:
     from ..llama.model import Model
 
     config = context.config.model
-    model = Model(model_path(config), n_gpu_layers=config.n_gpu_layers)
+    model = Model(model_path(config), n_gpu_layers=config.n_gpu_layers, use_mmap=config.mmap)
     context.add_input("model", model.path, model.id.sha256, architecture=model.id.architecture)
     return model
 
