@@ -54,6 +54,7 @@ def test_the_wheel_holds_the_packages_the_configs_and_the_model(installed):
         "conf/inspect.yaml",
         "conf/store.yaml",
         "pipeline/llama/ask.c",
+        "pipeline/store/rows.c",
         "pipeline/data/pylm.gguf",
         "sae/model.py",
         "convert/sae_gguf.py",

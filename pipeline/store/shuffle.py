@@ -14,7 +14,7 @@ import numpy as np
 from sae.errors import ConfigError, StoreError
 
 from .mixing import MixingOrder
-from .schema import STORED_DTYPES, is_finite, to_float32
+from .rows import RowBuffer
 
 if TYPE_CHECKING:
     from .reader import ActivationStore
@@ -60,7 +60,7 @@ class ShuffledBatches:
             block_rows = max(1, min(BLOCK_ROWS, self._slots // MIN_BLOCKS_IN_BUFFER))
             block_starts = np.append(np.arange(0, store.n_rows, block_rows), store.n_rows)
         self._block_starts = block_starts
-        self._buffer_MD = np.empty((self._slots, self.d_in), STORED_DTYPES[self.dtype])
+        self._buffer = RowBuffer(self._slots, self.d_in, self.dtype)
         self._order = MixingOrder(len(block_starts) - 1, self._block, slots=self._slots, seed=seed)
         self._loaded = np.full(
             self._slots, -1
@@ -68,14 +68,13 @@ class ShuffledBatches:
         self._round = -1
         self._threads = ThreadPoolExecutor(store.backend.at_once, "read")
         self._reads: list[Future[None]] = []
-        self._finite = True  # of every row read so far; looked at by the threads that read
 
     def next(self) -> np.ndarray:
         """The next B rows, a new float32 array."""
-        taken: list[np.ndarray] = []
-        missing = self.batch_rows
-        while missing:
-            slots = self._order.next_slots(missing)
+        x_BD = np.empty((self.batch_rows, self.d_in), np.float32)
+        done = 0
+        while done < self.batch_rows:
+            slots = self._order.next_slots(self.batch_rows - done)
             if self._order.rounds != self._round:  # what is served now was filled in the rounds before
                 self._read_new()
                 self._settle()
@@ -83,12 +82,12 @@ class ShuffledBatches:
             if not np.array_equal(self._loaded[slots], self._order.slot_row[slots]):
                 self._read_new()
                 self._settle()
-            taken.append(np.take(self._buffer_MD, slots, axis=0))
-            missing -= len(slots)
+            self._buffer.take_into(slots, x_BD[done : done + len(slots)])
+            done += len(slots)
             while self._order.room and self._order.fill():
                 pass
             self._read_new()
-        return to_float32(taken[0] if len(taken) == 1 else np.concatenate(taken), self.dtype, finite=self._finite)
+        return x_BD
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on with the next batch; JSON-ready."""
@@ -151,5 +150,4 @@ class ShuffledBatches:
         except BaseException:
             self._loaded[slots] = -1
             raise
-        self._finite = self._finite and is_finite(stored, self.dtype)
-        self._buffer_MD[slots] = stored if len(stored) == len(rows) else stored[rows - rows[0]]
+        self._buffer.put(slots, stored, rows, int(rows[0]))
