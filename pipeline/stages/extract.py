@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sae.errors import ConfigError
 
@@ -18,13 +17,9 @@ from ..store.picture import draw_stats
 from ..store.reader import ActivationStore
 from ..store.schema import is_store
 from ..store.writer import invalidate
-from .corpora import SPOOL_NAME, window_table
+from .corpora import window_table
+from .executing import capture_work, executor_of, refuse_early
 from .inputs import STORE_NAME, counted, describe_model, open_model, relative, store_sha256, warn_not_finite
-
-if TYPE_CHECKING:
-    from ..capture.work import CaptureWork
-    from ..executors import Executor
-    from ..llama.model import Model
 
 PICTURE_NAME = "statistics.png"
 
@@ -40,6 +35,7 @@ def run(context: RunContext) -> None:
         # what is misspelt or cannot be had is found before the corpus is read
         widths = hook_widths(model, config.hooks.points, config.model)
         choose_backend(config.extract.backend, model, [HookPoint.parse(name) for name in widths])
+        refuse_early(config, path)
         executor = executor_of(context)
         table = window_table(context, model, spool=True)
         plan = make_plan(table, hooks=widths, extract=config.extract, store=config.store)
@@ -79,32 +75,6 @@ def only_plan(context: RunContext, plan: Plan, cost: Estimate, given: str) -> No
     context.metrics = {"rows": plan.rows, "bytes": cost.bytes_missing, "seconds": cost.seconds}
     output = f"nothing was captured (extract.plan_only=true); `ggscope extract resume={relative(context.folder)}` does"
     context.three_lines(given, what_it_costs(plan, cost), output)
-
-
-def executor_of(context: RunContext) -> Executor | None:
-    """The executor of the settings; None where this process captures itself."""
-    config = context.config
-    if config.executor.kind == "local":
-        return None
-    from ..executors import open_executor
-
-    threads = config.executor.threads_per_worker or config.model.n_threads
-    return open_executor(replace(config.executor, threads_per_worker=threads), context.folder)
-
-
-def capture_work(context: RunContext, model: Model, plan: Plan, store: Location) -> CaptureWork:
-    """What an executor's workers are told: files by absolute path, and the settings."""
-    from ..capture.work import CaptureWork
-
-    return CaptureWork(
-        model_path=str(model.path.resolve()),
-        spool=str(context.folder / SPOOL_NAME),
-        store=str(store),
-        model=context.config.model,
-        extract=context.config.extract,
-        layout=context.config.store,
-        hooks=tuple(plan.hooks.items()),
-    )
 
 
 def what_it_costs(plan: Plan, cost: Estimate) -> str:

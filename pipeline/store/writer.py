@@ -184,11 +184,7 @@ class StoreWriter:
             backend.remove_partial()
             self._check_room(len(self.missing()))
             return
-        strangers = backend.entries() - OWN_ENTRIES
-        if strangers:
-            raise StoreError(
-                f"{backend.location} holds other files ({', '.join(sorted(strangers)[:3])}); give an empty store.path"
-            )
+        refuse_strangers(backend)
         backend.remove_partial()
         for key in backend.list():
             if key != LOCK_FILE:
@@ -262,6 +258,16 @@ def no_room(location: Location | Backend, needed_bytes: int) -> Iterator[None]:
             f"disk full while writing {backend.location} ({error.strerror}): {needed_bytes / 1e9:.3f} GB more are "
             f"needed; {done} committed shards are safe, make room and resume"
         ) from None
+
+
+def refuse_strangers(location: Location | Backend) -> None:
+    """Raises StoreError when a store can neither be made at `location` nor is there: it holds other files."""
+    backend = open_backend(location)
+    strangers = set() if is_store(backend) else backend.entries() - OWN_ENTRIES
+    if strangers:
+        raise StoreError(
+            f"{backend.location} holds other files ({', '.join(sorted(strangers)[:3])}); give an empty store.path"
+        )
 
 
 def refuse_difference(location: Location, stored: StoreMeta, wanted: StoreMeta) -> None:

@@ -55,6 +55,18 @@ def test_run_refuses_what_it_cannot_train_on_before_it_captures(points, tmp_path
     assert not list(tmp_path.glob("runs/run/*/extract"))
 
 
+def test_what_the_plan_or_the_store_would_refuse_is_refused_before_the_corpus_is_read(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "thesis.txt").write_text("mine")
+    for setting, said in {
+        "extract.batch_tokens=8": "extract.batch_tokens=8 is less than a window",
+        "store.path=store": "holds other files (thesis.txt)",
+    }.items():
+        assert said in last_line(ggscope("extract", *SMALL, setting, cwd=tmp_path, code=2))
+    assert not list(tmp_path.glob("runs/extract/*/corpus"))
+    assert (tmp_path / "store" / "thesis.txt").read_text() == "mine"
+
+
 def test_an_sae_of_another_model_is_refused(made, tmp_path):
     from tests.tiny_llama import write_tiny_llama
 
