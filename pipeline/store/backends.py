@@ -14,6 +14,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, final
@@ -112,6 +113,11 @@ class Backend(ABC):
         with ThreadPoolExecutor(min(self.at_once, len(items))) as pool:
             return list(pool.map(call, items))
 
+    @contextmanager
+    def descriptor(self, key: str) -> Iterator[int | None]:
+        """An open file of an object; None where objects are no files. Raises FileNotFoundError."""
+        yield None
+
     def chunks(self, key: str, size: int) -> Iterator[bytes]:
         """The first `size` bytes of an object, in pieces of bounded size."""
         for start in range(0, size, CHUNK_BYTES):
@@ -128,9 +134,17 @@ class LocalBackend(Backend):
     def get(self, key: str) -> bytes:
         return (self.folder / key).read_bytes()
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
+    @contextmanager
+    def descriptor(self, key: str) -> Iterator[int | None]:
         descriptor = os.open(self.folder / key, os.O_RDONLY)
         try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self.descriptor(key) as descriptor:
+            assert descriptor is not None
             data = os.pread(descriptor, length, start)
             if len(data) < length:  # one call reads at most 2 GiB
                 parts = [data]
@@ -138,8 +152,6 @@ class LocalBackend(Backend):
                     done = sum(map(len, parts))
                     parts.append(os.pread(descriptor, length - done, start + done))
                 data = b"".join(parts)
-        finally:
-            os.close(descriptor)
         return whole(data, length, f"{self.folder / key}")
 
     def put(self, key: str, data: Buffer | Iterable[Buffer]) -> None:

@@ -21,6 +21,7 @@ from .checks import parse_object
 from .commits import Commit, committed_shards, read_commit, read_shard_stats
 from .documents import document_of
 from .encode import ARRAY_METADATA, is_plain, plain_index, shard_key
+from .rows import RowBuffer
 from .schema import DOCS_FILE, STORED_DTYPES, HookInfo, index_size, read_meta, to_float32
 from .shuffle import ShuffledBatches
 from .statistics import Fold, HookStats
@@ -124,9 +125,41 @@ class ActivationStore:
         info = self.meta.hook(hook)
         return self._read(info.array_path, np.dtype(STORED_DTYPES[info.dtype]), (info.width,), start, stop)
 
-    def stored_blocks(self, hook: str, blocks: Sequence[tuple[int, int]]) -> Sequence[np.ndarray]:
-        """`stored_rows` of several `(start, stop)`, in order; from object storage several at a time."""
-        return self.backend.each(lambda block: self.stored_rows(hook, *block), blocks)
+    def read_into(self, hook: str, rows_N: np.ndarray, buffer: RowBuffer, slots_N: np.ndarray) -> None:
+        """Rows (ascending) into slots of a buffer, from local shard files straight to their places."""
+        info = self.meta.hook(hook)
+        dtype, width, start = np.dtype(STORED_DTYPES[info.dtype]), (info.width,), int(rows_N[0])
+        for commit, low, high in self._spans(start, int(rows_N[-1]) + 1):
+            part = slice(*np.searchsorted(rows_N, (start, start + high - low)).tolist())
+            if part.stop > part.start and not self._read_file(
+                info, commit, low, rows_N[part], start, buffer, slots_N[part]
+            ):
+                stored = self._shard_rows(info.array_path, dtype, width, commit, low, high)
+                buffer.put(slots_N[part], stored, rows_N[part], start)
+            start += high - low
+
+    def _read_file(
+        self,
+        info: HookInfo,
+        commit: Commit,
+        low: int,
+        rows_n: np.ndarray,
+        first: int,
+        buffer: RowBuffer,
+        slots_n: np.ndarray,
+    ) -> bool:
+        """`first` is the number of row `low` of the shard. False where its file cannot be read that way."""
+        key, row_bytes = (
+            shard_key(info.array_path, commit.shard, 2),
+            info.width * np.dtype(STORED_DTYPES[info.dtype]).itemsize,
+        )
+        try:
+            if not self._plain_file(info.array_path, key, commit, row_bytes, is_hook=True):
+                return False
+            with self.backend.descriptor(key) as file:
+                return file is not None and buffer.read(file, low * row_bytes, slots_n, rows_n, first)
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise self._damaged(commit, f"{info.array_path} cannot be read ({error})") from None
 
     def stats(self, hook: str) -> HookStats:
         """Mean, variance, norm quantiles, ... over the unflagged rows, from the commits: no data is read."""
@@ -210,18 +243,21 @@ class ActivationStore:
     ) -> np.ndarray:
         key = shard_key(array_path, commit.shard, 1 + len(width))
         row_bytes = dtype.itemsize * int(np.prod(width, dtype=np.int64))
-        if key not in self._plain:
-            self._check_size(key, commit)
-            self._plain[key] = self.fast_path and self._is_plain(
-                array_path, key, commit, row_bytes, is_hook=bool(width)
-            )
+        plain = self._plain_file(array_path, key, commit, row_bytes, is_hook=bool(width))
         try:
-            if not self._plain[key]:
+            if not plain:
                 return self._through_zarr(array_path, dtype, width, commit.shard * self.meta.shard_rows, start, stop)
             data = self.backend.get_range(key, start * row_bytes, (stop - start) * row_bytes)
             return np.frombuffer(data, dtype).reshape(stop - start, *width)
         except (ValueError, KeyError, OSError) as error:
             raise self._damaged(commit, f"{array_path} cannot be read ({error})") from None
+
+    def _plain_file(self, array_path: str, key: str, commit: Commit, row_bytes: int, *, is_hook: bool) -> bool:
+        """`_is_plain`, found once for each file."""
+        if key not in self._plain:
+            self._check_size(key, commit)
+            self._plain[key] = self.fast_path and self._is_plain(array_path, key, commit, row_bytes, is_hook=is_hook)
+        return self._plain[key]
 
     def _is_plain(self, array_path: str, key: str, commit: Commit, row_bytes: int, *, is_hook: bool) -> bool:
         """Whether the file `key` is the rows one after another, then the shard index: size, codecs and index say so."""

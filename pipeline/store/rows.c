@@ -1,7 +1,11 @@
 /* Rows of a store between its format and float32, by row numbers: one pass where numpy needs four.
    `kind`: 0 float32, 1 float16, 2 bfloat16 (bits). */
+#define _GNU_SOURCE /* preadv */
+#include <errno.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -64,6 +68,53 @@ void ggscope_take_rows(const void * table, int64_t kind, int64_t width, const in
             brains((const uint16_t *) row, to, width);
         }
     }
+}
+
+#define VECTORS 512 /* of one system call; POSIX grants 1024 where it says so, Linux and macOS do */
+
+/* `bytes` from `offset` of a file into one row. 0, an errno, or -1 where the file ends too soon. */
+static int read_row(int file, char * to, int64_t bytes, int64_t offset) {
+    for (int64_t done = 0; done < bytes;) {
+        ssize_t got = pread(file, to + done, bytes - done, offset + done);
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got <= 0) {
+            return got < 0 ? errno : -1;
+        }
+        done += got;
+    }
+    return 0;
+}
+
+/* table[slots[r]] = row rows[r] - first of the rows that begin at `offset` of a file; `rows` ascend. Neighbours are
+   read in one call, straight to where they belong. The result of `read_row`. */
+int ggscope_read_rows(int file, int64_t offset, char * table, int64_t bytes, const int64_t * slots, const int64_t * rows,
+                      int64_t first, int64_t count) {
+    struct iovec vectors[VECTORS];
+    for (int64_t start = 0, stop; start < count; start = stop) {
+        int64_t used = 0;
+        for (stop = start; stop < count && rows[stop] == rows[start] + (stop - start); stop++) {
+            if (stop > start && slots[stop] == slots[stop - 1] + 1) {
+                vectors[used - 1].iov_len += bytes;
+            } else if (used < VECTORS) {
+                vectors[used++] = (struct iovec) {table + slots[stop] * bytes, bytes};
+            } else {
+                break;
+            }
+        }
+        int64_t at = offset + (rows[start] - first) * bytes;
+        if (preadv(file, vectors, (int) used, at) == (stop - start) * bytes) {
+            continue;
+        }
+        for (int64_t r = start; r < stop; r++) { /* interrupted, at the file's end, or an error: row by row says which */
+            int failed = read_row(file, table + slots[r] * bytes, bytes, offset + (rows[r] - first) * bytes);
+            if (failed) {
+                return failed;
+            }
+        }
+    }
+    return 0;
 }
 
 /* table[slots[r]] = data[rows[r] - first], whole rows of `bytes` */

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .schema import STORED_DTYPES, is_finite, to_float32
 SOURCE = Path(__file__).with_name("rows.c")
 FLAGS = (("-O3", "-march=native"), ("-O3", "-mcpu=native"), ("-O3",))
 KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
+UNUSED = 3  # references to an array that only the list, the loop and the question itself hold
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 _log = logging.getLogger(__name__)
@@ -54,6 +57,31 @@ class RowBuffer:
             len(rows_N),
         )
 
+    def read(self, file: int, offset: int, slots_N: np.ndarray, rows_N: np.ndarray, first: int) -> bool:
+        """`put` from the open `file`, whose rows (from `first` on) begin at byte `offset`. False: not without a compiler.
+
+        Raises OSError, EOFError where the file ends too soon.
+        """
+        if self._library is None:
+            return False
+        table_MD = self._stored_MD
+        slots_N, rows_N = _numbers(slots_N), _numbers(rows_N)
+        failed = self._library.ggscope_read_rows(
+            file,
+            offset,
+            table_MD.ctypes.data,
+            table_MD.strides[0],
+            slots_N.ctypes.data,
+            rows_N.ctypes.data,
+            first,
+            len(rows_N),
+        )
+        if failed < 0:
+            raise EOFError("the file ends too soon")
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+        return True
+
     def take_into(self, slots_N: np.ndarray, out_ND: np.ndarray) -> None:
         """`out_ND` (float32, contiguous rows) becomes the slots' rows."""
         table_MD = self._stored_MD
@@ -73,6 +101,27 @@ class RowBuffer:
         )
 
 
+class BatchArrays:
+    """Float32 arrays (B, D) for batches, used again once nobody holds them or a view of them.
+
+    A fresh array of some megabytes costs more than filling it: the system hands out every page of it zeroed.
+    """
+
+    def __init__(self, rows: int, width: int, most: int = 4) -> None:
+        self._shape, self._most = (rows, width), most
+        self._made: list[np.ndarray] = []
+
+    def next(self) -> np.ndarray:
+        """An array of anything."""
+        for x_BD in self._made:
+            if sys.getrefcount(x_BD) == UNUSED:
+                return x_BD
+        fresh_BD = np.empty(self._shape, np.float32)
+        if len(self._made) < self._most:
+            self._made.append(fresh_BD)
+        return fresh_BD
+
+
 def _numbers(rows_N: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(rows_N, np.int64)
 
@@ -87,5 +136,7 @@ def _library() -> Any:
         return None
     library.ggscope_put_rows.argtypes = (_P, _I, _P, _P, _P, _I, _I)
     library.ggscope_take_rows.argtypes = (_P, _I, _I, _P, _I, _P)
+    library.ggscope_read_rows.argtypes = (ctypes.c_int, _I, _P, _I, _P, _P, _I, _I)
+    library.ggscope_read_rows.restype = ctypes.c_int
     library.ggscope_put_rows.restype = library.ggscope_take_rows.restype = None
     return library

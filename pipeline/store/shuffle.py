@@ -14,7 +14,7 @@ import numpy as np
 from sae.errors import ConfigError, StoreError
 
 from .mixing import MixingOrder
-from .rows import RowBuffer
+from .rows import BatchArrays, RowBuffer
 
 if TYPE_CHECKING:
     from .reader import ActivationStore
@@ -61,6 +61,7 @@ class ShuffledBatches:
             block_starts = np.append(np.arange(0, store.n_rows, block_rows), store.n_rows)
         self._block_starts = block_starts
         self._buffer = RowBuffer(self._slots, self.d_in, self.dtype)
+        self._arrays = BatchArrays(batch_rows, self.d_in)
         self._order = MixingOrder(len(block_starts) - 1, self._block, slots=self._slots, seed=seed)
         self._loaded = np.full(
             self._slots, -1
@@ -70,8 +71,8 @@ class ShuffledBatches:
         self._reads: list[Future[None]] = []
 
     def next(self) -> np.ndarray:
-        """The next B rows, a new float32 array."""
-        x_BD = np.empty((self.batch_rows, self.d_in), np.float32)
+        """The next B rows, a float32 array of their own for as long as it, or a view of it, is held."""
+        x_BD = self._arrays.next()
         done = 0
         while done < self.batch_rows:
             slots = self._order.next_slots(self.batch_rows - done)
@@ -146,8 +147,7 @@ class ShuffledBatches:
         """Rows (ascending, nearly contiguous) into slots."""
         rows, slots = piece
         try:
-            stored = self.store.stored_rows(self.hook, int(rows[0]), int(rows[-1]) + 1)
+            self.store.read_into(self.hook, rows, self._buffer, slots)
         except BaseException:
             self._loaded[slots] = -1
             raise
-        self._buffer.put(slots, stored, rows, int(rows[0]))

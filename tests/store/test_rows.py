@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.store import rows as module
-from pipeline.store.rows import RowBuffer
+from pipeline.store.rows import BatchArrays, RowBuffer
 from pipeline.store.schema import STORED_DTYPES
 from sae.native.build import BuildError
 
@@ -75,3 +75,44 @@ def test_without_a_compiler_numpy_copies(monkeypatch, caplog):
         module._library.cache_clear()
     assert out.tolist() == [[3.0, 4.0]]
     assert "no C compiler" in caplog.text
+
+
+@pytest.mark.parametrize("row_values", [1, 9, 700])
+def test_rows_are_read_from_a_file_straight_to_their_slots(tmp_path, row_values):
+    rng = np.random.default_rng(row_values)
+    whole = rng.standard_normal((900, row_values)).astype(np.float32)
+    (tmp_path / "shard").write_bytes(b"head" + whole.tobytes())
+    rows = np.flatnonzero(rng.random(900) < 0.97)  # gaps, and runs of more rows than one system call takes
+    rows = np.concatenate([rows[rows < 100], rows[rows > 130]])
+    slots = rng.permutation(len(rows))
+    slots[100:300] = np.sort(slots[100:300])  # and slots that follow each other
+    buffer = RowBuffer(len(rows), row_values, "float32")
+    with (tmp_path / "shard").open("rb") as file:
+        assert buffer.read(file.fileno(), 4, slots, rows + 1000, 1000)
+    out = np.empty((len(rows), row_values), np.float32)
+    buffer.take_into(slots, out)
+    assert np.array_equal(out, whole[rows])
+
+
+def test_a_file_that_ends_too_soon_is_said(tmp_path):
+    (tmp_path / "shard").write_bytes(bytes(4 * 5 - 1))
+    with (tmp_path / "shard").open("rb") as file:
+        buffer = RowBuffer(5, 1, "float32")
+        with pytest.raises(EOFError):
+            buffer.read(file.fileno(), 0, np.arange(5), np.arange(5), 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        buffer.read(-1, 0, np.arange(5), np.arange(5), 0)
+
+
+def test_arrays_are_used_again_only_when_nobody_holds_them():
+    arrays = BatchArrays(2, 3, most=2)
+    a = arrays.next()
+    address = a.ctypes.data
+    view = a[1:]
+    del a
+    b = arrays.next()
+    assert b.ctypes.data != address  # the view still needs it
+    c = arrays.next()
+    assert c.ctypes.data not in (address, b.ctypes.data)  # both are held: a fresh one
+    del view
+    assert arrays.next().ctypes.data == address
