@@ -8,6 +8,7 @@ import math
 from .errors import ConfigError
 
 FREE_KEYS = ("checkpoint_steps", "log_steps", "keep_last", "device", "prefetch_batches")  # may change on resume
+SHARED_KEYS = ("batch_tokens", "tokens", *FREE_KEYS)  # the same for SAEs trained on the same batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
