@@ -49,6 +49,8 @@ class Learner:
         self.encoder_dtype = encoder_dtype(config.encoder_dtype, device)
         self.step = 0
         self.metrics: dict[str, Any] = {}
+        self.diverged = ""  # why it is trained no further
+        self.best: dict[str, Any] | None = None  # step and FVU of the best scheduled checkpoint
         self._generator = torch.Generator().manual_seed(config.seed)
         self.scale = input_scale(subject.variance, subject.d_in)
         self.model = TopKSAE(
@@ -70,6 +72,7 @@ class Learner:
         self._fired_F = torch.zeros_like(self._idle_F)
         self._fired_rows = self._revived = 0
         self._window = Window(device)
+        self._span_2 = torch.zeros(2, dtype=torch.float64, device=device)  # error and scatter since `judge`
 
     # ---- training ----
 
@@ -87,6 +90,7 @@ class Learner:
             self._fired_rows += len(u_BD)
         self.step += 1
         self._window.add(result, scatter, len(u_BD))
+        self._span_2 += torch.stack([result.error, scatter])
 
     def _dead(self) -> torch.Tensor | None:
         """Mask of the latents that did not fire for dead_after_tokens; None where there is none."""
@@ -121,6 +125,15 @@ class Learner:
         }
         self._window = Window(self.device)
         return dict(self.metrics)
+
+    def judge(self) -> bool:
+        """Whether the FVU over the steps since the last call is the lowest so far."""
+        error, scatter = self._span_2.tolist()
+        self._span_2.zero_()
+        if not scatter or (self.best is not None and error / scatter >= self.best["fvu"]):
+            return False
+        self.best = {"step": self.step, "fvu": error / scatter}
+        return True
 
     def weights(self) -> SAEWeights:
         """The SAE as it is now, in raw model units."""
@@ -171,6 +184,8 @@ class Learner:
             "metrics": self.metrics,
             "fired_rows": self._fired_rows,
             "revived": self._revived + self._window.revived,
+            "best": self.best,
+            "span": self._span_2.tolist(),
         }
 
     def tensors(self) -> dict[str, Any]:
@@ -204,7 +219,8 @@ class Learner:
         self._fired_F.copy_(tensors["fired_F"])
         self._generator.set_state(tensors["generator"])
         self._fired_rows, self._revived = facts["fired_rows"], facts["revived"]
-        self.metrics = facts["metrics"]
+        self.metrics, self.best = facts["metrics"], facts["best"]
+        self._span_2.copy_(torch.tensor(facts["span"], dtype=torch.float64))
         self._window = Window(self.device)
 
 

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,15 +14,19 @@ import numpy as np
 import torch
 
 from .batches import BatchSource, Prefetcher
-from .checkpoint_torch import checkpoint_path, checkpoint_steps, checkpoints, load_checkpoint, prune, save_checkpoint
-from .errors import ConfigError, DivergedError, FormatError, InterruptedRunError, ShapeError
+from .clock import Clock
+from .devices import memory_failures_named, pick_device
+from .errors import ConfigError, DivergedError, InterruptedRunError, ShapeError
 from .learner import Learner, Subject
 from .model import TopKSAE
+from .saving import Saves, common_step
 from .signals import Signals
-from .train_config import SHARED_KEYS, TrainConfig
+from .train_config import TrainConfig, shared_settings
 from .weights import SAEWeights
 
-__all__ = ["BatchSource", "JointTrainer", "TrainConfig", "Trainer", "checkpoint_step"]
+__all__ = ["BatchSource", "JointTrainer", "TrainConfig", "Trainer", "checkpoint_step", "pick_device"]
+
+PLACE_KEYS = ("seed", "epoch", "served")  # of a source's state: what says where a batch is
 
 
 class Log(Protocol):
@@ -68,64 +70,87 @@ class JointTrainer:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.config = shared_settings(configs)
-        self.source, self.folder, self.step = source, Path(folder), 0
+        self.source, self.step = source, 0
         self.device = pick_device(self.config.device)
         subject = Subject(d_in=source.d_in, mean_D=mean_D, variance=float(variance), hook=hook, host=host)
-        self.learners = {name: Learner(config, subject, self.device) for name, config in configs.items()}
+        self._advice = memory_advice(configs)
+        with memory_failures_named(f"on {self.device.type} before the first step", self._advice):
+            self.learners = {name: Learner(config, subject, self.device) for name, config in configs.items()}
+        self.saves = Saves(
+            Path(folder), self.learners, keep_last=self.config.keep_last, save_best=self.config.save_best
+        )  # fmt: skip
         self._log = log or (lambda _name, _metrics: None)
         self._progress = progress or (lambda _tokens: None)
         self._scale = next(iter(self.learners.values())).scale
         self._mean_u_D = torch.from_numpy(mean_D.astype(np.float32) / self._scale).to(self.device)
         self._data_state: dict[str, Any] = source.state()
-        self._waited = self._seconds = 0.0  # since the last report
+        self._finite_step = 0  # the losses up to here were looked at
+        self._clock = Clock()
 
     # ---- running ----
 
     def fit(self, resume: bool = False) -> dict[str, SAEWeights]:
-        """Train to the end and return the SAEs in raw model units.
+        """Train to the end and return the SAEs in raw model units, without those that `diverged`.
 
         With `resume`, go on from the newest step of which every SAE has a checkpoint (from the start if there is none).
 
         Raises:
             ConfigError: checkpoints exist and `resume` is false, or they were made with other settings.
             InterruptedRunError: Ctrl-C or SIGTERM; a checkpoint was written.
-            DivergedError: the loss is not a finite number; names the step and the last good checkpoint.
+            DivergedError: no SAE is left whose loss is a finite number; names the step, the place in the data and the
+                last good checkpoint.
+            OutOfMemoryError: says what to lower.
             DiskError: a checkpoint could not be written; the earlier ones are intact.
             FormatError, ShapeError: a damaged checkpoint; batches of the wrong shape.
         """
-        existing = [path for name in self.learners for path in checkpoints(self.folder / name)]
+        existing = self.saves.existing()
         if existing and not resume:
             raise ConfigError(
                 f"{existing[-1].parent} already holds {existing[-1].name}; resume it or take another folder"
             )
-        if step := checkpoint_step(self.folder, *self.learners):
-            self._restore(step)
+        if step := common_step(self.saves.folder, self.learners):
+            self._data_state = self.saves.restore(step)
+            self.step = self._finite_step = step
+            self.source.load_state(self._data_state)
         config, left = self.config, self.config.steps - self.step
         with Signals() as signals, Prefetcher(self.source, config.prefetch_batches, left) as batches:
+            self._clock.start()
             while self.step < config.steps:
-                started = time.perf_counter()
-                ready = batches.next(lambda: signals.received is not None)
+                with self._clock.waiting():
+                    ready = batches.next(lambda: signals.received is not None)
                 if ready is None:
+                    self._check_finite()
                     raise self._interrupted(signals.received, self._save())
-                x_BD, state = ready
-                self._waited += time.perf_counter() - started
+                x_BD, self._data_state = ready
                 self._train(x_BD)
-                self._data_state = state
-                self._seconds += time.perf_counter() - started
                 self._after_step(signals.received)
         return self.weights()
 
     def weights(self) -> dict[str, SAEWeights]:
-        """The SAEs as they are now, in raw model units."""
-        return {name: learner.weights() for name, learner in self.learners.items()}
+        """The SAEs as they are now, in raw model units, without those that diverged."""
+        return {name: learner.weights() for name, learner in self._alive().items()}
+
+    @property
+    def diverged(self) -> dict[str, str]:
+        """The SAEs that were left out while others went on, and what happened."""
+        return {name: learner.diverged for name, learner in self.learners.items() if learner.diverged}
+
+    @property
+    def wait_share(self) -> float:
+        """Share of this process' training time in which a step waited for its batch. On a GPU an upper bound."""
+        return self._clock.wait_share
+
+    def _alive(self) -> dict[str, Learner]:
+        return {name: learner for name, learner in self.learners.items() if not learner.diverged}
 
     def _train(self, x_BD: np.ndarray) -> None:
         if x_BD.ndim != 2 or x_BD.shape[1] != self.source.d_in or len(x_BD) == 0:
             raise ShapeError(f"a batch must be (rows, {self.source.d_in}), the source gave {x_BD.shape}")
-        u_BD = torch.from_numpy(np.multiply(x_BD, 1 / self._scale, dtype=np.float32)).to(self.device)
-        scatter = (u_BD - self._mean_u_D).pow(2).sum()
-        for learner in self.learners.values():
-            learner.train(u_BD, scatter)
+        with memory_failures_named(f"on {self.device.type} at step {self.step + 1}", self._advice):
+            u_BD = torch.from_numpy(np.multiply(x_BD, 1 / self._scale, dtype=np.float32)).to(self.device)
+            scatter = (u_BD - self._mean_u_D).pow(2).sum()
+            for learner in self._alive().values():
+                learner.train(u_BD, scatter)
         self.step += 1
 
     def _after_step(self, received: str | None) -> None:
@@ -136,14 +161,21 @@ class JointTrainer:
         if self.device.type == "cpu" or log_due or save_due or received:
             self._check_finite()
         if log_due:
-            for name, learner in self.learners.items():
-                self._log(name, learner.report(self._seconds, self._waited))
-            self._waited = self._seconds = 0.0
+            self._clock.stop()
+            seconds, waited = self._clock.take()
+            for name, learner in self._alive().items():
+                self._log(name, learner.report(seconds, waited))
+            self._clock.start()
         self._progress(self.step * config.batch_tokens)
         if save_due or received:
-            path = self._save()
+            self._clock.stop()
+            path = self._save(scheduled=save_due)
             if received and not last:
                 raise self._interrupted(received, path)
+            self._clock.start()
+
+    def _save(self, *, scheduled: bool = False) -> Path:
+        return self.saves.save(self.step, self._data_state, scheduled=scheduled)
 
     def _interrupted(self, received: str | None, path: Path) -> InterruptedRunError:
         return InterruptedRunError(
@@ -151,34 +183,24 @@ class JointTrainer:
         )
 
     def _check_finite(self) -> None:
-        for name, learner in self.learners.items():
+        for name, learner in self._alive().items():
             if not math.isfinite(loss := learner.loss()):
-                good = checkpoints(self.folder / name)
-                raise DivergedError(
-                    f"the loss {f'of {name} ' if name else ''}is {loss} at step {self.step} "
-                    f"(lr {learner.config.lr_at(self.step - 1):.3g}); last good checkpoint: "
-                    f"{good[-1] if good else 'none yet'}; try a smaller lr, or check the activations"
-                )
+                learner.diverged = self._divergence(name, loss)
+                if not self._alive():
+                    raise DivergedError(learner.diverged)
+                self.saves.leave_out(name)
+        self._finite_step = self.step
 
-    # ---- checkpoints ----
-
-    def _save(self) -> Path:
-        """Write every SAE's checkpoint, then delete the old ones: a kill in between leaves a step that all have."""
-        for learner in self.learners.values():
-            learner.check_finite()
-        written = self.folder
-        for name, learner in self.learners.items():
-            meta = json.dumps(learner.facts() | {"data_state": self._data_state})
-            written = save_checkpoint(self.folder / name, self.step, learner.tensors() | {"meta": meta})
-        for name in self.learners:
-            prune(self.folder / name, keep_last=self.config.keep_last)
-        return written if len(self.learners) == 1 else self.folder
-
-    def _restore(self, step: int) -> None:
-        for name, learner in self.learners.items():
-            self._data_state = restored(learner, checkpoint_path(self.folder / name, step))
-        self.step = step
-        self.source.load_state(self._data_state)
+    def _divergence(self, name: str, loss: float) -> str:
+        first, good = self._finite_step + 1, self.saves.newest(name)
+        at = f"at step {self.step}" if first == self.step else f"at one of the steps {first} to {self.step}"
+        place = ", ".join(f"{key} {self._data_state[key]}" for key in PLACE_KEYS if key in self._data_state)
+        return (
+            f"the loss {f'of {name} ' if name else ''}is {loss} {at}, whose batch of {self.config.batch_tokens} rows "
+            f"ends in the data at {place or 'an unknown place'} "
+            f"(lr {self.learners[name].config.lr_at(self.step - 1):.3g}); last good checkpoint: {good or 'none yet'}; "
+            "try a smaller lr, or check the activations"
+        )
 
 
 class Trainer:
@@ -232,47 +254,12 @@ class Trainer:
         return self._joint.weights()[""]
 
 
-def shared_settings(configs: Mapping[str, TrainConfig]) -> TrainConfig:
-    """The first settings, after a check that the others have the same batches, tokens and ways to run.
-
-    Raises:
-        ConfigError: no settings, or a difference in one of SHARED_KEYS.
-    """
-    if not configs:
-        raise ConfigError("expected the settings of at least one SAE, got none")
-    first, *others = configs.items()
-    for name, config in others:
-        for key in SHARED_KEYS:
-            one, other = getattr(first[1], key), getattr(config, key)
-            if one != other:
-                raise ConfigError(f"SAEs trained together share {key}: {first[0]} has {one}, {name} has {other}")
-    return first[1]
-
-
-def restored(learner: Learner, path: Path) -> dict[str, Any]:
-    """Put the learner where the checkpoint was made; returns the state of the data there.
-
-    Raises:
-        ConfigError: made with other settings.
-        FormatError: damaged.
-    """
-    state = load_checkpoint(path)
-    try:
-        meta = json.loads(state["meta"])
-        identity = meta["identity"]
-    except (KeyError, ValueError, TypeError) as error:
-        raise FormatError(f"{path} is incomplete ({error}); delete it to resume from the one before") from error
-    try:
-        learner.check_identity(identity)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{path} was made with other settings ({error}); resume with its own, or start a new run"
-        ) from None
-    try:
-        learner.load(meta, state)
-        return meta["data_state"]
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise FormatError(f"{path} does not fit ({error}); delete it to resume from the one before") from error
+def memory_advice(configs: Mapping[str, TrainConfig]) -> str:
+    """What to lower where memory runs out."""
+    latents = ", ".join(str(number) for number in sorted({config.num_latents for config in configs.values()}))
+    (first, *_) = configs.values()
+    together = f", or train fewer than {len(configs)} SAEs together" if len(configs) > 1 else ""
+    return f"num_latents ({latents}) or batch_tokens ({first.batch_tokens}){together}"
 
 
 def checkpoint_step(folder: Path | str, *names: str) -> int:
@@ -280,20 +267,4 @@ def checkpoint_step(folder: Path | str, *names: str) -> int:
 
     0 if there is none; without names, that of `folder` itself.
     """
-    common = set.intersection(*(set(checkpoint_steps(Path(folder) / name)) for name in names or ("",)))
-    return max(common, default=0)
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto": CUDA where there is a GPU, else the CPU.
-
-    Raises:
-        ConfigError: an unknown device, or CUDA asked for and not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no CUDA GPU here; use device=cpu or auto")
-    return torch.device(name)
+    return common_step(Path(folder), names or ("",))

@@ -304,7 +304,8 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
     with pytest.raises(
-        DivergedError, match=r"loss is nan at step 10 .*checkpoint: .*step_00000008\.pt; try a smaller lr"
+        DivergedError,
+        match=r"loss is nan at step 10, whose batch of 128 rows ends in the data at served 10 .*checkpoint: .*step_00000008\.pt; ",
     ):
         trainer(tmp_path, toy=Toy(batch=128, poison=10)).fit()
     assert all(bool(t.isfinite().all()) for t in load_checkpoint(checkpoints(tmp_path)[-1])["model"].values())
