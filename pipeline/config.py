@@ -112,6 +112,7 @@ class SAEConfig:
     path: str = ""  # a checkpoint folder or an SAE GGUF; empty: the newest
     num_latents: int = 4096
     k: int = 32
+    seed: int = -1  # of the initial weights; -1: trainer.seed, which also orders the rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,10 +134,23 @@ class TrainerConfig:
     buffer_rows: int = 131_072  # mixing buffer of the shuffled reader
     checkpoint_steps: int = 500
     keep_last: int = 2
+    save_best: bool = False  # also keep the checkpoint of the lowest FVU, as the SAE `sae_best`
+    lr_search: list[float] = field(default_factory=list)  # learning rates to try first; the best is taken as lr
+    lr_search_share: float = 0.02  # ... on this share of the tokens
     log_steps: int = 20
     n_threads: int = 0
     device: str = "auto"
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TogetherConfig:
+    """Several SAEs on the same batches in one process: every combination of the values given here."""
+
+    num_latents: list[int] = field(default_factory=list)
+    k: list[int] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    seed: list[int] = field(default_factory=list)  # of the initial weights; the rows come in one order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +159,10 @@ class LoggerConfig:
 
     tensorboard: bool = False
     wandb: bool = False
-    wandb_project: str = "ggscope"
+    mlflow: bool = False
+    trackio: bool = False
+    project: str = "ggscope"  # the project of wandb and trackio, the experiment of mlflow
+    mlflow_uri: str = ""  # empty: a database in the run folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,6 +253,7 @@ class Config:
     inspect: InspectConfig = field(default_factory=InspectConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    together: TogetherConfig = field(default_factory=TogetherConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
@@ -285,7 +303,7 @@ LEAST: dict[str, float] = {
     "extract.batch_tokens": 1, "extract.ubatch_tokens": 1, "extract.calibration_tokens": 1, "extract.outlier_factor": 1,
     "executor.workers": 0, "executor.threads_per_worker": 0, "executor.gpus_per_worker": 0, "executor.retries": 0,
     "executor.timeout_minutes": 1, "executor.memory_gb": 1, "trainer.queue_batches": 1,
-    "sae.num_latents": 1, "sae.k": 1,
+    "sae.num_latents": 1, "sae.k": 1, "sae.seed": -1, "trainer.lr_search_share": 0,
     "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
     "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,

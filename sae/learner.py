@@ -50,7 +50,10 @@ class Learner:
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self.diverged = ""  # why it is trained no further
-        self.best: dict[str, Any] | None = None  # step and FVU of the best scheduled checkpoint
+        self.judged: float | None = (
+            None  # FVU over the steps before the last scheduled checkpoint, back to the one before
+        )
+        self.best: dict[str, Any] | None = None  # step and FVU of the best of them
         self._generator = torch.Generator().manual_seed(config.seed)
         self.scale = input_scale(subject.variance, subject.d_in)
         self.model = TopKSAE(
@@ -127,12 +130,13 @@ class Learner:
         return dict(self.metrics)
 
     def judge(self) -> bool:
-        """Whether the FVU over the steps since the last call is the lowest so far."""
+        """Set `judged` to the FVU over the steps since the last call, of which there is one; whether it is the best."""
         error, scatter = self._span_2.tolist()
         self._span_2.zero_()
-        if not scatter or (self.best is not None and error / scatter >= self.best["fvu"]):
+        self.judged = error / scatter
+        if self.best is not None and self.judged >= self.best["fvu"]:
             return False
-        self.best = {"step": self.step, "fvu": error / scatter}
+        self.best = {"step": self.step, "fvu": self.judged}
         return True
 
     def weights(self) -> SAEWeights:
@@ -184,6 +188,7 @@ class Learner:
             "metrics": self.metrics,
             "fired_rows": self._fired_rows,
             "revived": self._revived + self._window.revived,
+            "judged": self.judged,
             "best": self.best,
             "span": self._span_2.tolist(),
         }
@@ -219,7 +224,7 @@ class Learner:
         self._fired_F.copy_(tensors["fired_F"])
         self._generator.set_state(tensors["generator"])
         self._fired_rows, self._revived = facts["fired_rows"], facts["revived"]
-        self.metrics, self.best = facts["metrics"], facts["best"]
+        self.metrics, self.judged, self.best = facts["metrics"], facts["judged"], facts["best"]
         self._span_2.copy_(torch.tensor(facts["span"], dtype=torch.float64))
         self._window = Window(self.device)
 

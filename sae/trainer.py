@@ -19,7 +19,7 @@ from .devices import memory_failures_named, pick_device
 from .errors import ConfigError, DivergedError, InterruptedRunError, ShapeError
 from .learner import Learner, Subject
 from .model import TopKSAE
-from .saving import Saves, common_step
+from .saving import BEST, Saves, common_step, restored
 from .signals import Signals
 from .train_config import TrainConfig, shared_settings
 from .weights import SAEWeights
@@ -72,7 +72,9 @@ class JointTrainer:
         self.config = shared_settings(configs)
         self.source, self.step = source, 0
         self.device = pick_device(self.config.device)
-        subject = Subject(d_in=source.d_in, mean_D=mean_D, variance=float(variance), hook=hook, host=host)
+        self._subject = subject = Subject(
+            d_in=source.d_in, mean_D=mean_D, variance=float(variance), hook=hook, host=host
+        )
         self._advice = memory_advice(configs)
         with memory_failures_named(f"on {self.device.type} before the first step", self._advice):
             self.learners = {name: Learner(config, subject, self.device) for name, config in configs.items()}
@@ -129,6 +131,17 @@ class JointTrainer:
     def weights(self) -> dict[str, SAEWeights]:
         """The SAEs as they are now, in raw model units, without those that diverged."""
         return {name: learner.weights() for name, learner in self._alive().items()}
+
+    def best_weights(self) -> dict[str, SAEWeights]:
+        """The SAEs as they were at their best checkpoint, of those that have one which is not the newest."""
+        found = {}
+        for name, learner in self._alive().items():
+            path = self.saves.folder / name / BEST
+            if self.config.save_best and learner.best and learner.best["step"] != learner.step and path.exists():
+                then = Learner(learner.config, self._subject, self.device)
+                restored(then, path)
+                found[name] = then.weights()
+        return found
 
     @property
     def diverged(self) -> dict[str, str]:
