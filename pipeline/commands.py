@@ -92,6 +92,12 @@ COMMANDS: dict[str, Command] = {
         groups=("model", "corpus", "store", "sae", "report"),
         examples=("ggscope report", "ggscope report report.steer_latent=123"),
     ),
+    "compare": Command(
+        summary="a table of train runs, and FVU and CE recovered over L0 as a picture",
+        groups=("compare",),
+        examples=("ggscope compare", "ggscope compare runs/train/2026-01-31_12-00-00 runs/sweeps/2026-01-31_13-00-00-train", "ggscope compare format=json"),
+        path_key="compare.runs",
+    ),
     "inspect": Command(
         summary="a model's card, and the tensors and hook points of its real graph",
         groups=("model", "inspect"),

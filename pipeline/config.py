@@ -241,6 +241,22 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig:
+    runs: list[str] = field(default_factory=list)  # train runs, sweeps or folders of runs; empty: all of runs/train
+    format: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """`-m` with a search instead of every combination."""
+
+    trials: int = 0  # > 0: that many points, proposed by Optuna
+    metric: str = "fvu"  # of the run's manifest
+    maximize: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The union of all settings. All commands share it, so that one experiment file describes a whole run."""
 
@@ -262,6 +278,8 @@ class Config:
     lens: LensConfig = field(default_factory=LensConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     run_dir: str = ""
     resume: str = ""
 
@@ -292,6 +310,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "apply.format": ("text", "jsonl"),
     "lens.format": FORMATS,
     "patch.format": FORMATS,
+    "compare.format": FORMATS,
 }
 
 # settings with a least value; counts whose 0 means "all" or "chosen" start at 0
@@ -308,7 +327,7 @@ LEAST: dict[str, float] = {
     "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,
     "apply.max_tokens": 0, "apply.temperature": 0, "apply.top_latents": 0, "apply.seed": 0,
-    "lens.top": 1,
+    "lens.top": 1, "sweep.trials": 0, "sweep.seed": 0,
     "report.top_latents": 0, "report.contexts": 1, "report.tokens": 1, "report.steer_latent": -1,
 }  # fmt: skip
 

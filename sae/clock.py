@@ -13,12 +13,13 @@ class Clock:
     def __init__(self) -> None:
         self._seconds = self._waited = self._all_seconds = self._all_waited = 0.0
         self._since: float | None = None
+        self._first: float | None = None
 
     @property
     def wait_share(self) -> float:
-        """Waiting over everything so far, `take`n or not."""
-        seconds = self._all_seconds + self._seconds
-        return (self._all_waited + self._waited) / seconds if seconds else 0.0
+        """Waiting over everything so far, `take`n or not, without the first wait: a reader's buffer fills but once."""
+        seconds = self._all_seconds + self._seconds - (self._first or 0.0)
+        return (self._all_waited + self._waited - (self._first or 0.0)) / seconds if seconds else 0.0
 
     def start(self) -> None:
         self._since = time.perf_counter()
@@ -34,7 +35,10 @@ class Clock:
         """Counts what happens inside as waiting."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
+        waited = time.perf_counter() - started
+        self._waited += waited
+        if self._first is None:
+            self._first = waited
 
     def take(self) -> tuple[float, float]:
         """Seconds, and seconds waited, since the last call."""
