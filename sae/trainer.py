@@ -258,6 +258,11 @@ class Trainer:
         """The numbers of the last report."""
         return self.learner.metrics
 
+    @property
+    def wait_share(self) -> float:
+        """Share of the training time in which a step waited for its batch."""
+        return self._joint.wait_share
+
     def fit(self, resume: bool = False) -> SAEWeights:
         """Train to the end, from the newest checkpoint with `resume`; raises what `JointTrainer.fit` raises."""
         return self._joint.fit(resume)[""]

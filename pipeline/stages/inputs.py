@@ -177,7 +177,8 @@ def sae_path(context: RunContext) -> Path:
     several = [path for key, path in manifest["outputs"].items() if key.startswith(f"{SAE_NAME}:")]
     if several:
         names = ", ".join(relative(path) for path in several)
-        raise ConfigError(f"the newest train run holds {len(several)} SAEs; choose one with sae.path= ({names})")
+        key = "convert.source" if context.command == "convert" else "sae.path"
+        raise ConfigError(f"the newest train run holds {len(several)} SAEs; choose one with {key}= ({names})")
     return Path(newest_output(context, "train", "sae", "SAE"))
 
 

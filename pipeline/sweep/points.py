@@ -87,8 +87,16 @@ def named(points: list[list[str]]) -> list[Point]:
 
 def name_of(overrides: Sequence[str]) -> str:
     parts = [override.partition("=") for override in overrides]
-    text = "-".join(f"{key.split('.')[-1].lstrip('+~')}{value}" for key, _, value in parts)
+    text = "-".join(f"{key.split('.')[-1].lstrip('+~')}{shortened(value)}" for key, _, value in parts)
     return re.sub(r"[^\w.+-]+", "_", text).strip("_")[:80] or "point"
+
+
+def shortened(value: str) -> str:
+    """A number of many digits with four of them."""
+    try:
+        return value if len(value) <= 8 else f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def described(points: Sequence[Point]) -> dict[str, Any]:
