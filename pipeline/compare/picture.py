@@ -48,6 +48,7 @@ def plot(ax: Any, rows: Sequence[Row], key: str, colours: dict[int, Any], *, low
         mine = [(l0, value) for row, l0, value in found if row.num_latents == size]
         if mine:
             ax.scatter(*zip(*mine, strict=True), color=colour, s=34, zorder=2, label=f"{size} latents")
+    ax.margins(x=0.18, y=0.08)  # room for the names
     if len(found) <= FEW:
         for row, l0, value in found:
             ax.annotate(
