@@ -12,7 +12,7 @@ from ..loggers import open_loggers
 from ..run import RunContext
 from ..training.lr_search import search
 from ..training.picture import draw_training
-from ..training.reporter import Reporter
+from ..training.reporter import Reporter, result, searched_lines
 from ..training.settings import sae_folder, train_configs
 from .inputs import SAE_NAME, relative, warn_not_finite
 from .rows import TrainingRows, trainer_threads, training_rows
@@ -67,7 +67,8 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
                 open_trainer=open_trainer, resume=context.resumed, progress=progress,
             )  # fmt: skip
         configs = {name: replace(c, lr=searched[name]["best"]) for name, c in configs.items()}
-        say_searched(context, searched)
+        for line in searched_lines(searched):
+            context.console.print(line, highlight=False)
     step = checkpoint_step(folder, *configs)
     loggers = {
         name: open_loggers(config.logger, context.folder, asdict(config) | {"sae": asdict(c)}, step, name)
@@ -96,28 +97,6 @@ def note_metrics(context: RunContext, found: dict[str, SAEWeights], searched: di
         if name in searched:
             numbers[name]["lr_search"] = searched[name]
     context.metrics = numbers.get("", {"saes": numbers})
-
-
-def result(found: dict[str, SAEWeights]) -> str:
-    """The numbers of one SAE, or the size and FVU of each of several."""
-    first = next(iter(found.values()))
-    last = first.training["metrics"]
-    if len(found) == 1:
-        return (
-            f"{first.num_latents} latents, k={first.k}, {last['tokens']:,} tokens; FVU {last['fvu']:.4f}, "
-            f"L0 {last['l0']:.1f}, {last['revived_total']} latents revived, {last['tokens_per_s']:,.0f} tokens/s"
-        )
-    fvus = ", ".join(f"{name} {weights.training['metrics']['fvu']:.4f}" for name, weights in found.items())
-    return f"{len(found)} SAEs, {last['tokens']:,} tokens, {last['tokens_per_s']:,.0f} tokens/s each; FVU {fvus}"
-
-
-def say_searched(context: RunContext, searched: dict[str, dict[str, Any]]) -> None:
-    for name, found in searched.items():
-        tried = ", ".join(f"{lr}: {'diverged' if fvu is None else f'{fvu:.4f}'}" for lr, fvu in found["fvu"].items())
-        context.console.print(
-            f"{name}{': ' if name else ''}lr {found['best']:g} has the lowest FVU after {found['tokens']:,} tokens ({tried})",
-            highlight=False,
-        )
 
 
 def warn_waiting(context: RunContext, share: float) -> None:

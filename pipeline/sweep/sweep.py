@@ -16,7 +16,7 @@ from sae.errors import ConfigError, InterruptedRunError, SAEError
 from ..commands import COMMANDS
 from ..config import Config, ExecutorConfig
 from ..executors import open_executor
-from ..run import read_manifest, write_json
+from ..run import print_three, read_manifest, write_json
 from .points import Point, described, grid, spaces, split
 from .search import Search, run_search
 from .work import Runs
@@ -133,12 +133,11 @@ def searched(sweep: Sweep, search: Search, config: Config) -> None:
     run_search(search, run, max(1, sweep.executor.workers))
     best = search.best()
     write_json(sweep.folder / "best.json", best)
+    line = ""
     if best is not None:
         at = ", ".join(f"{key}={value}" for key, value in best["overrides"].items())
-        sweep.console.print(
-            f"best {config.sweep.metric} {best['value']:.4f} at {at} ({best['point']})", highlight=False
-        )
-    report_failures(sweep, codes, config.sweep.trials)
+        line = f"; best {config.sweep.metric} {best['value']:.4f} at {at} ({best['point']})"
+    report(sweep, codes, config.sweep.trials, line)
 
 
 def metric(run: Path, key: str) -> float | None:
@@ -150,12 +149,17 @@ def metric(run: Path, key: str) -> float | None:
 
 def finish(sweep: Sweep, work: Runs) -> None:
     codes = {point.name: code for i, point in enumerate(work.points) if (code := work.code(i)) is not None}
-    report_failures(sweep, codes, len(work.points))
+    report(sweep, codes, len(work.points))
 
 
-def report_failures(sweep: Sweep, codes: dict[str, int], count: int) -> None:
-    """One line, and the first failure's exit code, where some points failed."""
-    sweep.console.print(f"{count - len(codes)} of {count} points finished; sweep in {sweep.folder}", highlight=False)
+def report(sweep: Sweep, codes: dict[str, int], count: int, best: str = "") -> None:
+    """The three lines of a sweep; raises with the first failure's exit code where some points failed."""
+    print_three(
+        sweep.name,
+        f"{count} points of `ggscope {' '.join(sweep.command)}`",
+        f"{count - len(codes)} of {count} points finished{best}",
+        f"{sweep.folder}, and a run folder each in {Path('runs') / sweep.name}",
+    )
     if codes:
         named = ", ".join(f"{name} (exit code {code})" for name, code in codes.items())
         error = SAEError(

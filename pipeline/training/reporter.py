@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..loggers import MetricsLogger
 from ..run import ProgressCall
+
+if TYPE_CHECKING:
+    from sae.weights import SAEWeights
 
 
 class Reporter:
@@ -43,3 +47,24 @@ def note(rows: list[dict[str, Any]]) -> str:
         return low if low == high else f"{low}-{high}"
 
     return f"{span('tokens_per_s', ',.0f')}/s  FVU {span('fvu', '.4f')}  L0 {span('l0', '.1f')}  dead {span('dead', '.0f')}"
+
+
+def result(found: dict[str, SAEWeights]) -> str:
+    """The numbers of one SAE, or the size and FVU of each of several."""
+    first = next(iter(found.values()))
+    last = first.training["metrics"]
+    if len(found) == 1:
+        return (
+            f"{first.num_latents} latents, k={first.k}, {last['tokens']:,} tokens; FVU {last['fvu']:.4f}, "
+            f"L0 {last['l0']:.1f}, {last['revived_total']} latents revived, {last['tokens_per_s']:,.0f} tokens/s"
+        )
+    fvus = ", ".join(f"{name} {weights.training['metrics']['fvu']:.4f}" for name, weights in found.items())
+    return f"{len(found)} SAEs, {last['tokens']:,} tokens, {last['tokens_per_s']:,.0f} tokens/s each; FVU {fvus}"
+
+
+def searched_lines(searched: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What `lr_search` found, a line an SAE."""
+    for name, found in searched.items():
+        tried = ", ".join(f"{lr}: {'diverged' if fvu is None else f'{fvu:.4f}'}" for lr, fvu in found["fvu"].items())
+        start = f"{name}: " if name else ""
+        yield f"{start}lr {found['best']:g} has the lowest FVU after {found['tokens']:,} tokens ({tried})"

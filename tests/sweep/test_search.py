@@ -73,7 +73,7 @@ def test_the_command_searches(place):  # noqa: F811
     pytest.importorskip("optuna")
     words = ["train", "-m", *TRAIN, "trainer.lr=tag(log,interval(1e-4,1e-2))", "sae.k=3,4", "sweep.trials=3"]
     done = ggscope(*words, cwd=place)
-    assert "3 of 3 points finished" in done.stderr
+    assert "3 of 3 points finished; best fvu" in done.stdout
     (best,) = place.glob("runs/sweeps/*/best.json")
     manifests = [json.loads(path.read_text()) for path in place.glob("runs/train/*/manifest.json")]
     assert json.loads(best.read_text())["value"] == min(manifest["metrics"]["fvu"] for manifest in manifests)

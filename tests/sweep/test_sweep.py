@@ -41,7 +41,8 @@ def test_a_point_that_fails_stops_no_other_and_a_resumed_sweep_runs_only_that(ex
     done = ggscope(*words, cwd=place, code=2)
     assert "1 of 3 points failed: k999 (exit code 2)" in last_line(done)
     assert "k must be at most num_latents = 96, got 999" in done.stderr
-    assert done.stdout.count("train    output") == 2
+    assert done.stdout.count("train    output") == 3  # of two runs and of the sweep
+    assert "2 of 3 points finished" in done.stdout
     first = statuses(place)
     assert {k: status for k, (status, _) in first.items()} == {3: "finished", 5: "finished", 999: "failed"}
     again = ggscope(*words, "resume=latest", cwd=place, code=2)
@@ -68,7 +69,7 @@ def test_a_sweep_that_is_killed_goes_on_with_its_point(place):
     assert "resume=" in error.strip().splitlines()[-1]
     assert statuses(place)[3][0] == "interrupted"
     done = ggscope(*words, "resume=latest", cwd=place)
-    assert "2 of 2 points finished" in done.stderr
+    assert "2 of 2 points finished" in done.stdout
     (metrics,) = place.glob("runs/train/*-k3/metrics.jsonl")
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == sorted(set(steps))
