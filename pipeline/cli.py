@@ -233,6 +233,9 @@ def run_command(name: str, args: list[str]) -> None:
     import hydra
 
     register_schema()
+    if COMMANDS[name].keeps_run and not {"-m", "--multirun"}.isdisjoint(overrides):
+        sweep(name, [*([verb] if verb else []), *paths], texts, overrides)
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out instead of being printed
     sys.argv = [f"ggscope {name}", *overrides]
     failures: list[Exception] = []
@@ -243,6 +246,35 @@ def run_command(name: str, args: list[str]) -> None:
         exit_code_of(later, name)
     if failures:
         raise failures[0]
+
+
+def sweep(name: str, words: list[str], texts: dict[str, str], overrides: list[str]) -> None:
+    """`-m`: a run for each point, through an executor (`pipeline/sweep` says why not a launcher of Hydra's)."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    from .sweep.points import split
+    from .sweep.sweep import run_sweep
+
+    flags, settings, search_path = [], [], []
+    queue = [item for item in overrides if item not in ("-m", "--multirun")]
+    while queue:
+        item = queue.pop(0)
+        if item in ("--config-dir", "-cd"):
+            folder = str(Path(queue.pop(0)).resolve())
+            flags += ["--config-dir", folder]
+            search_path = [f"hydra.searchpath=[{in_quotes(f'file://{folder}')}]"]
+        elif item.startswith("-"):
+            raise ConfigError(f"-m takes no {item}; look at one point without -m")
+        else:
+            settings.append(item)
+    with initialize_config_module("conf", version_base="1.3"):
+        config = OmegaConf.to_object(compose(name, [*search_path, *split(settings)[0]]))
+    assert isinstance(config, Config)
+    check_ranges(config)
+    flag_of = {key: flag for flag, key in COMMANDS[name].prompts}
+    said = [word for key, text in texts.items() for word in (flag_of[key], text)]
+    run_sweep(name, config, [name, *words, *said], settings, flags)
 
 
 def suggestion(message: str, name: str) -> str:

@@ -52,8 +52,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         summary="fit a k-sparse autoencoder on a store, or on a capture running beside it",
-        groups=("store", "hooks", "sae", "trainer", "logger", "model", "corpus", "extract"),
-        examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train -m sae.k=16,32,64", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr", "ggscope train trainer.source=stream model.path=my.gguf hooks.points=[blocks.12.hook_resid_post] corpus=text corpus.paths=[notes/*.md]"),
+        groups=("store", "hooks", "sae", "trainer", "together", "logger", "model", "corpus", "extract"),
+        examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train together.k=[16,32,64]", "ggscope train trainer.lr_search=[5e-4,1e-3,2e-3,4e-3]", "ggscope train -m sae.k=16,32,64", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr", "ggscope train trainer.source=stream model.path=my.gguf hooks.points=[blocks.12.hook_resid_post] corpus=text corpus.paths=[notes/*.md]"),
     ),
     "evaluate": Command(
         summary="FVU, L0, dead share, and CE recovered inside llama.cpp, on held-out text beside baselines",
@@ -91,6 +91,12 @@ COMMANDS: dict[str, Command] = {
         summary="one HTML file: training curve, evaluation, latents with their contexts, lens, steering",
         groups=("model", "corpus", "store", "sae", "report"),
         examples=("ggscope report", "ggscope report report.steer_latent=123"),
+    ),
+    "compare": Command(
+        summary="a table of train runs, and FVU and CE recovered over L0 as a picture",
+        groups=("compare",),
+        examples=("ggscope compare", "ggscope compare runs/train/2026-01-31_12-00-00 runs/sweeps/2026-01-31_13-00-00-train", "ggscope compare format=json"),
+        path_key="compare.runs",
     ),
     "inspect": Command(
         summary="a model's card, and the tensors and hook points of its real graph",

@@ -113,6 +113,7 @@ class SAEConfig:
     path: str = ""  # a checkpoint folder or an SAE GGUF; empty: the newest
     num_latents: int = 4096
     k: int = 32
+    seed: int = -1  # of the initial weights; -1: trainer.seed, which also orders the rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,10 +135,23 @@ class TrainerConfig:
     buffer_rows: int = 131_072  # mixing buffer of the shuffled reader
     checkpoint_steps: int = 500
     keep_last: int = 2
+    save_best: bool = False  # also keep the checkpoint of the lowest FVU, as the SAE `sae_best`
+    lr_search: list[float] = field(default_factory=list)  # learning rates to try first; the best is taken as lr
+    lr_search_share: float = 0.02  # ... on this share of the tokens
     log_steps: int = 20
     n_threads: int = 0
     device: str = "auto"
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TogetherConfig:
+    """Several SAEs on the same batches in one process: every combination of the values given here."""
+
+    num_latents: list[int] = field(default_factory=list)
+    k: list[int] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    seed: list[int] = field(default_factory=list)  # of the initial weights; the rows come in one order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +160,10 @@ class LoggerConfig:
 
     tensorboard: bool = False
     wandb: bool = False
-    wandb_project: str = "ggscope"
+    mlflow: bool = False
+    trackio: bool = False
+    project: str = "ggscope"  # the project of wandb and trackio, the experiment of mlflow
+    mlflow_uri: str = ""  # empty: a database in the run folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,6 +242,22 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig:
+    runs: list[str] = field(default_factory=list)  # train runs, sweeps or folders of runs; empty: all of runs/train
+    format: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """`-m` with a search instead of every combination."""
+
+    trials: int = 0  # > 0: that many points, proposed by Optuna
+    metric: str = "fvu"  # of the run's manifest
+    maximize: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The union of all settings. All commands share it, so that one experiment file describes a whole run."""
 
@@ -237,6 +270,7 @@ class Config:
     inspect: InspectConfig = field(default_factory=InspectConfig)
     sae: SAEConfig = field(default_factory=SAEConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    together: TogetherConfig = field(default_factory=TogetherConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
@@ -245,6 +279,8 @@ class Config:
     lens: LensConfig = field(default_factory=LensConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     run_dir: str = ""
     resume: str = ""
 
@@ -275,6 +311,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "apply.format": ("text", "jsonl"),
     "lens.format": FORMATS,
     "patch.format": FORMATS,
+    "compare.format": FORMATS,
 }
 
 # settings with a least value; counts whose 0 means "all" or "chosen" start at 0
@@ -286,12 +323,12 @@ LEAST: dict[str, float] = {
     "extract.batch_tokens": 1, "extract.ubatch_tokens": 1, "extract.calibration_tokens": 1, "extract.outlier_factor": 1,
     "executor.workers": 0, "executor.threads_per_worker": 0, "executor.gpus_per_worker": 0, "executor.retries": 0,
     "executor.timeout_minutes": 1, "executor.memory_gb": 1, "trainer.queue_batches": 1,
-    "sae.num_latents": 1, "sae.k": 1,
+    "sae.num_latents": 1, "sae.k": 1, "sae.seed": -1, "trainer.lr_search_share": 0,
     "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
     "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,
     "apply.max_tokens": 0, "apply.temperature": 0, "apply.top_latents": 0, "apply.seed": 0,
-    "lens.top": 1,
+    "lens.top": 1, "sweep.trials": 0, "sweep.seed": 0,
     "report.top_latents": 0, "report.contexts": 1, "report.tokens": 1, "report.steer_latent": -1,
 }  # fmt: skip
 

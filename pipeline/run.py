@@ -55,6 +55,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def print_three(command: str, given: str, numbers: str, output: str, *, stderr: bool = False) -> None:
+    """The three lines of `RunContext.three_lines`."""
+    out = Console(highlight=False, soft_wrap=True, markup=False, stderr=stderr)
+    for name, text in (("input", given), ("result", numbers), ("output", output)):
+        out.print(f"{command:<9}{name:<7} {text}")
+
+
 class ProgressCall(Protocol):
     """The type of what `RunContext.progress` yields."""
 
@@ -105,9 +112,7 @@ class RunContext:
 
         On stdout, or on stderr where stdout carries JSON.
         """
-        out = Console(highlight=False, soft_wrap=True, markup=False, stderr=stderr)
-        for name, text in (("input", given), ("result", numbers), ("output", output)):
-            out.print(f"{self.command:<9}{name:<7} {text}")
+        print_three(self.command, given, numbers, output, stderr=stderr)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "tokens") -> Iterator[ProgressCall]:
@@ -179,7 +184,8 @@ def newest_finished(command: str, needed_for: str, output: str = "") -> tuple[Pa
 
 # settings, and whole groups, that change how fast or how often something is written, never the result
 NOT_RESULT_RELEVANT = {
-    "model.n_threads", "model.mmap", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.log_steps", "trainer.queue_batches", "store.verify",
+    "model.n_threads", "model.mmap", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.save_best",
+    "trainer.log_steps", "trainer.queue_batches", "store.verify",
     "extract.plan_only", "executor",
 }  # fmt: skip
 

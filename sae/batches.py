@@ -60,7 +60,7 @@ class Prefetcher:
         while len(self._reads) <= self._ahead and self._wanted:
             self._reads.append(self._pool.submit(self._read))
             self._wanted -= 1
-        while not wait([self._reads[0]], POLL_SECONDS).done:
+        while not self._reads[0].done() and not wait([self._reads[0]], POLL_SECONDS).done:
             if give_up():
                 return None
         return self._reads.popleft().result()

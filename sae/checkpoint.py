@@ -110,7 +110,7 @@ def load_weights(folder: Path | str) -> SAEWeights:
         FormatError: not such a folder, truncated or foreign files, shapes or dtypes that do not fit, NaN.
     """
     folder = Path(folder)
-    meta = _read_meta(folder)
+    meta = read_meta(folder)
     arrays = _read_tensors(folder / TENSORS, meta)
     _check_finite(arrays, str(folder / TENSORS))
     latents, d_in = arrays["W_dec"].shape if arrays["W_dec"].ndim == 2 else (0, 0)
@@ -127,7 +127,8 @@ def load_weights(folder: Path | str) -> SAEWeights:
         raise FormatError(f"{folder}: {error}") from error
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What `sae.json` says: sizes, variant, hook point, training. FormatError where it is missing or damaged."""
     path = folder / META
     if not path.is_file():
         raise FormatError(f"{folder} is no SAE checkpoint: it has no {META}; name the folder that `train` wrote")

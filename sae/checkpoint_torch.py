@@ -18,19 +18,28 @@ VERSION = 1
 NAME = re.compile(r"step_(\d{8,})\.pt")
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies in `folder`."""
+    return folder / f"step_{step:08d}.pt"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in `folder`, ascending."""
+    return sorted(int(match[1]) for path in folder.glob("step_*.pt") if (match := NAME.fullmatch(path.name)))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("step_*.pt") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return [checkpoint_path(folder, step) for step in checkpoint_steps(folder)]
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last: int) -> Path:
-    """Write `state` as the checkpoint of `step`, then delete all but the newest `keep_last`.
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` as the checkpoint of `step`.
 
     Raises:
         DiskError: it could not be written; the checkpoints that were there still are.
     """
-    path = folder / f"step_{step:08d}.pt"
+    path = checkpoint_path(folder, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -38,9 +47,13 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep_last
     buffer = io.BytesIO()  # torch.save on a real file turns a full disk into an internal error of its zip writer
     torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
     write_atomic(path, lambda file: file.write(buffer.getbuffer()))
+    return path
+
+
+def prune(folder: Path, *, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints."""
     for old in checkpoints(folder)[:-keep_last]:
         old.unlink(missing_ok=True)
-    return path
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class DivergedError(SAEError, RuntimeError):
     """Training that left the finite numbers."""
 
 
+class OutOfMemoryError(SAEError, RuntimeError):
+    """More memory asked for than the machine or the GPU has."""
+
+
 class HookError(SAEError, LookupError):
     """A hook point the model does not have."""
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from .errors import ConfigError
 
-FREE_KEYS = ("checkpoint_steps", "log_steps", "keep_last", "device", "prefetch_batches")  # may change on resume
+FREE_KEYS = (
+    "checkpoint_steps",
+    "log_steps",
+    "keep_last",
+    "save_best",
+    "device",
+    "prefetch_batches",
+)  # may change on resume
+SHARED_KEYS = ("batch_tokens", "tokens", *FREE_KEYS)  # the same for SAEs trained on the same batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +46,7 @@ class TrainConfig:
     checkpoint_steps: int = 500  # *
     log_steps: int = 20  # *
     keep_last: int = 2  # *
+    save_best: bool = False  # * keep the checkpoint of the lowest FVU too, over the steps since the one before
     device: str = "auto"  # * auto | cpu | cuda
     prefetch_batches: int = 2  # * read ahead in a thread; 0: no thread
 
@@ -67,3 +77,20 @@ class TrainConfig:
         decay_steps = self.decay_share * self.steps
         decay = min(1.0, (self.steps - step) / decay_steps) if decay_steps else 1.0
         return self.lr * warm * decay
+
+
+def shared_settings(configs: Mapping[str, TrainConfig]) -> TrainConfig:
+    """The first settings, after a check that the others have the same batches, tokens and ways to run.
+
+    Raises:
+        ConfigError: no settings, or a difference in one of SHARED_KEYS.
+    """
+    if not configs:
+        raise ConfigError("expected the settings of at least one SAE, got none")
+    (first_name, first), *others = configs.items()
+    for name, config in others:
+        for key in SHARED_KEYS:
+            one, other = getattr(first, key), getattr(config, key)
+            if one != other:
+                raise ConfigError(f"SAEs trained together share {key}: {first_name} has {one}, {name} has {other}")
+    return first

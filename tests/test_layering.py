@@ -20,7 +20,8 @@ ONLY_IN = {
     "zarr": ("pipeline/store/",),
     "ray": ("pipeline/executors/ray.py",),
     "submitit": ("pipeline/executors/submitit.py",),
-    "hydra": ("pipeline/cli.py",),
+    "hydra": ("pipeline/cli.py", "pipeline/sweep/points.py"),
+    "optuna": ("pipeline/sweep/search.py",),
     "omegaconf": ("pipeline/cli.py",),
     "torch": ("sae/", "pipeline/stages/train.py", "pipeline/loggers.py"),
 }

@@ -139,7 +139,10 @@ def test_tensorboard_gets_the_numbers(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("fvu")] == [(5, 0.25)]
 
 
-@pytest.mark.parametrize(("setting", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("setting", "module"),
+    [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow"), ("trackio", "trackio")],
+)
 def test_a_missing_logger_package_is_named(setting, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"ggscope\[{setting}\]"):

@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1
@@ -31,6 +31,22 @@ def die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     leave_orphaned(parent)  # it may have ended before
+
+
+def ends_with_parent() -> Callable[[], None]:
+    """A `preexec_fn` for a process that keeps state: the kernel sends it SIGTERM when ours ends (Linux).
+
+    It also starts without blocked signals, which a worker's children would inherit.
+    """
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def before_exec() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            leave_orphaned(parent)  # it may have ended before
+
+    return before_exec
 
 
 def leave_orphaned(parent: int) -> None:

@@ -124,14 +124,21 @@ def own_store(sha256: str) -> Path | str | None:
     return None
 
 
-def run_of_sae(command: str, weights: SAEWeights, needed_for: str) -> dict[str, Any]:
-    """The manifest of the newest finished `command` run about this very SAE."""
+def run_of_sae(command: str, weights: SAEWeights, needed_for: str) -> dict[str, str]:
+    """The outputs of the newest finished `command` run about this very SAE; of several SAEs' run, those of this one."""
     sae_id = weights.training.get("id")
     if sae_id is None:  # an SAE made elsewhere: nothing to compare by
-        return newest_finished(command, needed_for)[1]
+        return newest_finished(command, needed_for)[1]["outputs"]
     for _, manifest in runs_of(command):
-        if manifest.get("status") == "finished" and manifest.get("metrics", {}).get("sae_id") == sae_id:
-            return manifest
+        if manifest.get("status") != "finished":
+            continue
+        outputs, metrics = manifest["outputs"], manifest.get("metrics", {})
+        if metrics.get("sae_id") == sae_id:
+            return outputs
+        for name, numbers in metrics.get("saes", {}).items():
+            if numbers.get("sae_id") == sae_id:
+                end = f":{name}"
+                return {key.removesuffix(end): path for key, path in outputs.items() if key.endswith(end)}
     raise ConfigError(
         f"{needed_for}: expected a finished `ggscope {command}` run of this SAE ({sae_id}) under "
         f"{Path('runs').resolve()}, found none; run `ggscope {command}` on it or name its file"
@@ -166,6 +173,12 @@ def sae_path(context: RunContext) -> Path:
     """`sae.path` (a checkpoint folder or a GGUF), or the SAE of the newest finished train run."""
     if context.config.sae.path:
         return Path(context.config.sae.path).expanduser()
+    _, manifest = newest_finished("train", context.command)
+    several = [path for key, path in manifest["outputs"].items() if key.startswith(f"{SAE_NAME}:")]
+    if several:
+        names = ", ".join(relative(path) for path in several)
+        key = "convert.source" if context.command == "convert" else "sae.path"
+        raise ConfigError(f"the newest train run holds {len(several)} SAEs; choose one with {key}= ({names})")
     return Path(newest_output(context, "train", "sae", "SAE"))
 
 

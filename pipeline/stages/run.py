@@ -18,6 +18,7 @@ from ..llama.hooks import is_pattern
 from ..llama.identity import file_vocabulary
 from ..run import RunContext, read_manifest
 from ..store.backends import as_location
+from ..training.settings import given
 from .corpora import check_held_out, check_settings
 from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, number, print_wide, relative
 
@@ -36,6 +37,11 @@ def run(context: RunContext) -> None:
         raise ConfigError(
             "extract.plan_only=true captures nothing that the later stages could use; plan with "
             "`ggscope extract extract.plan_only=true`, then run without it"
+        )
+    if given(config.together):
+        raise ConfigError(
+            "`ggscope run` takes one SAE from text to report; train several with `ggscope train together.k=[16,32]`, "
+            "then evaluate, convert and report each"
         )
     check_hook(config.hooks.points)  # before hours of capture, as the next
     check_settings(config.corpus)
@@ -140,6 +146,7 @@ def random_baseline(context: RunContext, model: Path) -> str:
     rows = config.evaluate.random_model_tokens
     limit = config.corpus.max_tokens
     share = min(1.0, rows / limit) if limit else 1.0
+    searched = metrics_of(context, "train").get("lr_search")
     store = folder / "extract" / STORE_NAME
     source = [
         f"model.path={model}",
@@ -155,6 +162,8 @@ def random_baseline(context: RunContext, model: Path) -> str:
         f"store.path={store}",
         f"trainer.tokens={int(config.trainer.tokens * share)}",
         f"trainer.warmup_steps={int(config.trainer.warmup_steps * share)}",
+        f"trainer.lr={searched['best'] if searched else config.trainer.lr}",
+        "trainer.lr_search=[]",
     )
     return str(folder / "train" / SAE_NAME)
 

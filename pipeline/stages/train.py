@@ -1,116 +1,112 @@
-"""`ggscope train`: rows to a k-sparse autoencoder. torch lives here, llama.cpp does not: a stream captures in a child."""
+"""`ggscope train`: rows to k-sparse autoencoders. torch lives here, llama.cpp does not: a stream captures in a child."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from ..config import Config
-from ..loggers import MetricsLogger, open_loggers
-from ..run import ProgressCall, RunContext
+from sae.errors import DivergedError
+
+from ..loggers import open_loggers
+from ..run import RunContext
+from ..training.lr_search import search
+from ..training.picture import draw_training
+from ..training.reporter import Reporter, result, searched_lines
+from ..training.settings import sae_folder, train_configs
 from .inputs import SAE_NAME, relative, warn_not_finite
 from .rows import TrainingRows, trainer_threads, training_rows
 
 if TYPE_CHECKING:
-    from sae.trainer import TrainConfig
+    from sae.trainer import JointTrainer
     from sae.weights import SAEWeights
 
 CHECKPOINTS = "checkpoints"
+PICTURE = "metrics.png"
+MOST_WAITING = 0.05  # share of the time; a step that waits longer for its batch is a reader too slow
 
 
 def run(context: RunContext) -> None:
-    from sae.checkpoint import save_weights
-
     with training_rows(context) as rows:
-        weights, last = fit(context, rows)
-        weights = rows.finish(weights)
-        given = f"{rows.describe()}, width {weights.d_in}"
+        trainer, searched = fit(context, rows)
+        best = {name: rows.finish(weights) for name, weights in trainer.best_weights().items()}
+        found = {name: rows.finish(weights) for name, weights in trainer.weights().items()}
+        given = f"{rows.describe()}, width {rows.source.d_in}"
         spoiled = rows.not_finite()
-    out = context.folder / SAE_NAME
-    save_weights(out, weights)
-    context.outputs |= {"sae": str(out), "metrics": str(context.folder / "metrics.jsonl")}
-    last = last or weights.training["metrics"]  # a finished run that is resumed logs nothing
-    context.metrics = {key: value for key, value in last.items() if isinstance(value, int | float)}
+    for name, weights in found.items():
+        save(context, name, weights, SAE_NAME)
+        if name in best:
+            save(context, name, best[name], f"{SAE_NAME}_best")
+    draw_training(context.folder, list(found), context.folder / PICTURE, searched)
+    context.outputs["picture"] = str(context.folder / PICTURE)
+    note_metrics(context, found, searched)
     warn_not_finite(context, spoiled.rows, spoiled.windows)
-    context.metrics["sae_id"] = weights.training["id"]
-    context.three_lines(
-        given,
-        f"{weights.num_latents} latents, k={weights.k}, {last.get('tokens', 0):,} tokens; FVU {last.get('fvu', float('nan')):.4f}, "
-        f"L0 {last.get('l0', float('nan')):.1f}, {last.get('revived_total', 0)} latents revived, {last.get('tokens_per_s', 0):,.0f} tokens/s",
-        relative(out),
-    )
+    warn_waiting(context, trainer.wait_share)
+    where = context.folder if len(trainer.learners) > 1 else context.folder / SAE_NAME
+    context.three_lines(given, result(found), relative(where))
+    if trainer.diverged:
+        raise DivergedError(f"{len(found)} SAEs were trained, but {'; '.join(trainer.diverged.values())}")
 
 
-def fit(context: RunContext, rows: TrainingRows) -> tuple[SAEWeights, dict[str, float]]:
-    """Train on the rows; the SAE, and the last row of metrics."""
+def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str, dict[str, Any]]]:
+    """Train on the rows, after the search for a learning rate where one is wanted; the trainer and what was searched."""
     import torch
 
-    from sae.trainer import Trainer, checkpoint_step
+    from sae.trainer import JointTrainer, checkpoint_step
 
     torch.set_num_threads(trainer_threads(context.config))
-    config, folder = context.config, context.folder / CHECKPOINTS
-    loggers = open_loggers(config.logger, context.folder, asdict(config), checkpoint_step(folder))
-    with context.progress("training", config.trainer.tokens) as progress:
-        log = Reporter(loggers, progress)
-        trainer = Trainer(
-            train_config(config),
-            rows.source,
-            mean_D=rows.mean_D,
-            variance=rows.variance,
-            hook=rows.hook,
-            host=rows.host,
-            folder=folder,
-            log=log,
-            progress=log.step,
+    config, folder, configs = context.config, context.folder / CHECKPOINTS, train_configs(context.config)
+    open_trainer = partial(
+        JointTrainer, source=rows.source, mean_D=rows.mean_D, variance=rows.variance, hook=rows.hook, host=rows.host
+    )  # fmt: skip
+    searched: dict[str, dict[str, Any]] = {}
+    if config.trainer.lr_search:
+        with context.progress("learning rates", 0) as progress:
+            searched = search(
+                config.trainer, configs, folder=context.folder, checkpoints=folder / "lr_search",
+                open_trainer=open_trainer, resume=context.resumed, progress=progress,
+            )  # fmt: skip
+        configs = {name: replace(c, lr=searched[name]["best"]) for name, c in configs.items()}
+        for line in searched_lines(searched):
+            context.console.print(line, highlight=False)
+    step = checkpoint_step(folder, *configs)
+    loggers = {
+        name: open_loggers(config.logger, context.folder, asdict(config) | {"sae": asdict(c)}, step, name)
+        for name, c in configs.items()
+    }
+    with context.progress("training", config.trainer.tokens) as progress, Reporter(loggers, progress) as reporter:
+        trainer = open_trainer(configs, folder=folder, log=reporter.log, progress=reporter.step)
+        trainer.fit(resume=context.resumed)
+    return trainer, searched
+
+
+def save(context: RunContext, name: str, weights: SAEWeights, file: str) -> None:
+    from sae.checkpoint import save_weights
+
+    folder, of = sae_folder(context.folder, name), f":{name}" if name else ""
+    save_weights(folder / file, weights)
+    context.outputs |= {f"{file}{of}": str(folder / file), f"metrics{of}": str(folder / "metrics.jsonl")}
+
+
+def note_metrics(context: RunContext, found: dict[str, SAEWeights], searched: dict[str, dict[str, Any]]) -> None:
+    """The manifest's numbers: those of the one SAE, or under `saes` those of each."""
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, weights in found.items():
+        last = {k: v for k, v in weights.training["metrics"].items() if isinstance(v, int | float)}
+        numbers[name] = last | {"sae_id": weights.training["id"]}
+        if name in searched:
+            numbers[name]["lr_search"] = searched[name]
+    context.metrics = numbers.get("", {"saes": numbers})
+
+
+def warn_waiting(context: RunContext, share: float) -> None:
+    """A line where steps waited for rows for more than MOST_WAITING of the time."""
+    if share > MOST_WAITING:
+        advice = (
+            "the capture is the slower side: model.n_threads, model.n_gpu_layers, or a store for more than one epoch"
+            if context.config.trainer.source == "stream"
+            else "the store is the slower side: a faster disk, or a buffer (trainer.buffer_rows) that holds more of it"
         )
-        try:
-            return trainer.fit(resume=context.resumed), log.last
-        finally:
-            for logger in loggers:
-                logger.close()
-
-
-class Reporter:
-    """Passes metric rows to the loggers and the progress bar, and keeps the last one."""
-
-    def __init__(self, loggers: list[MetricsLogger], progress: ProgressCall) -> None:
-        self.loggers, self.progress = loggers, progress
-        self.last: dict[str, float] = {}
-
-    def __call__(self, row: dict[str, float]) -> None:
-        self.last = row
-        for logger in self.loggers:
-            logger.log(row)
-
-    def step(self, tokens: int) -> None:
-        note = ""
-        if self.last:
-            row = self.last
-            note = f"{row['tokens_per_s']:,.0f}/s  FVU {row['fvu']:.4f}  L0 {row['l0']:.1f}  dead {row['dead']:.0f}"
-        self.progress(tokens, note=note)
-
-
-def train_config(config: Config) -> TrainConfig:
-    from sae.trainer import TrainConfig
-
-    t = config.trainer
-    return TrainConfig(
-        num_latents=config.sae.num_latents,
-        k=config.sae.k,
-        batch_tokens=t.batch_tokens,
-        tokens=t.tokens,
-        lr=t.lr,
-        warmup_steps=t.warmup_steps,
-        decay_share=t.decay_share,
-        seed=t.seed,
-        auxk_coef=t.auxk_coef,
-        auxk_k=t.auxk_k,
-        dead_after_tokens=t.dead_after_tokens,
-        encoder_dtype=t.encoder_dtype,
-        checkpoint_steps=t.checkpoint_steps,
-        log_steps=t.log_steps,
-        keep_last=t.keep_last,
-        betas=(t.beta1, t.beta2),
-        eps=t.eps,
-        device=t.device,
-    )
+        context.console.print(
+            f"warning: training waited for rows {share:.0%} of the time; {advice}", style="yellow", highlight=False
+        )

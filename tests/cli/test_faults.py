@@ -180,7 +180,7 @@ def test_a_stopped_training_resumes_to_bit_identical_weights(number, made, tmp_p
 
 def test_a_sweep_runs_every_combination(copy):
     done = ggscope("train", "-m", *TRAIN, "sae.k=4,8", cwd=copy)
-    assert done.stdout.count("train    output") == 2
+    assert done.stdout.count("train    output") == 3  # of two runs and of the sweep
     found = sorted(json.loads(p.read_text())["config"]["sae"]["k"] for p in copy.glob("runs/train/*/manifest.json"))
     assert found == [4, 8, 8]
 

@@ -34,7 +34,7 @@ def test_settings_and_groups_show_their_choices_beside_the_default(capsys):
     assert "executor=local (local | pool | ray | submitit)" in lines
     assert "extract.batch_tokens=2048" in lines
     assert "intervention=none (ablate | clamp | none | steer)" in help_lines("apply", capsys)
-    assert "logger=jsonl (jsonl | tensorboard | wandb)" in help_lines("train", capsys)
+    assert "logger=jsonl (jsonl | mlflow | tensorboard | trackio | wandb)" in help_lines("train", capsys)
 
 
 def test_the_choices_are_those_of_the_code_that_takes_them():

@@ -208,6 +208,68 @@ def test_killed_and_interrupted_runs_end_at_the_bits_of_an_undisturbed_one(tmp_p
     assert [path.name for path in checkpoints(folder)] == [path.name for path in checkpoints(tmp_path / "whole")]
 
 
+@pytest.mark.parametrize(
+    ("words", "kills"),
+    [
+        (["every=2"], 3),
+        (["every=1", "joint"], 2),
+        pytest.param(["every=1"], 40, marks=pytest.mark.long),
+        pytest.param(["every=1", "joint"], 20, marks=pytest.mark.long),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_at_the_same_bits(words, kills, tmp_path):
+    whole, rng, folder = finish(tmp_path / "whole", *words), np.random.default_rng(kills), tmp_path / "killed"
+    done = 0
+    while done < kills:
+        with start(folder, *words, "resume") as process:
+            more, delay = (
+                rng.integers(1, 2 + 60 // kills),
+                rng.uniform(0, 0.02),
+            )  # steps, then any place in the next few
+            for line in process.stdout:
+                if line.startswith("weights"):
+                    assert done, "ended before it was killed once"
+                    break
+                more -= 1
+                if more == 0:
+                    time.sleep(delay)
+                    process.kill()
+        if process.returncode == 0:
+            break
+        done += 1
+    assert finish(folder, *words, "resume")[-1] == whole[-1]
+    assert not list(folder.rglob("*.pt"))[5:]  # nothing piles up
+
+
+def test_waiting_for_rows_is_what_the_metrics_say_it_is(tmp_path):
+    class Slow(Toy):
+        def next(self):
+            time.sleep(0.02)
+            return super().next()
+
+    shares = {}
+    for name, toy, ahead in (("slow", Slow(batch=128), 0), ("ready", Ready(batch=128), 2)):
+        rows = []
+        run = trainer(tmp_path / name, replace(SMALL, prefetch_batches=ahead), toy, log=rows.append)
+        started = time.perf_counter()
+        run.fit()
+        shares[name] = run.wait_share
+        waited = sum(row["wait_share"] * 3 * 128 / row["tokens_per_s"] for row in rows)  # seconds, from share and speed
+        assert waited < time.perf_counter() - started
+        if name == "slow":
+            assert waited > 12 * 0.02
+    assert shares["ready"] < 0.5 < shares["slow"] < 1
+
+
+class Ready(Toy):
+    """One batch, made before."""
+
+    def next(self):
+        if not hasattr(self, "made"):
+            self.made = super().next()
+        return self.made
+
+
 def test_a_full_disk_stops_the_run_with_the_earlier_checkpoint_intact(tmp_path):
     lines = finish(tmp_path, "limit=20000")  # from step 20 on no file may grow beyond that
     name, exit_code, message = lines[-1].split(" ", 2)
@@ -304,7 +366,8 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
     with pytest.raises(
-        DivergedError, match=r"loss is nan at step 10 .*checkpoint: .*step_00000008\.pt; try a smaller lr"
+        DivergedError,
+        match=r"loss is nan at step 10, whose batch of 128 rows ends in the data at served 10 .*checkpoint: .*step_00000008\.pt; ",
     ):
         trainer(tmp_path, toy=Toy(batch=128, poison=10)).fit()
     assert all(bool(t.isfinite().all()) for t in load_checkpoint(checkpoints(tmp_path)[-1])["model"].values())

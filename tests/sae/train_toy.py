@@ -1,10 +1,11 @@
-"""Trains the toy SAE in a process of its own: `python -m tests.sae.train_toy FOLDER [resume] [limit=BYTES]`.
+"""Trains the toy SAE in a process of its own: `python -m tests.sae.train_toy FOLDER [resume] [limit=BYTES] [every=STEPS] [joint]`.
 
 Prints one line per step and the hash of the final weights; user errors as `CLASS CODE MESSAGE`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import resource
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sae.errors import SAEError
-from sae.trainer import TrainConfig, Trainer
+from sae.trainer import JointTrainer, TrainConfig, Trainer
 
 from .toy import Toy
 
@@ -34,6 +35,8 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, *words = sys.argv[1:]
     toy = Toy(batch=256)
+    every = [int(word.removeprefix("every=")) for word in words if word.startswith("every=")]
+    config = dataclasses.replace(CONFIG, checkpoint_steps=every[0]) if every else CONFIG
 
     def log(metrics):
         print("step", metrics["step"], metrics["dead"], flush=True)
@@ -43,11 +46,17 @@ def main() -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     try:
-        weights = Trainer(CONFIG, toy, **toy.statistics(), folder=Path(folder), log=log).fit(resume="resume" in words)
+        if "joint" in words:
+            configs = {"a": config, "b": dataclasses.replace(config, k=3, seed=1)}
+            run = JointTrainer(configs, toy, **toy.statistics(), folder=Path(folder), log=lambda _name, row: log(row))
+            found = list(run.fit(resume="resume" in words).values())
+        else:
+            run = Trainer(config, toy, **toy.statistics(), folder=Path(folder), log=log)
+            found = [run.fit(resume="resume" in words)]
     except SAEError as error:
         print(type(error).__name__, error.exit_code, error)
         return
-    arrays = (weights.W_enc_FD, weights.b_enc_F, weights.W_dec_FD, weights.b_dec_D, weights.freq_F)
+    arrays = [array for w in found for array in (w.W_enc_FD, w.b_enc_F, w.W_dec_FD, w.b_dec_D, w.freq_F)]
     print("weights", hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest())
 
 

@@ -86,6 +86,17 @@ def test_the_sae_says_where_its_rows_came_from(straight, store):
     assert all(0 < row["wait_share"] < 1 for row in rows)
 
 
+def test_several_saes_and_a_search_take_a_stream_as_one_sae_does(straight, folder, tmp_path):
+    run = tmp_path / "run"
+    search = ["trainer.lr_search=[1e-5,2e-3]", "trainer.lr_search_share=0.2", "together.k=[3,4]"]
+    ggscope(*TRAIN, *search, f"run_dir={run}", cwd=folder)
+    assert {found["best"] for found in json.loads((run / "lr_search.json").read_text()).values()} == {0.002}
+    for name, array in tensors(
+        run / "k4"
+    ).items():  # captured anew after the search, and 0.002 is the rate of `straight`
+        np.testing.assert_array_equal(array, tensors(straight)[name], err_msg=name)
+
+
 def child_of(pid):
     (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(child)

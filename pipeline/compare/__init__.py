@@ -1,0 +1,1 @@
+"""What `ggscope compare` shows: the SAEs of several train runs beside each other."""

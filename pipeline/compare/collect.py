@@ -1,0 +1,121 @@
+"""The SAEs of train runs as rows of numbers. Nothing is computed anew: manifests, sae.json and evaluations are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae.checkpoint import read_meta
+from sae.errors import ConfigError
+
+from ..run import read_manifest, runs_of
+from ..sweep.sweep import SWEEP
+
+TRAIN_RUNS = Path("runs/train")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One SAE. None: not known, for the last three because it was not evaluated on held-out text."""
+
+    name: str
+    variant: str
+    num_latents: int
+    k: int
+    lr: float | None
+    tokens: int | None
+    fvu: float | None  # over the last log_steps of the training
+    l0: float | None
+    dead_share: float | None
+    tokens_per_s: float | None
+    held_out_fvu: float | None
+    ce_recovered: float | None
+    delta_ce_nats: float | None
+    path: str
+
+
+def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
+    """The SAEs of all finished train runs in these places, and the names of runs that are not finished.
+
+    Raises:
+        ConfigError: a place that holds no train run.
+    """
+    evaluations = evaluations_by_sae()
+    rows, unfinished, seen = [], [], set()
+    for place in places or [str(TRAIN_RUNS)]:
+        runs = list(train_runs(Path(place)))
+        if not runs:
+            raise ConfigError(
+                f"{place}: expected a train run, a sweep of them or a folder of them; run `ggscope train`"
+            )
+        for run in runs:
+            if run.resolve() in seen:
+                continue
+            seen.add(run.resolve())
+            manifest = read_manifest(run)
+            if manifest is None or manifest["status"] != "finished":
+                unfinished.append(run.name)
+            else:
+                rows += rows_of(run, manifest, evaluations)
+    return rows, unfinished
+
+
+def train_runs(place: Path) -> Iterator[Path]:
+    """The train runs of a place: itself, those in it, or the points of a sweep."""
+    manifest = read_manifest(place)
+    if manifest is not None and manifest.get("command") == "train":
+        yield place
+    elif (place / SWEEP).is_file():
+        yield from sorted(TRAIN_RUNS.glob(f"{place.resolve().name}-*"))
+    else:
+        for child in sorted(place.iterdir()) if place.is_dir() else []:
+            if (read_manifest(child) or {}).get("command") == "train":
+                yield child
+
+
+def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> Iterator[Row]:
+    """A row for each SAE of a run."""
+    metrics = manifest["metrics"]
+    for name, numbers in metrics.get("saes", {"": metrics}).items():
+        path = Path(manifest["outputs"][f"sae:{name}" if name else "sae"])
+        meta = read_meta(path)
+        config = meta["training"].get("config", {})
+        evaluation = evaluations.get(numbers.get("sae_id", ""), {})
+        dead = numbers.get("dead")
+        yield Row(
+            name=f"{run.name}/{name}" if name else run.name,
+            variant=config.get("variant", meta["variant"]),
+            num_latents=meta["num_latents"],
+            k=meta["k"],
+            lr=config.get("lr"),
+            tokens=numbers.get("tokens"),
+            fvu=numbers.get("fvu"),
+            l0=numbers.get("l0"),
+            dead_share=None if dead is None else dead / meta["num_latents"],
+            tokens_per_s=numbers.get("tokens_per_s"),
+            held_out_fvu=evaluation.get("fvu"),
+            ce_recovered=evaluation.get("ce_recovered"),
+            delta_ce_nats=evaluation.get("delta_ce_nats"),
+            path=str(path),
+        )
+
+
+def evaluations_by_sae() -> dict[str, dict[str, Any]]:
+    """sae_id to the numbers of the newest finished evaluation of that SAE."""
+    found: dict[str, dict[str, Any]] = {}
+    for _, manifest in runs_of("evaluate"):
+        sae_id = manifest.get("metrics", {}).get("sae_id")
+        if manifest.get("status") == "finished" and sae_id and sae_id not in found:
+            found[sae_id] = manifest["metrics"]
+    return found
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is at or below in both numbers and below in one, by the first number."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best

@@ -1,0 +1,65 @@
+"""`ggscope compare`: train runs beside each other, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from sae.errors import ConfigError
+
+from ..compare.collect import Row, collect
+from ..compare.picture import draw_pareto
+from ..run import RunContext, write_json
+from .inputs import counted, print_wide, relative
+
+TABLE, PICTURE = "compare.json", "pareto.png"
+COLUMNS = {
+    "variant": ("variant", "s"), "num_latents": ("latents", "d"), "k": ("k", "d"), "lr": ("lr", "g"),
+    "tokens": ("tokens", ",d"), "fvu": ("FVU", ".4f"), "l0": ("L0", ".1f"), "dead_share": ("dead", ".1%"),
+    "held_out_fvu": ("held-out FVU", ".4f"), "ce_recovered": ("CE recovered", ".4f"),
+    "delta_ce_nats": ("delta CE (nats)", ".4f"), "tokens_per_s": ("tokens/s", ",.0f"),
+}  # fmt: skip
+
+
+def run(context: RunContext) -> None:
+    config = context.config.compare
+    rows, unfinished = collect(config.runs)
+    if not rows:
+        raise ConfigError(f"expected finished train runs, got only unfinished ones: {', '.join(unfinished)}")
+    if unfinished:
+        context.console.print(f"left out, not finished: {', '.join(unfinished)}", style="yellow", highlight=False)
+    write_json(context.folder / TABLE, [asdict(row) for row in rows])
+    draw_pareto(rows, context.folder / PICTURE)
+    context.outputs |= {"table": str(context.folder / TABLE), "picture": str(context.folder / PICTURE)}
+    if config.format == "json":
+        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    else:
+        print_wide(table(rows))
+    evaluated = sum(row.ce_recovered is not None for row in rows)
+    context.metrics = {"saes": len(rows), "evaluated": evaluated}
+    lowest = min((row for row in rows if row.fvu is not None), key=lambda row: row.fvu or 0.0, default=rows[0])
+    context.three_lines(
+        f"{counted(len(rows), 'SAE')}, {evaluated} of them evaluated",
+        f"lowest FVU {cell(lowest.fvu, '.4f')} at L0 {cell(lowest.l0, '.1f')}: {lowest.name}",
+        f"{relative(context.folder / PICTURE)} and {relative(context.folder / TABLE)}",
+        stderr=config.format == "json",
+    )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    made = Table()
+    made.add_column("SAE")
+    for title, _ in COLUMNS.values():
+        made.add_column(title, justify="right")
+    for row in rows:
+        made.add_row(row.name, *(cell(getattr(row, key), form) for key, (_, form) in COLUMNS.items()))
+    return made
+
+
+def cell(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)

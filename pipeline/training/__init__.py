@@ -1,0 +1,1 @@
+"""What `ggscope train` does around the trainer of `sae`: settings, learning-rate search, logs, pictures."""

@@ -1,0 +1,78 @@
+"""The settings of each SAE of a run: one, or every combination of the lists of `together`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae.errors import ConfigError
+
+from ..config import Config, TogetherConfig
+
+if TYPE_CHECKING:
+    from sae.trainer import TrainConfig
+
+LETTERS = {"num_latents": "n", "k": "k", "lr": "lr", "seed": "seed"}  # key of `together` to its part of a name
+
+
+def train_configs(config: Config) -> dict[str, TrainConfig]:
+    """Name to settings of every SAE; a single one has the name "".
+
+    Raises:
+        ConfigError: a value twice, a learning rate both given and searched for, values out of range.
+    """
+    base, lists = train_config(config), given(config.together)
+    if config.trainer.lr_search and "lr" in lists:
+        raise ConfigError("expected together.lr or trainer.lr_search, got both: a search chooses the learning rate")
+    combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return {name_of(values, lists): replace(base, **values) for values in combinations}
+
+
+def given(together: TogetherConfig) -> dict[str, list[float]]:
+    """The lists of `together` that are not empty."""
+    lists = {key: list(getattr(together, key)) for key in LETTERS if getattr(together, key)}
+    for key, values in lists.items():
+        if len(set(values)) < len(values):
+            raise ConfigError(f"together.{key} names a value twice: {', '.join(map(str, values))}")
+    return lists
+
+
+def name_of(values: dict[str, float], lists: dict[str, list[float]]) -> str:
+    """`n4096-k32`: what the SAE differs in from the others, "" where there is no other."""
+    return "-".join(f"{LETTERS[key]}{value:g}" if key == "lr" else f"{LETTERS[key]}{value}"
+                    for key, value in values.items() if len(lists[key]) > 1)  # fmt: skip
+
+
+def sae_folder(run: Path, name: str) -> Path:
+    """Where an SAE of a run has its files: the run folder, or a folder of its name in it."""
+    return run / name if name else run
+
+
+def train_config(config: Config) -> TrainConfig:
+    """The settings of the SAE without `together`."""
+    from sae.trainer import TrainConfig
+
+    t = config.trainer
+    return TrainConfig(
+        num_latents=config.sae.num_latents,
+        k=config.sae.k,
+        batch_tokens=t.batch_tokens,
+        tokens=t.tokens,
+        lr=t.lr,
+        warmup_steps=t.warmup_steps,
+        decay_share=t.decay_share,
+        seed=t.seed if config.sae.seed < 0 else config.sae.seed,
+        auxk_coef=t.auxk_coef,
+        auxk_k=t.auxk_k,
+        dead_after_tokens=t.dead_after_tokens,
+        encoder_dtype=t.encoder_dtype,
+        checkpoint_steps=t.checkpoint_steps,
+        log_steps=t.log_steps,
+        keep_last=t.keep_last,
+        save_best=t.save_best,
+        betas=(t.beta1, t.beta2),
+        eps=t.eps,
+        device=t.device,
+    )

@@ -1,0 +1,262 @@
+"""One SAE in training: its model and stepper, dead counters, metrics, and its part of a checkpoint.
+
+Shape letters: B rows of a batch, D d_in, F latents. u is x in the scaled units of `model.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import ConfigError, DivergedError
+from .kernels import encoder_dtype
+from .losses import LossSettings, StepResult
+from .model import TopKSAE, input_scale
+from .steppers import make_stepper
+from .train_config import FREE_KEYS, TrainConfig
+from .weights import SAEWeights
+
+FREQ_SHARE = 0.1  # freq_F counts the last tenth of the steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What the rows are: statistics, hook point and model; the same for every SAE trained on them."""
+
+    d_in: int
+    mean_D: np.ndarray  # E[x]
+    variance: float  # E||x - mean||^2
+    hook: str
+    host: dict[str, Any]
+
+
+class Learner:
+    """Trains one SAE on the batches it is handed; knows neither where they come from nor where checkpoints lie.
+
+    Raises:
+        ConfigError: a variance that is not positive, an encoder dtype the device does not have.
+        ShapeError: a mean that does not fit d_in.
+    """
+
+    def __init__(self, config: TrainConfig, subject: Subject, device: torch.device) -> None:
+        self.config, self.subject, self.device = config, subject, device
+        self.encoder_dtype = encoder_dtype(config.encoder_dtype, device)
+        self.step = 0
+        self.metrics: dict[str, Any] = {}
+        self.diverged = ""  # why it is trained no further
+        self.judged: float | None = (
+            None  # FVU over the steps before the last scheduled checkpoint, back to the one before
+        )
+        self.best: dict[str, Any] | None = None  # step and FVU of the best of them
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self.scale = input_scale(subject.variance, subject.d_in)
+        self.model = TopKSAE(
+            d_in=subject.d_in,
+            num_latents=config.num_latents,
+            k=config.k,
+            mean_D=subject.mean_D,
+            scale=self.scale,
+            generator=self._generator,
+        ).to(device)
+        settings = LossSettings(
+            variance=subject.variance / self.scale**2,
+            auxk_k=config.auxk_k or max(1, subject.d_in // 2),
+            auxk_coef=config.auxk_coef,
+            encoder_dtype=self.encoder_dtype,
+        )
+        self._stepper = make_stepper(self.model, settings, config)
+        self._idle_F = torch.zeros(config.num_latents, dtype=torch.int64, device=device)  # tokens since it fired
+        self._fired_F = torch.zeros_like(self._idle_F)
+        self._fired_rows = self._revived = 0
+        self._window = Window(device)
+        self._span_2 = torch.zeros(2, dtype=torch.float64, device=device)  # error and scatter since `judge`
+
+    # ---- training ----
+
+    def train(self, u_BD: torch.Tensor, scatter: torch.Tensor) -> None:
+        """One step on a batch; `scatter` is sum_n ||u - mean||^2 over its rows."""
+        dead_F = self._dead() if self.config.auxk_coef > 0 else None
+        result = self._stepper.step(u_BD, lr=self.config.lr_at(self.step), dead_F=dead_F)
+        fired_F = result.fired_F > 0
+        if dead_F is not None:
+            self._window.revived += int((dead_F & fired_F).sum())
+        self._idle_F += len(u_BD)
+        self._idle_F.masked_fill_(fired_F, 0)
+        if self.step >= self.config.steps * (1 - FREQ_SHARE):
+            self._fired_F += result.fired_F
+            self._fired_rows += len(u_BD)
+        self.step += 1
+        self._window.add(result, scatter, len(u_BD))
+        self._span_2 += torch.stack([result.error, scatter])
+
+    def _dead(self) -> torch.Tensor | None:
+        """Mask of the latents that did not fire for dead_after_tokens; None where there is none."""
+        if self.step * self.config.batch_tokens < self.config.dead_after_tokens:
+            return None
+        dead_F = self._idle_F >= self.config.dead_after_tokens
+        return dead_F if bool(dead_F.any()) else None
+
+    def loss(self) -> float:
+        """Sum of the losses since the last report; not finite once one of them was not. Waits for the device."""
+        return self._window.loss()
+
+    def report(self, seconds: float, waited: float) -> dict[str, Any]:
+        """The metrics over the steps since the last report, of which there is at least one."""
+        window = self._window
+        self._revived += window.revived
+        dead = int((self._idle_F >= self.config.dead_after_tokens).sum())
+        fvu, auxk_loss = window.error() / window.scatter(), window.auxk()
+        self.metrics = {
+            "step": self.step,
+            "tokens": self.step * self.config.batch_tokens,
+            "loss": fvu + self.config.auxk_coef * auxk_loss,
+            "fvu": fvu,
+            "l0": window.l0(),
+            "dead": dead,
+            "revived": window.revived,
+            "revived_total": self._revived,
+            "auxk_loss": auxk_loss,
+            "lr": self.config.lr_at(self.step - 1),
+            "tokens_per_s": window.rows / seconds if seconds else 0.0,
+            "wait_share": waited / seconds if seconds else 0.0,
+        }
+        self._window = Window(self.device)
+        return dict(self.metrics)
+
+    def judge(self) -> bool:
+        """Set `judged` to the FVU over the steps since the last call, of which there is one; whether it is the best."""
+        error, scatter = self._span_2.tolist()
+        self._span_2.zero_()
+        self.judged = error / scatter
+        if self.best is not None and self.judged >= self.best["fvu"]:
+            return False
+        self.best = {"step": self.step, "fvu": self.judged}
+        return True
+
+    def weights(self) -> SAEWeights:
+        """The SAE as it is now, in raw model units."""
+        training = {
+            "step": self.step,
+            "tokens": self.step * self.config.batch_tokens,
+            "config": dataclasses.asdict(self.config),
+            "encoder_dtype": dtype_name(self.encoder_dtype),
+            "scale": self.scale,
+            "metrics": self.metrics,
+        }
+        freq_F = (self._fired_F.double() / self._fired_rows).cpu().numpy() if self._fired_rows else None
+        subject = self.subject
+        return self.model.to_weights(
+            mean_D=subject.mean_D,
+            variance=subject.variance,
+            hook=subject.hook,
+            host=subject.host,
+            training=training,
+            freq_F=freq_F,
+        )
+
+    # ---- its part of a checkpoint ----
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to continue this run."""
+        config = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in FREE_KEYS}
+        mean = np.ascontiguousarray(self.subject.mean_D, np.float32).tobytes()
+        return config | {
+            "encoder_dtype": dtype_name(self.encoder_dtype),
+            "stepper": self._stepper.name,
+            "d_in": self.subject.d_in,
+            "hook": self.subject.hook,
+            "activation_mean": hashlib.sha256(mean).hexdigest()[:16],
+            "activation_variance": self.subject.variance,
+        }
+
+    def check_finite(self) -> None:
+        """DivergedError where a parameter is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise DivergedError(f"{name} holds NaN or infinity at step {self.step}; earlier checkpoints are good")
+
+    def facts(self) -> dict[str, Any]:
+        """The plain values of its state; `tensors` are the rest."""
+        return {
+            "identity": self.identity(),
+            "metrics": self.metrics,
+            "fired_rows": self._fired_rows,
+            "revived": self._revived + self._window.revived,
+            "judged": self.judged,
+            "best": self.best,
+            "span": self._span_2.tolist(),
+        }
+
+    def tensors(self) -> dict[str, Any]:
+        """Parameters, optimizer, counters and generator, as `load` takes them; views, not copies."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self._stepper.state_dict(),
+            "idle_F": self._idle_F,
+            "fired_F": self._fired_F,
+            "generator": self._generator.get_state(),
+        }
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """ConfigError that shows each difference between `identity`, read from a checkpoint's JSON, and this run's."""
+        mine = json.loads(json.dumps(self.identity()))
+        changed = [
+            f"{name}: {identity.get(name)!r} there, {mine.get(name)!r} now"
+            for name in sorted(mine.keys() | identity.keys())
+            if identity.get(name) != mine.get(name)
+        ]
+        if changed:
+            raise ConfigError("; ".join(changed))
+
+    def load(self, facts: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Go on from what `facts` and `tensors` gave. KeyError, RuntimeError, TypeError, ValueError: they do not fit."""
+        self.step = int(tensors["step"])
+        self.model.load_state_dict(tensors["model"])
+        self._stepper.load_state_dict(tensors["optimizer"])
+        self._idle_F.copy_(tensors["idle_F"])
+        self._fired_F.copy_(tensors["fired_F"])
+        self._generator.set_state(tensors["generator"])
+        self._fired_rows, self._revived = facts["fired_rows"], facts["revived"]
+        self.metrics, self.judged, self.best = facts["metrics"], facts["judged"], facts["best"]
+        self._span_2.copy_(torch.tensor(facts["span"], dtype=torch.float64))
+        self._window = Window(self.device)
+
+
+class Window:
+    """Sums over the steps since the last report; on the device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums_5 = torch.zeros(5, dtype=torch.float64, device=device)
+        self.rows = self.steps = self.revived = 0
+
+    def add(self, result: StepResult, scatter: torch.Tensor, rows: int) -> None:
+        fired = result.fired_F.sum()
+        self._sums_5 += torch.stack([result.error, scatter, result.auxk_loss, result.loss, fired]).double()
+        self.rows += rows
+        self.steps += 1
+
+    def error(self) -> float:
+        return float(self._sums_5[0])
+
+    def scatter(self) -> float:
+        return float(self._sums_5[1])
+
+    def auxk(self) -> float:
+        return float(self._sums_5[2]) / self.steps
+
+    def loss(self) -> float:
+        return float(self._sums_5[3])
+
+    def l0(self) -> float:
+        return float(self._sums_5[4]) / self.rows
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,97 @@
+"""`ggscope compare`: the numbers of manifests and evaluations, and the front."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline.compare.collect import collect, front
+from pipeline.compare.picture import draw_pareto, short
+from pipeline.run import write_json
+from sae.checkpoint import save_weights
+from sae.errors import ConfigError
+from tests.cli.conftest import ggscope, last_line
+from tests.sae.toy import random_weights
+
+PNG = b"\x89PNG\r\n"
+
+
+def make_run(folder, name, *, k=4, fvu=0.3, status="finished", saes=("",), evaluated=None):
+    """A train run as `ggscope train` leaves it, and an evaluation of its first SAE."""
+    run = folder / "runs" / "train" / name
+    outputs, numbers = {}, {}
+    for i, sae in enumerate(saes):
+        sae_id = f"{name}{sae}"
+        training = {"id": sae_id, "config": {"lr": 0.001 * (i + 1)}}
+        weights = random_weights(np.random.default_rng(i), d=8, latents=20, k=k + i, training=training)
+        save_weights(run / sae / "sae", weights)
+        outputs[f"sae:{sae}" if sae else "sae"] = str(run / sae / "sae")
+        numbers[sae] = {
+            "sae_id": sae_id,
+            "fvu": fvu + i,
+            "l0": float(k + i),
+            "dead": 5,
+            "tokens": 100,
+            "tokens_per_s": 9.0,
+        }
+    metrics = numbers.get("", {"saes": numbers})
+    write_json(run / "manifest.json", {"command": "train", "status": status, "outputs": outputs, "metrics": metrics})
+    if evaluated is not None:
+        other = folder / "runs" / "evaluate" / name
+        other.mkdir(parents=True)
+        found = evaluated | {"sae_id": f"{name}{saes[0]}"}
+        write_json(other / "manifest.json", {"command": "evaluate", "status": "finished", "metrics": found})
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path, "a", k=4, fvu=0.3, evaluated={"fvu": 0.35, "ce_recovered": 0.9, "delta_ce_nats": 0.2})
+    make_run(tmp_path, "b", k=8, fvu=0.2, saes=("k8", "k9"))
+    make_run(tmp_path, "c", status="failed")
+    return tmp_path
+
+
+def test_a_row_holds_what_manifest_sae_and_evaluation_say(runs):
+    rows, unfinished = collect([])
+    assert unfinished == ["c"]
+    assert [row.name for row in rows] == ["a", "b/k8", "b/k9"]
+    a, _, last = rows
+    assert (a.k, a.num_latents, a.lr, a.fvu, a.l0, a.dead_share, a.tokens) == (4, 20, 0.001, 0.3, 4.0, 0.25, 100)
+    assert (a.held_out_fvu, a.ce_recovered, a.delta_ce_nats, a.variant) == (0.35, 0.9, 0.2, "topk")
+    assert (last.k, last.lr, last.fvu, last.ce_recovered) == (9, 0.002, 1.2, None)
+    assert [row.name for row in collect(["runs/train/b", "runs/train"])[0]] == ["b/k8", "b/k9", "a"]  # none twice
+    with pytest.raises(ConfigError, match="runs/evaluate: expected a train run"):
+        collect(["runs/evaluate"])
+
+
+def test_the_front_is_what_nothing_beats():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        points = [(float(a), float(b)) for a, b in rng.integers(0, 8, (12, 2))]
+        unbeaten = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+        assert front(points) == sorted(unbeaten)
+
+
+def test_table_json_and_picture(runs):
+    done = ggscope("compare", cwd=runs)
+    assert "left out, not finished: c" in done.stderr
+    assert "3 SAEs, 1 of them evaluated" in done.stdout
+    assert "lowest FVU 0.2000 at L0 8.0: b/k8" in done.stdout
+    assert "25.0%" in done.stdout
+    (folder,) = runs.glob("runs/compare/*")
+    assert (folder / "pareto.png").read_bytes().startswith(PNG)
+    as_json = json.loads(ggscope("compare", "runs/train/b", "format=json", cwd=runs).stdout)
+    assert [row["k"] for row in as_json] == [8, 9]
+    assert as_json == [row for row in json.loads((folder / "compare.json").read_text()) if row["name"] != "a"]
+    assert "expected a train run" in last_line(ggscope("compare", "nowhere", cwd=runs, code=2))
+
+
+def test_points_are_named_by_what_differs(runs, tmp_path):
+    rows, _ = collect(["runs/train/b"])
+    assert [short(row, rows) for row in rows] == ["k8", "k9"]
+    draw_pareto(rows[:1], tmp_path / "one.png")  # a single point, none evaluated
+    assert (tmp_path / "one.png").read_bytes().startswith(PNG)

@@ -1,0 +1,111 @@
+"""`-m`: points, one run folder each, that fail alone and are not run twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline.sweep.points import Space, grid, spaces, split
+from sae.errors import ConfigError
+from tests.cli.conftest import ggscope, last_line
+from tests.training.conftest import TRAIN
+
+
+@pytest.fixture
+def place(folder, tmp_path):
+    """A working folder of its own with the shared store."""
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    for path in tmp_path.glob("runs/extract/*/manifest.json"):
+        path.write_text(path.read_text().replace(str(folder), str(tmp_path)))
+    return tmp_path
+
+
+def statuses(place):
+    found = {}
+    for path in sorted(place.glob("runs/train/*/manifest.json")):
+        manifest = json.loads(path.read_text())
+        found[manifest["config"]["sae"]["k"]] = (manifest["status"], manifest["started"])
+    return found
+
+
+@pytest.mark.parametrize("executor", ["local", "pool"])
+def test_a_point_that_fails_stops_no_other_and_a_resumed_sweep_runs_only_that(executor, place):
+    words = ["train", "-m", *TRAIN, "sae.k=3,999,5", f"executor={executor}", "executor.workers=2"]
+    done = ggscope(*words, cwd=place, code=2)
+    assert "1 of 3 points failed: k999 (exit code 2)" in last_line(done)
+    assert "k must be at most num_latents = 96, got 999" in done.stderr
+    assert done.stdout.count("train    output") == 3  # of two runs and of the sweep
+    assert "2 of 3 points finished" in done.stdout
+    first = statuses(place)
+    assert {k: status for k, (status, _) in first.items()} == {3: "finished", 5: "finished", 999: "failed"}
+    again = ggscope(*words, "resume=latest", cwd=place, code=2)
+    assert again.stderr.count("already finished, kept") == 2
+    assert {k: statuses(place)[k] for k in (3, 5)} == {k: first[k] for k in (3, 5)}
+    other = ggscope("train", "-m", *TRAIN, "sae.k=3,4", "resume=latest", cwd=place, code=2)
+    assert "is another sweep (points: " in last_line(other)
+
+
+def test_a_sweep_that_is_killed_goes_on_with_its_point(place):
+    words = ["train", "-m", *TRAIN, "trainer.tokens=200000", "trainer.checkpoint_steps=20", "sae.k=3,5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *words], cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not list(place.glob("runs/train/*-k3/checkpoints/step_*.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "resume=" in error.strip().splitlines()[-1]
+    assert statuses(place)[3][0] == "interrupted"
+    done = ggscope(*words, "resume=latest", cwd=place)
+    assert "2 of 2 points finished" in done.stdout
+    (metrics,) = place.glob("runs/train/*-k3/metrics.jsonl")
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_grid_is_the_product_of_the_values():
+    fixed, swept = split(["sae.k=3,5", "trainer.lr=1e-3", "trainer.seed=range(0,3)"])
+    assert fixed == ["trainer.lr=1e-3"]
+    points = grid(swept)
+    assert [point.name for point in points] == [f"k{k}-seed{s}" for k in (3, 5) for s in (0, 1, 2)]
+    assert points[4].overrides == ("sae.k=5", "trainer.seed=1")
+    names = [point.name for point in grid(split(["corpus.paths=[a/x],[a_x]"])[1])]
+    assert len(set(names)) == 2
+
+
+def test_what_a_search_may_choose_is_read_from_the_grammar():
+    swept = split(["a=x,y", "b=interval(1,8)", "c=tag(log,interval(1e-4,1.0))", "d=range(0,3)"])[1]
+    assert spaces(swept) == [
+        Space(key="a", choices=("x", "y")),
+        Space(key="b", low=1, high=8, whole=True),
+        Space(key="c", low=1e-4, high=1.0, log=True),
+        Space(key="d", choices=("0", "1", "2")),
+    ]
+    with pytest.raises(ConfigError, match=r"b=interval\(1,8\): an interval has no list of values"):
+        grid(swept[1:2])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-m"], "expected a setting with several values"),
+        (["-m", "sae.k=3,5", "resume=nowhere"], "holds no sweep"),
+        (["-m", "sae.k=3,5", "resume=latest"], "no sweep of `ggscope train`"),
+        (["-m", "sae.kk=3,5", "sae.foo=1"], "did you mean"),
+        (["-m", "sae.k=3,5", "--cfg", "job"], "-m takes no --cfg"),
+    ],
+)
+def test_what_is_no_sweep_is_one_line(words, message, tmp_path):
+    assert message in last_line(ggscope("train", *words, cwd=tmp_path, code=2))
