@@ -17,15 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .batches import BatchSource, Prefetcher
+from .batches import BatchSource, Peeked, Prefetcher
 from .checkpoint_torch import checkpoints, load_checkpoint, save_checkpoint
 from .errors import ConfigError, DivergedError, FormatError, InterruptedRunError, ShapeError
-from .kernels import encoder_dtype
-from .losses import LossSettings, StepResult
-from .model import TopKSAE, input_scale
+from .losses import StepResult
 from .steppers import make_stepper
 from .train_config import FREE_KEYS, TrainConfig
+from .variants.build import build, needs_sample
+from .variants.start import start_identity
 from .weights import SAEWeights
+from .wiring import SAME, Wiring
 
 __all__ = ["BatchSource", "TrainConfig", "Trainer", "checkpoint_step"]
 
@@ -43,7 +44,8 @@ class Trainer:
 
     Checkpoints lie in `folder`. `log` gets, every log_steps: step, tokens, loss, fvu, l0, dead, revived, revived_total,
     auxk_loss, lr, tokens_per_s, wait_share, averaged over the steps since the last call. loss is in units of the
-    variance: fvu + auxk_coef * auxk_loss. `progress` gets the tokens trained on so far, after every step.
+    variance: fvu + auxk_coef * auxk_loss. `progress` gets the tokens trained on so far, after every step. `start`: an
+    SAE to go on from. `wiring` and `variances`: the hook points of a batch's columns, and E||x - mean||^2 at each.
 
     Raises:
         ConfigError: settings out of range, an unknown device, a variance that is not positive.
@@ -62,33 +64,38 @@ class Trainer:
         folder: Path | str,
         log: Log | None = None,
         progress: Callable[[int], None] | None = None,
+        start: SAEWeights | None = None,
+        wiring: Wiring = SAME,
+        variances: tuple[float, ...] = (),
     ) -> None:
+        if needs_sample(config):
+            source = Peeked(source)
         self.config, self.source, self.folder = config, source, Path(folder)
         self.mean_D, self.variance, self.hook, self.host = mean_D, float(variance), hook, host
         self.device = pick_device(config.device)
-        self.encoder_dtype = encoder_dtype(config.encoder_dtype, self.device)
         self.step = 0
         self.metrics: dict[str, Any] = {}
+        self.wiring = wiring
+        self._start_identity = start_identity(start, wiring)
         self._log = log or (lambda _metrics: None)
         self._progress = progress or (lambda _tokens: None)
         self._generator = torch.Generator().manual_seed(config.seed)
-        scale = input_scale(self.variance, source.d_in)
-        self.model = TopKSAE(
-            d_in=source.d_in,
-            num_latents=config.num_latents,
-            k=config.k,
+        self.model, self._settings = build(
+            config,
+            width=source.d_in,
             mean_D=mean_D,
-            scale=scale,
+            variance=self.variance,
             generator=self._generator,
-        ).to(self.device)
-        self._settings = LossSettings(
-            variance=self.variance / scale**2,
-            auxk_k=config.auxk_k or max(1, source.d_in // 2),
-            auxk_coef=config.auxk_coef,
-            encoder_dtype=self.encoder_dtype,
+            device=self.device,
+            sample_ND=source.first if isinstance(source, Peeked) else None,
+            start=start,
+            wiring=wiring,
+            variances=variances,
         )
+        self.encoder_dtype = self._settings.encoder_dtype
         self._stepper = make_stepper(self.model, self._settings, config)
-        self._mean_u_D = torch.from_numpy(mean_D.astype(np.float32) / scale).to(self.device)
+        self._target = wiring.target
+        self._mean_u_O = torch.from_numpy((mean_D / self.model.scale)[self._target].astype(np.float32)).to(self.device)
         self._idle_F = torch.zeros(config.num_latents, dtype=torch.int64, device=self.device)  # tokens since it fired
         self._fired_F = torch.zeros_like(self._idle_F)
         self._fired_rows = self._revived = 0
@@ -137,19 +144,22 @@ class Trainer:
             "tokens": self.step * config.batch_tokens,
             "config": _plain(config),
             "encoder_dtype": _dtype_name(self.encoder_dtype),
-            "scale": self.model.scale,
+            "scale": np.unique(self.model.scale).tolist() if self.wiring.inputs else self.model.scale,
             "metrics": self.metrics,
         }
         freq_F = (self._fired_F.double() / self._fired_rows).cpu().numpy() if self._fired_rows else None
-        return self.model.to_weights(
-            mean_D=self.mean_D, variance=self.variance, hook=self.hook, host=self.host, training=training, freq_F=freq_F
-        )
+        with self._stepper.evaluation():
+            return self.model.to_weights(
+                mean_D=self.mean_D, variance=self.variance, hook=self.hook, host=self.host, training=training,
+                freq_F=freq_F,
+            )  # fmt: skip
 
     def _train(self, x_BD: np.ndarray) -> None:
         if x_BD.ndim != 2 or x_BD.shape[1] != self.model.d_in or len(x_BD) == 0:
             raise ShapeError(f"a batch must be (rows, {self.model.d_in}), the source gave {x_BD.shape}")
         u_BD = torch.from_numpy(np.multiply(x_BD, 1 / self.model.scale, dtype=np.float32)).to(self.device)
-        dead_F = self._dead() if self.config.auxk_coef > 0 else None
+        dead_F = self._dead() if self.config.auxk_coef > 0 and self.model.uses_auxk else None
+        self.model.schedule_(self.step, self.config.steps)
         result = self._stepper.step(u_BD, lr=self.config.lr_at(self.step), dead_F=dead_F)
         fired_F = result.fired_F > 0
         if dead_F is not None:
@@ -160,7 +170,7 @@ class Trainer:
             self._fired_F += result.fired_F
             self._fired_rows += len(u_BD)
         self.step += 1
-        self._window.add(result, (u_BD - self._mean_u_D).pow(2).sum(), len(u_BD))
+        self._window.add(result, (u_BD[:, self._target] - self._mean_u_O).pow(2).sum(), len(u_BD))
 
     def _dead(self) -> torch.Tensor | None:
         """Mask of the latents that did not fire for dead_after_tokens; None where there is none."""
@@ -233,7 +243,7 @@ class Trainer:
             "hook": self.hook,
             "activation_mean": hashlib.sha256(mean).hexdigest()[:16],
             "activation_variance": self.variance,
-        }
+        } | self._start_identity  # fmt: skip
 
     def _save(self) -> Path:
         for name, parameter in self.model.named_parameters():
@@ -310,7 +320,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    values = dataclasses.asdict(config)
+    return values | values.pop("options")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
