@@ -82,6 +82,7 @@ def _put_thresholds(model: SparseCoder, theta_F: np.ndarray) -> None:
         _put(model.theta, np.asarray(theta_F.mean()))
         model.batches += 1
     elif isinstance(model, GatedSAE):  # mag = pre, and the gate opens where pre > theta
+        _put(model.r_F, np.zeros_like(theta_F))
         _put(model.b_mag_F, model.b_enc_F.double().numpy())
         _put(model.b_enc_F, model.b_enc_F.double().numpy() - theta_F)
 
