@@ -50,7 +50,9 @@ def _global(w: SAEWeights, x_ND: np.ndarray, count: int) -> np.ndarray:
     _, vals_NK = encode(every, x_ND)
     positive = np.sort(vals_NK[vals_NK > 0])[::-1]
     below = positive[count] if count < len(positive) else np.float32(0)
-    return np.full(w.num_latents, _between(positive[count - 1], below) if count else positive.max(initial=0.0))
+    return np.full(
+        w.num_latents, _between(float(positive[count - 1]), float(below)) if count else positive.max(initial=0.0)
+    )
 
 
 def _per_latent(w: SAEWeights, x_ND: np.ndarray, count_F: np.ndarray) -> np.ndarray:
@@ -66,11 +68,11 @@ def _per_latent(w: SAEWeights, x_ND: np.ndarray, count_F: np.ndarray) -> np.ndar
         if not len(own):
             continue
         below = own[count] if count < len(own) else np.float32(0)
-        theta_F[latent] = _between(own[count - 1], below) if count else own[0]
+        theta_F[latent] = _between(float(own[count - 1]), float(below)) if count else own[0]
     return theta_F
 
 
-def _between(above: np.floating, below: np.floating) -> float:
+def _between(above: float, below: float) -> float:
     """A float32 in [below, above): their middle, or `below` where nothing lies between."""
-    middle = np.float32((np.float64(above) + np.float64(below)) / 2)
-    return float(middle) if middle < above else float(below)
+    middle = np.float32((above + below) / 2)
+    return float(middle) if middle < above else below

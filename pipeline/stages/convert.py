@@ -62,6 +62,8 @@ def control_vector(context: RunContext, weights: SAEWeights, model: Model) -> Pa
     if config.latent >= weights.num_latents:
         raise ConfigError(f"convert.latent={config.latent}: this SAE has latents 0..{weights.num_latents - 1}")
     point = HookPoint.parse(weights.hook)
+    if weights.norm_mode != "none":
+        raise ConfigError("a control vector is the same at every token, this SAE's latents are in units of its sigma")
     if point.site != "resid_post" or point.block is None:
         raise ConfigError(f"a control vector acts on resid_post only, this SAE reads {weights.hook}")
     path = context.folder / f"latent_{config.latent}.gguf"
