@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .losses import LossSettings
 
 
+TWO_SIDED_START = 0.1  # norm of a transcoder's encoder rows: what unrelated rows write starts small beside the target
+
+
 def input_scale(variance: float, d_in: int) -> float:
     """The power of two nearest (in log) to sqrt(E||x - mean||^2 / D).
 
@@ -138,7 +141,8 @@ class SparseCoder(nn.Module, ABC):
         self.register_buffer("centre_I", centre_I.clone())
         layers, read = (len(wiring.inputs), wiring.inputs[0][1]) if wiring.kind == "cross_layer" else (1, wiring.d_in)
         enc_FD = torch.randn(self.num_latents, read, generator=generator)
-        self.W_enc_FD = nn.Parameter(enc_FD / torch.linalg.vector_norm(enc_FD, dim=1, keepdim=True))
+        enc_FD *= TWO_SIDED_START / torch.linalg.vector_norm(enc_FD, dim=1, keepdim=True)
+        self.W_enc_FD = nn.Parameter(enc_FD)
         if wiring.skip:
             self.W_skip_OD = nn.Parameter(torch.zeros(len(self.b_dec_D), wiring.d_in))
         if layers > 1:

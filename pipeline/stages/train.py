@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sae.errors import ConfigError
+from sae.options import SAEOptions
 
 from ..config import Config
 from ..loggers import MetricsLogger, open_loggers
 from ..run import ProgressCall, RunContext
-from .inputs import SAE_NAME, relative, warn_not_finite
+from .inputs import SAE_NAME, load_sae, relative, sae_sha256, warn_not_finite
 from .rows import TrainingRows, trainer_threads, training_rows
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[SAEWeights, dict[str, 
 
     torch.set_num_threads(trainer_threads(context.config))
     config, folder = context.config, context.folder / CHECKPOINTS
+    start = start_sae(context, rows)
     loggers = open_loggers(config.logger, context.folder, asdict(config), checkpoint_step(folder))
     with context.progress("training", config.trainer.tokens) as progress:
         log = Reporter(loggers, progress)
@@ -62,12 +67,31 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[SAEWeights, dict[str, 
             folder=folder,
             log=log,
             progress=log.step,
+            start=start,
+            wiring=rows.wiring,
+            variances=rows.variances,
         )
         try:
             return trainer.fit(resume=context.resumed), log.last
         finally:
             for logger in loggers:
                 logger.close()
+
+
+def start_sae(context: RunContext, rows: TrainingRows) -> SAEWeights | None:
+    """The SAE of `sae.init_from`: of the same hook point, and of the same model but for its quantisation."""
+    from ..llama.identity import ModelId, check_same_model
+
+    if not context.config.sae.init_from:
+        return None
+    path = Path(context.config.sae.init_from).expanduser()
+    weights = load_sae(path)
+    if weights.hook != rows.hook:
+        raise ConfigError(f"sae.init_from: {path} is an SAE of {weights.hook}, the rows are of {rows.hook}")
+    for warning in check_same_model(weights.host, ModelId.from_dict(rows.host)):
+        context.console.print(f"warning: sae.init_from: {warning}", style="yellow", highlight=False)
+    context.add_input("init_from", path, sae_sha256(path))
+    return weights
 
 
 class Reporter:
@@ -93,10 +117,18 @@ class Reporter:
 def train_config(config: Config) -> TrainConfig:
     from sae.trainer import TrainConfig
 
-    t = config.trainer
+    t, s = config.trainer, config.sae
+    options = SAEOptions(
+        **{option.name: getattr(s, option.name) for option in fields(SAEOptions) if option.name != "prefixes"},
+        prefixes=tuple(s.prefixes),
+    )
     return TrainConfig(
-        num_latents=config.sae.num_latents,
-        k=config.sae.k,
+        num_latents=s.num_latents,
+        k=s.k,
+        variant=s.variant,
+        options=options,
+        optimizer=t.optimizer,
+        momentum=t.momentum,
         batch_tokens=t.batch_tokens,
         tokens=t.tokens,
         lr=t.lr,

@@ -4,7 +4,7 @@
     inference   a = pre where pre > theta, else 0            theta: running mean of min{a > 0} over training batches
 
 theta is what the paper estimates as E_batch[min{a | a > 0}]. dictionary_learning averages with a weight of 0.001 and
-sets it after 1000 steps; here the weight is 1 / (t + 1), at least 0.01, so that short runs have one and long ones
+sets it after 1000 steps; here the weight is 1 / (t + 1), at least 0.05, so that short runs have one and long ones
 follow the weights. Equal values at the edge: the earlier row, then the lower latent.
 
 Shape letters: N rows, F latents, P active latents of the batch.
@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..batch_select import select_batch
 from ..model import ExportForm, SparseCoder
 
-LEAST_WEIGHT = 0.01  # of the newest batch in theta
+LEAST_WEIGHT = 0.05  # of the newest batch in theta
 
 
 class BatchSelecting(SparseCoder, ABC):

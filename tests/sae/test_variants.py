@@ -198,8 +198,8 @@ def test_theta_is_the_mean_of_the_smallest_activations_first_and_follows_them_la
     for number, value in enumerate(smallest):
         model.observe_(torch.tensor([value + 1, value]))
         expected += max(1 / (number + 1), LEAST_WEIGHT) * (value - expected)
-        if number == 49:
-            assert float(model.theta) == pytest.approx(smallest[:50].mean(), rel=1e-5)
+        if number == 19:
+            assert float(model.theta) == pytest.approx(smallest[:20].mean(), rel=1e-5)
     assert float(model.theta) == pytest.approx(expected, rel=1e-5)
 
 
