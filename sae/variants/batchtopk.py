@@ -3,9 +3,9 @@
     training    a = the k N largest of ReLU(pre) over the whole batch, all others 0
     inference   a = pre where pre > theta, else 0            theta: running mean of min{a > 0} over training batches
 
-theta is what the paper estimates as E_batch[min{a | a > 0}]. dictionary_learning averages with a weight of 0.001 and
-sets it after 1000 steps; here the weight is 1 / (t + 1), at least 0.05, so that short runs have one and long ones
-follow the weights. Equal values at the edge: the earlier row, then the lower latent.
+theta is what the paper estimates as E_batch[min{a | a > 0}]. dictionary_learning averages with a weight of 0.001 from
+step 1000 on, SAELens with 0.01; here the weight is 1 / (t + 1), at least 0.05, so that short runs have one and it is
+not behind weights that still move. Equal values at the edge: the earlier row, then the lower latent.
 
 Shape letters: N rows, F latents, P active latents of the batch.
 """

@@ -6,7 +6,7 @@
          + 1/N sum_n ||u - sum_i ReLU(gate_i) W_dec[i] - b_dec||^2      W_dec and b_dec of this term held fixed
 
 gate > 0 is mag > b_mag - exp(r) b_enc, so this is exactly a threshold SAE with rows exp(r) W_enc, bias b_mag and
-threshold max(0, b_mag - exp(r) b_enc). The one difference from there: s, as in `relu.py`.
+threshold max(0, b_mag - exp(r) b_enc). The one difference from there (and dictionary_learning): s, as in `relu.py`.
 
 Shape letters: N rows, D d_in, F latents.
 """

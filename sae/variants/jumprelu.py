@@ -10,7 +10,9 @@ Neither jump has a gradient in theta. With a kernel K (1 on |z| < 1/2, else 0) o
 
 and pre_i gets H(pre_i - theta_i) from a_i, nothing from the penalty. e and the first theta are `bandwidth` and
 `threshold_start` times sqrt(v); there the data have E||x||^2 = 1, so those are the paper's numbers. b_dec is
-subtracted from the input, which the paper does not do: the same functions, another start.
+subtracted from the input, which the paper does not do: the same functions, another start. The paper's Adam has
+beta1 = 0. dictionary_learning trains theta itself, not its logarithm, has the penalty (L0 / target - 1)^2, and takes
+the step of a in place of pre, so that its kernel sees no pre-activation below theta.
 
 Shape letters: N rows, F latents.
 """

@@ -3,7 +3,8 @@
     L = 1/M sum_m 1/N sum_n ||u - u_hat_m||^2        u_hat_m = sum_{i < F_m} a_i W_dec[i] + b_dec
 
 with F_1 < ... < F_M = F and one BatchTopK choice over all F latents. The paper sums over m; the mean differs by a
-constant factor and keeps AuxK's weight what it is for the others. Prefixes are fixed, not drawn anew for each batch.
+constant factor and keeps AuxK's weight what it is for the others (dictionary_learning divides by M twice, which makes
+AuxK M times heavier). Prefixes are fixed, not drawn anew for each batch.
 Without `prefixes` they are F/16, F/8, F/4, F/2, F.
 
 Shape letters: N rows, O d_out, F latents, M prefixes.

@@ -12,7 +12,7 @@ from sae.batches import Peeked
 from sae.centre import geometric_median
 from sae.errors import ConfigError, ShapeError
 from sae.losses import dense_step
-from sae.optimizers import Muon, ScheduleFreeSignum
+from sae.optimizers import Muon, ScheduleFreeSignum, orthogonal_factor
 from sae.options import SAEOptions
 from sae.runtime import decode, encode
 from sae.thresholds import to_thresholds
@@ -58,6 +58,22 @@ def test_schedule_free_signum_follows_its_three_sequences():
         np.testing.assert_allclose(model.W_enc_FD.detach().numpy(), x["W_enc_FD"], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(model.W_dec_FD.detach().norm(dim=1).numpy(), 1)
     assert all(np.array_equal(trained[name], mine) for name, mine in arrays(model).items())
+
+
+def test_the_orthogonal_factor_is_that_of_the_svd_up_to_its_five_rounds_and_torchs_own():
+    rng = np.random.default_rng(0)
+    for shape in ((30, 8), (8, 30)):
+        matrix = torch.from_numpy(rng.standard_normal(shape) @ np.diag(np.geomspace(1, 9, shape[1])))
+        found = orthogonal_factor(matrix).numpy()
+        left, _, right = np.linalg.svd(matrix.numpy(), full_matrices=False)
+        rotated = left.T @ found @ right.T  # a diagonal near 1
+        np.testing.assert_allclose(rotated - np.diag(np.diag(rotated)), 0, atol=1e-12)
+        assert 0.65 < np.diag(rotated).min() <= np.diag(rotated).max() < 1.25
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        parameter.grad = matrix.float()
+        torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+        theirs = -parameter.detach().double().numpy() / (0.2 * 30**0.5)
+        assert np.linalg.norm(theirs - found) < 0.05 * np.linalg.norm(found)  # theirs is in bfloat16
 
 
 def test_muon_moves_matrices_along_the_orthogonal_factor_of_their_gradient():

@@ -20,7 +20,23 @@ from sae.variants import VARIANTS
 from sae.variants.batchtopk import LEAST_WEIGHT
 
 from .toy import Toy
-from .variant_models import LOSSES, D, F, K, N, V, arrays, batch, loss_settings, make, mask, pre_acts, relative
+from .variant_models import (
+    LOSSES,
+    D,
+    F,
+    K,
+    N,
+    V,
+    arrays,
+    batch,
+    batch_topk,
+    loss_settings,
+    make,
+    mask,
+    pre_acts,
+    relative,
+    row_topk,
+)
 
 FAST = ("batchtopk", "groupmax")
 
@@ -107,6 +123,25 @@ def test_fast_gradients_equal_a_float64_autograd_over_all_latents(name, dead):
     if name == "batchtopk":
         assert float(result.fired_F.sum()) == K * N
         assert float(model.theta) == pytest.approx(float(oracle.theta), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_layer_norm_takes_the_fast_step_and_its_error_is_that_of_the_rows_themselves(name):
+    model, dead_F = make(name, input_norm="layer", scale=1.0), mask(30)
+    x_ND = batch() * torch.linspace(0.1, 20, N)[:, None] + 3
+    oracle = copy.deepcopy(model).double()
+    expected = dense_step(oracle, x_ND.double(), loss_settings(), dead_F)
+    result = FastStep(model, loss_settings())(x_ND, dead_F)
+    assert float(result.error) == pytest.approx(float(expected.error), rel=1e-5)
+    for mine, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
+        assert relative(mine.grad.double(), theirs.grad) < 1e-5
+    x = x_ND.double().numpy()
+    mu, sigma, p = x.mean(1, keepdims=True), x.std(1, keepdims=True), arrays(oracle)
+    n_ND = (x - mu) / (sigma + 1e-5)
+    acts_NF = np.maximum(pre_acts(p, n_ND), 0)
+    acts_NF *= (row_topk if name == "topk" else batch_topk)(acts_NF, K)
+    error_ND = sigma * (n_ND - acts_NF @ p["W_dec_FD"] - p["b_dec_D"])
+    assert float(expected.error) == pytest.approx((error_ND**2).sum(), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", FAST)
