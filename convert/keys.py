@@ -7,8 +7,7 @@ import re
 from sae.errors import FormatError
 
 ARCHITECTURE = "sae"
-VERSION = 1
-NORM_MODES = ("none",)
+VERSION = 2  # of files that need what version 1 lacks; others are written as version 1
 MATRIX_TYPES = ("F32", "F16", "Q8_0")
 
 SAE_VERSION = "sae.version"

@@ -1,4 +1,4 @@
-"""SAE GGUF v1: one file with the arrays and the facts a reader needs to run the SAE. Specified in docs/formats.md."""
+"""SAE GGUF: one file with the arrays and the facts a reader needs to run the SAE. Specified in docs/formats.md."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from sae.checkpoint import needs_version_2
 from sae.errors import ConfigError, FormatError, SAEError
-from sae.weights import VARIANTS, SAEWeights
+from sae.weights import NORM_MODES, VARIANTS, SAEWeights
 
 from . import keys
 from .gguf_file import GGUFFile, encode_matrix, read_gguf, write_atomically
@@ -43,7 +44,7 @@ def write_sae_gguf(
     decoder_type: str = "F16",
     probe: np.ndarray | None = None,
 ) -> Path:
-    """Writes SAE GGUF v1 atomically. With `probe` (N, D) the file is verified before it gets its name.
+    """Writes an SAE GGUF atomically. With `probe` (N, D) the file is verified before it gets its name.
 
     Raises ConfigError on an unknown type, FormatError where the type cannot hold the matrix (Q8_0 needs D % 32 == 0),
     CheckFailedError when the verification fails.
@@ -68,7 +69,7 @@ def write_sae_gguf(
 def _add_keys(writer: gguf.GGUFWriter, weights: SAEWeights) -> None:
     n_latents, d_in = weights.W_enc_FD.shape
     writer.add_string("general.type", "sae")
-    writer.add_uint32(keys.SAE_VERSION, keys.VERSION)
+    writer.add_uint32(keys.SAE_VERSION, keys.VERSION if needs_version_2(weights) else 1)
     writer.add_uint32(keys.SAE_COUNT, 1)
     writer.add_string(keys.entry(0, "hook.point"), weights.hook)
     writer.add_string(keys.entry(0, "hook.tensor"), keys.hook_tensor(weights.hook))
@@ -79,8 +80,14 @@ def _add_keys(writer: gguf.GGUFWriter, weights: SAEWeights) -> None:
     writer.add_uint32(keys.entry(0, "d_in"), d_in)
     writer.add_uint32(keys.entry(0, "num_latents"), n_latents)
     writer.add_uint32(keys.entry(0, "k"), weights.k)
-    writer.add_string(keys.entry(0, "norm.mode"), "none")
-    writer.add_float32(keys.entry(0, "norm.eps"), 0.0)
+    writer.add_string(keys.entry(0, "norm.mode"), weights.norm_mode)
+    writer.add_float64(keys.entry(0, "norm.eps"), weights.norm_eps)
+    if needs_version_2(weights):
+        writer.add_uint32(keys.entry(0, "norm.correction"), weights.norm_correction)
+        writer.add_uint32(keys.entry(0, "d_out"), weights.d_out)
+        if weights.hook_out:
+            writer.add_string(keys.entry(0, "hook.out"), weights.hook_out)
+        writer.add_string(keys.entry(0, "ports"), json.dumps(weights.ports))
     writer.add_bool(keys.entry(0, "b_dec_subtracted"), weights.b_dec_subtracted)
     writer.add_bool(keys.entry(0, "bos_excluded"), True)
     writer.add_float64(keys.entry(0, "variance"), float(weights.variance))
@@ -125,6 +132,9 @@ def _add_tensors(writer: gguf.GGUFWriter, weights: SAEWeights, encoder_type: str
         _require_finite(name, values)
         data, kind = encode_matrix(name, values, dtype)
         writer.add_tensor(keys.entry(0, name), data, raw_dtype=kind)
+    if weights.W_skip_OD is not None:
+        _require_finite("skip.weight", weights.W_skip_OD)
+        writer.add_tensor(keys.entry(0, "skip.weight"), weights.W_skip_OD)
     for name, values in vectors.items():
         if values is not None:
             _require_finite(name, values)
@@ -139,9 +149,9 @@ def _require_finite(name: str, values: np.ndarray) -> None:
 
 
 def read_sae_gguf(path: str | Path) -> SAEWeights:
-    """Reads entry 0 of an SAE GGUF v1 as float32 arrays.
+    """Reads entry 0 of an SAE GGUF as float32 arrays.
 
-    Raises FormatError in one line on anything but a whole, consistent SAE GGUF v1 file.
+    Raises FormatError in one line on anything but a whole, consistent SAE GGUF file of version 1 or 2.
     """
     file = read_gguf(path)
     header = _Header(file)
@@ -151,7 +161,8 @@ def read_sae_gguf(path: str | Path) -> SAEWeights:
     if k > n_latents:
         raise header.fail(f"k={k} is more than num_latents={n_latents}")
     variant = header.one_of("variant", VARIANTS)
-    header.one_of("norm.mode", keys.NORM_MODES)
+    further = header.further(d_in)
+    d_out = further.pop("d_out")
     hook = header.text("hook.point")
     block = keys.hook_block(hook)
     if block is not None and block != header.integer("hook.block", 0):
@@ -160,9 +171,9 @@ def read_sae_gguf(path: str | Path) -> SAEWeights:
         return SAEWeights(
             W_enc_FD=header.require("enc.weight", (n_latents, d_in)),
             b_enc_F=header.require("enc.bias", (n_latents,)),
-            W_dec_FD=header.require("dec.weight", (n_latents, d_in)),
-            b_dec_D=header.require("dec.bias", (d_in,)),
-            mean_D=header.require("mean", (d_in,)),
+            W_dec_FD=header.require("dec.weight", (n_latents, d_out)),
+            b_dec_D=header.require("dec.bias", (d_out,)),
+            mean_D=header.require("mean", (d_out,)),
             variance=header.number("variance"),
             k=k,
             variant=variant,
@@ -172,6 +183,7 @@ def read_sae_gguf(path: str | Path) -> SAEWeights:
             hook=hook,
             host=header.host(),
             training=header.training(),
+            **further,
         )
     except FormatError:
         raise
@@ -193,7 +205,7 @@ def sae_file_info(path: str | Path) -> SAEFileInfo:
         num_latents=n_latents,
         k=header.integer("k", 1),
         encoder_type=header.entry_of("enc.weight", (n_latents, d_in)).dtype,
-        decoder_type=header.entry_of("dec.weight", (n_latents, d_in)).dtype,
+        decoder_type=header.entry_of("dec.weight", (n_latents, header.d_out(d_in))).dtype,
         n_bytes=len(file.buffer),
     )
 
@@ -213,8 +225,8 @@ class _Header:
             found = fields.get("general.architecture")
             raise self.fail(f"general.architecture is {str(found)[:80]!r}, expected 'sae'; is it a model?")
         version, count = fields.get(keys.SAE_VERSION), fields.get(keys.SAE_COUNT)
-        if type(version) is not int or version != keys.VERSION:
-            raise self.fail(f"sae.version is {str(version)[:40]}, this program reads version {keys.VERSION}")
+        if type(version) is not int or not 1 <= version <= keys.VERSION:
+            raise self.fail(f"sae.version is {str(version)[:40]}, this program reads 1 to {keys.VERSION}")
         if type(count) is not int or not 1 <= count <= _MAX_ENTRIES:
             raise self.fail(f"sae.count is {str(count)[:40]}, expected 1 to {_MAX_ENTRIES}")
 
@@ -276,6 +288,42 @@ class _Header:
         if keys.entry(0, "threshold") in self.file.fields and keys.entry(0, "threshold") not in self.file.tensors:
             return np.full(n_latents, self.number("threshold"), dtype=np.float32)
         return self.optional("threshold", (n_latents,))
+
+    def d_out(self, d_in: int) -> int:
+        return d_in if self.file.fields[keys.SAE_VERSION] == 1 else self.integer("d_out", 1)
+
+    def further(self, d_in: int) -> dict[str, Any]:
+        """What version 2 adds; in version 1 the one norm mode there is."""
+        if self.file.fields[keys.SAE_VERSION] == 1:
+            self.one_of("norm.mode", NORM_MODES[:1])
+            return {"d_out": d_in}
+        d_out = self.d_out(d_in)
+        hook_out = self.text("hook.out") if keys.entry(0, "hook.out") in self.file.fields else ""
+        if hook_out:
+            keys.hook_block(hook_out)  # refuses what is no hook point
+        return {
+            "d_out": d_out,
+            "norm_mode": self.one_of("norm.mode", NORM_MODES),
+            "norm_eps": self.number("norm.eps"),
+            "norm_correction": self.integer("norm.correction", 0),
+            "hook_out": hook_out,
+            "ports": self.ports(),
+            "W_skip_OD": self.optional("skip.weight", (d_out, d_in)),
+        }
+
+    def ports(self) -> tuple[tuple[str, int], ...]:
+        try:
+            found = json.loads(self.text("ports"))
+            pairs = tuple((name, width) for name, width in found)
+        except (ValueError, TypeError, RecursionError):
+            pairs = None
+        if pairs is None or not all(
+            isinstance(name, str) and type(width) is int and width > 0 for name, width in pairs
+        ):
+            raise self.fail(f"key {keys.entry(0, 'ports')} is no JSON list of hook points and widths")
+        for name, _ in pairs:
+            keys.hook_block(name)
+        return pairs
 
     def host(self) -> dict[str, Any]:
         fields = self.file.fields

@@ -32,17 +32,18 @@ TOLERANCES = {
     "F16": Tolerance(relative=5e-4, fvu=1e-3, overlap=0.99),
     "Q8_0": Tolerance(relative=2e-2, fvu=1e-2, overlap=0.95),
 }
-_ARRAYS = ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "mean_D", "threshold_F", "freq_F")
+_ARRAYS = ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "mean_D", "threshold_F", "freq_F", "W_skip_OD")
 
 
 def verify(weights: SAEWeights, path: str | Path, probe_ND: np.ndarray) -> dict[str, float]:
     """Compares the file with its source on `probe_ND` (N, D) rows in raw model units.
 
-    Returns fvu_source, fvu_file (FVU = sum||x - x_hat||^2 / sum||x - mean||^2 over the probe, mean of the probe),
+    Returns fvu_source, fvu_file (FVU = sum||x - x_hat||^2 / sum||x - mean||^2 over the probe, mean of the probe; of a
+    transcoder with the source's own output for x),
     l0_source, l0 (mean latents above zero), topk_overlap (mean over rows of |A & B| / max(|A|, |B|, 1) of the active
     sets), and relative.NAME, max_abs.NAME per tensor. Raises CheckFailedError beyond TOLERANCES of the file's types.
     """
-    d_in = weights.W_enc_FD.shape[1]
+    d_in = weights.d_in
     if probe_ND.ndim != 2 or probe_ND.shape[1] != d_in or len(probe_ND) == 0:
         raise ShapeError(f"the probe should be (rows, {d_in}), got {probe_ND.shape}")
     info, stored = sae_file_info(path), read_sae_gguf(path)
@@ -56,11 +57,14 @@ def verify(weights: SAEWeights, path: str | Path, probe_ND: np.ndarray) -> dict[
 def _compare_codes(source: SAEWeights, stored: SAEWeights, probe_ND: np.ndarray) -> dict[str, float]:
     report: dict[str, float] = {}
     active: list[list[set[int]]] = []
-    centred_ND = probe_ND.astype(np.float64) - probe_ND.mean(axis=0, dtype=np.float64)
+    target_NO = probe_ND
+    if source.hook_out:  # what it should reconstruct is not in the probe: hold the file against the source's output
+        target_NO = decode(source, *encode(source, probe_ND), probe_ND)
+    centred_ND = target_NO.astype(np.float64) - target_NO.mean(axis=0, dtype=np.float64)
     total = float((centred_ND**2).sum())
     for fvu_key, l0_key, w in (("fvu_source", "l0_source", source), ("fvu_file", "l0", stored)):
         idx_NK, vals_NK = encode(w, probe_ND)
-        residual_ND = probe_ND.astype(np.float64) - decode(w, idx_NK, vals_NK)
+        residual_ND = target_NO.astype(np.float64) - decode(w, idx_NK, vals_NK, probe_ND)
         report[fvu_key] = float((residual_ND**2).sum()) / total if total else float("nan")
         report[l0_key] = float((vals_NK > 0).sum(axis=1).mean())
         active.append([set(row[on].tolist()) for row, on in zip(idx_NK, vals_NK > 0, strict=True)])

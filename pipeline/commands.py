@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NOT_READ = ("store.inputs", "store.format")  # settings of `ggscope store`
+# ... of a training, for the commands that take a finished SAE
+TRAINING = tuple(
+    f"sae.{name}"
+    for name in (
+        "num_latents", "k", "variant", "kind", "inputs", "outputs", "skip", "init_from", "decoder_rows", "input_norm",
+        "b_dec_init", "multi_", "prefixes", "l1_coef", "l0_coef", "sparsity_warmup_share", "threshold_start", "bandwidth",
+    )
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
@@ -14,7 +24,7 @@ class Command:
     verbs: tuple[str, ...] = ()  # the first word after the command
     path_key: str = ""  # config key of the path(s) that follow
     keeps_run: bool = True  # makes a run folder; those that only look do not
-    not_read: tuple[str, ...] = ("store.inputs", "store.format")  # settings of its groups that are another command's
+    not_read: tuple[str, ...] = NOT_READ  # settings of its groups that are another command's
 
 
 COMMANDS: dict[str, Command] = {
@@ -53,21 +63,24 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         summary="fit a k-sparse autoencoder on a store, or on a capture running beside it",
         groups=("store", "hooks", "sae", "trainer", "together", "logger", "model", "corpus", "extract"),
-        examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train together.k=[16,32,64]", "ggscope train trainer.lr_search=[5e-4,1e-3,2e-3,4e-3]", "ggscope train -m sae.k=16,32,64", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr", "ggscope train trainer.source=stream model.path=my.gguf hooks.points=[blocks.12.hook_resid_post] corpus=text corpus.paths=[notes/*.md]"),
+        examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train together.k=[16,32,64]", "ggscope train trainer.lr_search=[5e-4,1e-3,2e-3,4e-3]", "ggscope train -m sae.k=16,32,64", "ggscope train sae.variant=batchtopk", "ggscope train sae.kind=transcoder sae.inputs=[blocks.3.hook_resid_mid] sae.outputs=[blocks.3.hook_mlp_out]", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr", "ggscope train trainer.source=stream model.path=my.gguf hooks.points=[blocks.12.hook_resid_post] corpus=text corpus.paths=[notes/*.md]"),
     ),
     "evaluate": Command(
         summary="FVU, L0, dead share, and CE recovered inside llama.cpp, on held-out text beside baselines",
         groups=("model", "corpus", "store", "sae", "evaluate"),
+        not_read=(*NOT_READ, *TRAINING),
         examples=("ggscope evaluate", "ggscope evaluate sae.path=runs/train/2026-01-31_12-00-00/sae evaluate.splice_tokens=8192"),
     ),
     "convert": Command(
         summary="write an SAE as GGUF and verify it; a latent as a control vector",
         groups=("model", "corpus", "sae", "convert"),
+        not_read=(*NOT_READ, *TRAINING),
         examples=("ggscope convert convert.encoder_type=Q8_0", "ggscope convert convert.latent=123 convert.coeff=4"),
     ),
     "apply": Command(
         summary="generate with live features per token; steer, clamp or ablate latents",
         groups=("model", "sae", "apply", "intervention"),
+        not_read=(*NOT_READ, *TRAINING),
         examples=(
             "ggscope apply --prompt 'def read_file(path):'",
             "ggscope apply --prompt 'import os' intervention=steer intervention.latents=[123] intervention.coeff=8",
@@ -90,6 +103,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         summary="one HTML file: training curve, evaluation, latents with their contexts, lens, steering",
         groups=("model", "corpus", "store", "sae", "report"),
+        not_read=(*NOT_READ, *TRAINING),
         examples=("ggscope report", "ggscope report report.steer_latent=123"),
     ),
     "compare": Command(

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sae.errors import ConfigError
+from sae.options import B_DEC_INITS, DECODER_ROWS, INPUT_NORMS, OPTIMIZERS, VARIANT_NAMES
+from sae.thresholds import MODES as THRESHOLD_MODES
+from sae.wiring import KINDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +117,25 @@ class SAEConfig:
     num_latents: int = 4096
     k: int = 32
     seed: int = -1  # of the initial weights; -1: trainer.seed, which also orders the rows
+    variant: str = "topk"
+    kind: str = "sae"  # what it reconstructs: its own hook point, several, or another one
+    inputs: list[str] = field(default_factory=list)  # hook points read, where there are several or another is written
+    outputs: list[str] = field(default_factory=list)  # transcoder, cross_layer: hook points reconstructed
+    skip: bool = False  # transcoder: a linear map of the input beside the latents
+    init_from: str = ""  # start from this SAE: a checkpoint folder, a run folder or a GGUF
+    decoder_rows: str = "unit"  # topk, batchtopk, relu; free: not renormalised, selection by pre * ||W_dec||
+    input_norm: str = "dataset"  # one scale, folded on export; layer: each row by its own sigma
+    b_dec_init: str = "mean"
+    k_start: int = 0  # topk, batchtopk, matryoshka: k falls from here to k ...
+    k_anneal_share: float = 0.1  # ... over this share of the steps
+    multi_k: int = 0  # topk: also reconstruct from so many latents (Multi-TopK) ...
+    multi_coef: float = 0.125  # ... at this weight
+    prefixes: list[int] = field(default_factory=list)  # matryoshka: nested sizes; empty: F/16, F/8, F/4, F/2
+    l1_coef: float = 5.0  # relu, gated
+    l0_coef: float = 1e-3  # jumprelu
+    sparsity_warmup_share: float = 0.05  # relu, gated, jumprelu: the penalty grows over this share of the steps
+    threshold_start: float = 1e-3  # jumprelu, in units of sqrt(E||x - mean||^2)
+    bandwidth: float = 1e-3  # jumprelu, in the same units
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +150,8 @@ class TrainerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    optimizer: str = "adam"
+    momentum: float = 0.95  # of signum and muon
     auxk_coef: float = 1 / 32
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 10_000_000
@@ -148,6 +172,7 @@ class TrainerConfig:
 class TogetherConfig:
     """Several SAEs on the same batches in one process: every combination of the values given here."""
 
+    variant: list[str] = field(default_factory=list)
     num_latents: list[int] = field(default_factory=list)
     k: list[int] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
@@ -182,6 +207,7 @@ class ConvertConfig:
     out: str = ""  # empty: in the run folder
     encoder_type: str = "F16"
     decoder_type: str = "F16"
+    thresholds: str = "none"  # of a top-k SAE, fitted on the probe rows: one for all, or one for each latent
     latent: int = -1  # >= 0: write this latent as a control vector beside the SAE
     coeff: float = 1.0  # its raw scale
     probe_tokens: int = 4096
@@ -301,11 +327,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "executor.kind": ("local", "pool", "ray", "submitit"),
     "executor.cluster": ("slurm", "local", ""),
     "inspect.format": FORMATS,
+    "sae.variant": VARIANT_NAMES,
+    "sae.kind": KINDS,
+    "sae.decoder_rows": DECODER_ROWS,
+    "sae.input_norm": INPUT_NORMS,
+    "sae.b_dec_init": B_DEC_INITS,
+    "trainer.optimizer": OPTIMIZERS,
     "trainer.source": ("store", "stream"),
     "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "convert.encoder_type": ("F32", "F16", "Q8_0"),
     "convert.decoder_type": ("F32", "F16", "Q8_0"),
+    "convert.thresholds": ("none", *THRESHOLD_MODES),
     "intervention.kind": ("none", "steer", "clamp", "ablate"),
     "intervention.phase": ("all", "prompt", "response"),
     "apply.format": ("text", "jsonl"),
@@ -323,7 +356,9 @@ LEAST: dict[str, float] = {
     "extract.batch_tokens": 1, "extract.ubatch_tokens": 1, "extract.calibration_tokens": 1, "extract.outlier_factor": 1,
     "executor.workers": 0, "executor.threads_per_worker": 0, "executor.gpus_per_worker": 0, "executor.retries": 0,
     "executor.timeout_minutes": 1, "executor.memory_gb": 1, "trainer.queue_batches": 1,
-    "sae.num_latents": 1, "sae.k": 1, "sae.seed": -1, "trainer.lr_search_share": 0,
+    "sae.num_latents": 1, "sae.k": 1, "sae.seed": -1, "trainer.lr_search_share": 0, "sae.k_start": 0, "sae.k_anneal_share": 0, "sae.multi_k": 0, "sae.multi_coef": 0,
+    "sae.l1_coef": 0, "sae.l0_coef": 0, "sae.sparsity_warmup_share": 0, "sae.threshold_start": 0, "sae.bandwidth": 0,
+    "trainer.momentum": 0,
     "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
     "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,

@@ -114,7 +114,7 @@ class Reader:
         if x_ND is None:
             return []
         idx_NK, vals_NK = encode(self.weights, x_ND)
-        gap_ND = x_ND.astype(np.float64) - decode(self.weights, idx_NK, vals_NK)
+        gap_ND = x_ND.astype(np.float64) - decode(self.weights, idx_NK, vals_NK, x_ND)
         fvu_N = (gap_ND**2).sum(axis=1) / self.weights.variance
         return [self._reading(*row) for row in zip(idx_NK, vals_NK, fvu_N.tolist(), strict=True)]
 

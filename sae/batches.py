@@ -34,6 +34,32 @@ class BatchSource(Protocol):
         ...
 
 
+class Peeked:
+    """A source whose first batch was looked at; it still comes first, unless `load_state` goes elsewhere."""
+
+    def __init__(self, source: BatchSource) -> None:
+        self._source, self._before = source, source.state()
+        self.first: np.ndarray = source.next()
+        self._waiting = True
+
+    @property
+    def d_in(self) -> int:
+        return self._source.d_in
+
+    def next(self) -> np.ndarray:
+        if self._waiting:
+            self._waiting = False
+            return self.first
+        return self._source.next()
+
+    def state(self) -> dict[str, Any]:
+        return self._before if self._waiting else self._source.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._waiting = False
+        self._source.load_state(state)
+
+
 class Prefetcher:
     """Hands out (batch, source state after it), reading up to `ahead` batches in a thread; 0 reads in place.
 

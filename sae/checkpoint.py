@@ -16,7 +16,7 @@ from .errors import DiskError, FormatError, SAEError
 from .weights import SAEWeights
 
 FORMAT = "ggscope-sae"
-VERSION = 1
+VERSION = 2  # of SAEs that need what version 1 lacks; others are written as version 1
 TENSORS = "sae.safetensors"
 META = "sae.json"
 REQUIRED = ("W_enc", "b_enc", "W_dec", "b_dec", "mean")
@@ -28,6 +28,7 @@ FIELDS = {
     "mean": "mean_D",
     "threshold": "threshold_F",
     "freq": "freq_F",
+    "W_skip": "W_skip_OD",
 }
 SCALARS: dict[str, type | tuple[type, ...]] = {
     "d_in": int,
@@ -40,6 +41,15 @@ SCALARS: dict[str, type | tuple[type, ...]] = {
     "host": dict,
     "training": dict,
     "tensors": dict,
+}
+# version 2: layer norm, transcoders, several hook points
+SCALARS_2: dict[str, type | tuple[type, ...]] = {
+    "d_out": int,
+    "norm_mode": str,
+    "norm_eps": (int, float),
+    "norm_correction": int,
+    "hook_out": str,
+    "ports": list,
 }
 
 
@@ -88,8 +98,9 @@ def save_weights(folder: Path | str, weights: SAEWeights) -> None:
     _check_finite(arrays, "this SAE")
     meta = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if needs_version_2(weights) else 1,
         **{name: getattr(weights, name) for name in SCALARS if name != "tensors"},
+        **({name: getattr(weights, name) for name in SCALARS_2} if needs_version_2(weights) else {}),
         "tensors": {name: list(array.shape) for name, array in arrays.items()},
     }
     try:
@@ -103,6 +114,11 @@ def save_weights(folder: Path | str, weights: SAEWeights) -> None:
     write_atomic(folder / META, lambda file: file.write(text))
 
 
+def needs_version_2(weights: SAEWeights) -> bool:
+    """Whether a reader of version 1 would compute something else."""
+    return weights.norm_mode != "none" or bool(weights.hook_out) or bool(weights.ports)
+
+
 def load_weights(folder: Path | str) -> SAEWeights:
     """Read what `save_weights` wrote.
 
@@ -113,18 +129,21 @@ def load_weights(folder: Path | str) -> SAEWeights:
     meta = read_meta(folder)
     arrays = _read_tensors(folder / TENSORS, meta)
     _check_finite(arrays, str(folder / TENSORS))
-    latents, d_in = arrays["W_dec"].shape if arrays["W_dec"].ndim == 2 else (0, 0)
-    if (latents, d_in) != (meta["num_latents"], meta["d_in"]):
+    d_out = meta.get("d_out", meta["d_in"])
+    if arrays["W_dec"].shape != (meta["num_latents"], d_out):
         raise FormatError(
-            f"{folder}: {META} says {meta['num_latents']} latents of width {meta['d_in']}, "
+            f"{folder}: {META} says {meta['num_latents']} latents of width {d_out}, "
             f"W_dec has shape {arrays['W_dec'].shape}; one of the files is of another SAE"
         )
     fields: dict[str, Any] = {FIELDS[name]: array for name, array in arrays.items()}
     fields |= {name: meta[name] for name in SCALARS if name not in ("d_in", "num_latents", "tensors")}
+    fields |= {name: meta[name] for name in SCALARS_2 if name in meta and name != "d_out"}
     try:
         return SAEWeights(**fields)
     except SAEError as error:
         raise FormatError(f"{folder}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{folder}: 'ports' in {META} is no list of hook points and widths") from error
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -138,9 +157,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise FormatError(f"{path} is not valid JSON ({error}); the file is damaged") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise FormatError(f"{path} is not a {FORMAT} file")
-    if meta.get("version") != VERSION:
-        raise FormatError(f"{path} has version {meta.get('version')!r}, this program reads version {VERSION}")
-    for name, kind in SCALARS.items():
+    if meta.get("version") not in (1, VERSION):
+        raise FormatError(f"{path} has version {meta.get('version')!r}, this program reads 1 to {VERSION}")
+    for name, kind in (SCALARS | (SCALARS_2 if meta["version"] == VERSION else {})).items():
         value = meta.get(name)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise FormatError(f"{path}: {name!r} is missing or of the wrong type ({value!r})")

@@ -8,19 +8,25 @@ g = 2/N (u_hat - u):
     db_dec    = sum_n g_n - db_enc W_enc
 
 The sums over the rows of a latent are an embedding_bag over the pairs (n, k) sorted by latent; sums run in one fixed
-order, so equal input gives equal bits. Dense pre-activations exist for one block of rows at a time.
+order, so equal input gives equal bits. Dense pre-activations exist for one block of rows at a time. TopK, GroupMax and
+BatchTopK share all of this but the choice; BatchTopK's pairs are not K to a row, so they come with offsets.
 
 Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k, P = N K pairs, M dead latents.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
 
+from .batch_select import MARGIN, Entries, Guess, edge_of, entries_from, largest, take
 from .errors import ConfigError
 from .losses import LossSettings, StepResult, auxk_denominator
-from .model import TopKSAE, select_topk
+from .model import SparseCoder, select_topk
+from .variants.groupmax import group_leaders
 
 BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
 BLOCK_ROWS = 512  # but never fewer rows than this: W_enc is read once per block
@@ -48,6 +54,11 @@ def encoder_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def has_fast_step(model: SparseCoder) -> bool:
+    """Whether `FastStep` gives this model's gradients; the others go through autograd."""
+    return bool(model.selects) and model.unit_rows and not model.wiring.two_sided and not model.options.multi_k
+
+
 def grouped_topk(pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`select_topk` in two stages: the k groups of latents with the largest maxima hold the k largest entries.
 
@@ -68,57 +79,107 @@ def grouped_topk(pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
     return vals_NK, group_NK.gather(1, at_NK % k) + (at_NK // k) * groups
 
 
+class Chosen(NamedTuple):
+    """The active latents: (N, K), or the pairs of all rows one after another with their rows and first pairs."""
+
+    idx: torch.Tensor  # (N, K) or (P,)
+    offsets_N: torch.Tensor | None = None
+    row_P: torch.Tensor | None = None
+
+
+def _offsets(row_P: torch.Tensor, rows: int) -> torch.Tensor:
+    """Where the pairs of every row begin; rows ascend."""
+    return torch.searchsorted(row_P, torch.arange(rows, device=row_P.device))
+
+
 class FastStep:
     """Callable like `dense_step` with the model and settings bound; keeps its buffer between batches."""
 
-    def __init__(self, model: TopKSAE, settings: LossSettings) -> None:
+    def __init__(self, model: SparseCoder, settings: LossSettings) -> None:
         self.model = model
         self.settings = settings
         self._pre = torch.empty(0)
+        self._guess = Guess()
 
     @torch.no_grad()
     def __call__(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None = None) -> StepResult:
         """Write the gradients of L to .grad and return the batch's numbers. `dead_F`: bool, None if none is dead."""
         model = self.model
-        centred_ND = u_ND - model.b_dec_D
-        vals_NK, idx_NK = self._encode(centred_ND)
+        batch = model.prepare(u_ND)
+        centred_ND = batch.input_ND - model.b_dec_D
+        chosen, vals = self._encode(centred_ND)
         scale = 2.0 / len(u_ND)
-        bag_ND, pull = _decode_with_pull(idx_NK, vals_NK, model.W_dec_FD)
+        bag_ND, pull = _decode_with_pull(chosen.idx, vals, model.W_dec_FD, chosen.offsets_N)
         minus_error_ND = bag_ND - centred_ND
         grad_ND = minus_error_ND * scale
-        grad_vals_NK = pull(grad_ND) * (vals_NK > 0)
+        grad_vals = pull(grad_ND) * (vals > 0)
         grads = _Gradients(model)
-        grads.add_sparse(centred_ND, grad_ND, idx_NK, vals_NK, grad_vals_NK)
+        grads.add_sparse(centred_ND, grad_ND, chosen, vals, grad_vals)
         error = minus_error_ND.pow(2).sum()
         loss, auxk_loss = error / len(u_ND), torch.zeros_like(error)
         if dead_F is not None and bool(dead_F.any()):
             auxk_loss = self._auxk(centred_ND, -minus_error_ND, dead_F, grads)
             loss = loss + self.settings.auxk_coef * self.settings.variance * auxk_loss
         grads.write(model, grad_ND)
+        if model.selects == "batchtopk":
+            model.observe_(vals)
+        if batch.sigma_N1 is not None:
+            error = (minus_error_ND * batch.sigma_N1).pow(2).sum()
         fired_F = torch.zeros(model.num_latents, dtype=torch.int64, device=u_ND.device)
-        fired_F.scatter_add_(0, idx_NK.flatten(), (vals_NK > 0).flatten().long())
+        fired_F.scatter_add_(0, chosen.idx.flatten(), (vals > 0).flatten().long())
         return StepResult(error=error, auxk_loss=auxk_loss, loss=loss, fired_F=fired_F)
 
-    def _encode(self, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ReLU'd values and indices of the k latents of every row, block by block."""
-        model, rows = self.model, len(centred_ND)
-        dtype, low = self.settings.encoder_dtype, self.settings.encoder_dtype == torch.bfloat16
+    def _encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
+        """The latents of the rows and their values after ReLU."""
+        model = self.model
+        if model.selects == "batchtopk":
+            return self._encode_batch(centred_ND)
+        choose = group_leaders if model.selects == "groupmax" else grouped_topk
+        rows, dtype = len(centred_ND), self.settings.encoder_dtype
+        vals_NK = torch.empty(rows, model.k, dtype=dtype, device=centred_ND.device)
+        idx_NK = torch.empty(rows, model.k, dtype=torch.int64, device=centred_ND.device)
+        for part, pre_NF in self._pre_acts(centred_ND):
+            vals_NK[part], idx_NK[part] = choose(pre_NF, model.k)
+        if dtype == torch.bfloat16:
+            vals_NK = sampled_products(centred_ND, model.W_enc_FD, idx_NK) + model.b_enc_F[idx_NK]
+        return Chosen(idx_NK), vals_NK.relu_()
+
+    def _encode_batch(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
+        """The k N largest of the batch (batch_select.py): pairs row after row, all above zero."""
+        model, rows, low = self.model, len(centred_ND), self.settings.encoder_dtype == torch.bfloat16
+        count, margin = model.k * rows, MARGIN if low else 0.0
+        while True:
+            parts = []
+            for part, pre_NF in self._pre_acts(centred_ND):
+                if not self._guess.least:
+                    self._guess.first(pre_NF[:: max(1, len(pre_NF) // 32)], model.k / model.num_latents)
+                parts.append(entries_from(pre_NF, self._guess.least, model.k, part.start))
+            found = Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+            if self._guess.good(found.value_P, count, margin):
+                break
+        if low:
+            edge = edge_of(found.value_P.float(), count) * (1 - margin)
+            found = take(found, found.value_P.float() >= edge)
+            latent_P, offsets_N = found.latent_P, _offsets(found.row_P, rows)
+            exact_P = sampled_products(centred_ND, model.W_enc_FD, latent_P, offsets_N) + model.b_enc_F[latent_P]
+            found = found._replace(value_P=exact_P)
+        found = take(found, largest(found, count, model.num_latents))
+        return Chosen(found.latent_P, _offsets(found.row_P, rows), found.row_P), found.value_P
+
+    def _pre_acts(self, centred_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, pre_NF) block by block, in the encoder's dtype; the array is reused for the next block."""
+        model, rows, dtype = self.model, len(centred_ND), self.settings.encoder_dtype
         weight_DF, bias_F, input_ND = model.W_enc_FD.to(dtype).t(), model.b_enc_F.to(dtype), centred_ND.to(dtype)
         block = rows
         if centred_ND.device.type == "cpu":
             block = min(rows, max(BLOCK_ROWS, BLOCK_BYTES // (4 * model.num_latents)))
         if self._pre.shape != (block, model.num_latents) or self._pre.dtype != dtype:
             self._pre = torch.empty(block, model.num_latents, dtype=dtype, device=centred_ND.device)
-        vals_NK = torch.empty(rows, model.k, dtype=dtype, device=centred_ND.device)
-        idx_NK = torch.empty(rows, model.k, dtype=torch.int64, device=centred_ND.device)
         for start in range(0, rows, block):
             part = slice(start, min(rows, start + block))
             pre_NF = self._pre[: part.stop - start]
             torch.addmm(bias_F, input_ND[part], weight_DF, out=pre_NF)
-            vals_NK[part], idx_NK[part] = grouped_topk(pre_NF, model.k)
-        if low:
-            vals_NK = sampled_products(centred_ND, model.W_enc_FD, idx_NK) + model.b_enc_F[idx_NK]
-        return vals_NK.relu_(), idx_NK
+            yield part, pre_NF
 
     def _auxk(
         self, centred_ND: torch.Tensor, error_ND: torch.Tensor, dead_F: torch.Tensor, grads: _Gradients
@@ -138,7 +199,7 @@ class FastStep:
             bag_ND, pull = _decode_with_pull(idx_NA, vals_NA, model.W_dec_FD)
             rest_ND = bag_ND - error_ND
             grad_ND = rest_ND * scale
-            grads.add_sparse(centred_ND, grad_ND, idx_NA, vals_NA, pull(grad_ND) * (vals_NA > 0))
+            grads.add_sparse(centred_ND, grad_ND, Chosen(idx_NA), vals_NA, pull(grad_ND) * (vals_NA > 0))
             return rest_ND.pow(2).sum() / denominator
         acts_NM = pre_NM.relu_()
         if len(dead_M) > count:
@@ -154,7 +215,7 @@ class FastStep:
 class _Gradients:
     """Sums of dW_enc, dW_dec and db_enc; db_dec follows from them."""
 
-    def __init__(self, model: TopKSAE) -> None:
+    def __init__(self, model: SparseCoder) -> None:
         self.num_latents = model.num_latents
         self.W_enc_FD: torch.Tensor | None = None
         self.W_dec_FD: torch.Tensor | None = None
@@ -164,14 +225,14 @@ class _Gradients:
         self,
         centred_ND: torch.Tensor,
         grad_ND: torch.Tensor,
-        idx_NK: torch.Tensor,
-        vals_NK: torch.Tensor,
-        grad_vals_NK: torch.Tensor,
+        chosen: Chosen,
+        vals: torch.Tensor,
+        grad_vals: torch.Tensor,
     ) -> None:
-        latent_P, order_P = idx_NK.flatten().sort(stable=True)
-        row_P = order_P // idx_NK.shape[1]
+        latent_P, order_P = chosen.idx.flatten().sort(stable=True)
+        row_P = order_P // chosen.idx.shape[1] if chosen.row_P is None else chosen.row_P[order_P]
         start_F = torch.searchsorted(latent_P, torch.arange(self.num_latents, device=latent_P.device))
-        vals_P, grad_vals_P = vals_NK.flatten()[order_P], grad_vals_NK.flatten()[order_P]
+        vals_P, grad_vals_P = vals.flatten()[order_P], grad_vals.flatten()[order_P]
 
         def sums(table_ND: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:
             return functional.embedding_bag(row_P, table_ND, start_F, per_sample_weights=weight_P, mode="sum")
@@ -195,35 +256,37 @@ class _Gradients:
         self.W_dec_FD[dead_M] += W_dec_MD
         self.b_enc_F[dead_M] += b_enc_M
 
-    def write(self, model: TopKSAE, grad_ND: torch.Tensor) -> None:
+    def write(self, model: SparseCoder, grad_ND: torch.Tensor) -> None:
         """Put the sums in the model's .grad."""
         assert self.b_enc_F is not None, "the main pass comes first"
         model.W_enc_FD.grad, model.W_dec_FD.grad, model.b_enc_F.grad = self.W_enc_FD, self.W_dec_FD, self.b_enc_F
         model.b_dec_D.grad = grad_ND.sum(0) - self.b_enc_F @ model.W_enc_FD
 
 
-def sampled_products(a_ND: torch.Tensor, table_FD: torch.Tensor, idx_NK: torch.Tensor) -> torch.Tensor:
-    """<a_n, table[idx_nk]>, (N, K), without gathering the rows."""
-    zeros_NK = torch.zeros(idx_NK.shape, dtype=a_ND.dtype, device=a_ND.device)
-    _, pull = _decode_with_pull(idx_NK, zeros_NK, table_FD)
+def sampled_products(
+    a_ND: torch.Tensor, table_FD: torch.Tensor, idx: torch.Tensor, offsets_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """<a_n, table[idx_nk]>, (N, K) or (P,), without gathering the rows."""
+    zeros = torch.zeros(idx.shape, dtype=a_ND.dtype, device=a_ND.device)
+    _, pull = _decode_with_pull(idx, zeros, table_FD, offsets_N)
     return pull(a_ND)
 
 
 class _Pull:
     """grad_ND -> <grad_n, table[idx_nk]>: embedding_bag's own backward for its weights, through the public API."""
 
-    def __init__(self, bag_ND: torch.Tensor, vals_NK: torch.Tensor) -> None:
-        self.bag_ND, self.vals_NK = bag_ND, vals_NK
+    def __init__(self, bag_ND: torch.Tensor, vals: torch.Tensor) -> None:
+        self.bag_ND, self.vals = bag_ND, vals
 
     def __call__(self, grad_ND: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(self.bag_ND, self.vals_NK, grad_ND)[0]
+        return torch.autograd.grad(self.bag_ND, self.vals, grad_ND)[0]
 
 
 def _decode_with_pull(
-    idx_NK: torch.Tensor, vals_NK: torch.Tensor, table_FD: torch.Tensor
+    idx: torch.Tensor, vals: torch.Tensor, table_FD: torch.Tensor, offsets_N: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, _Pull]:
     """(sum_k vals_nk table[idx_nk], its pull-back to vals)."""
     with torch.enable_grad():
-        leaf_NK = vals_NK.detach().requires_grad_()
-        bag_ND = functional.embedding_bag(idx_NK, table_FD.detach(), per_sample_weights=leaf_NK, mode="sum")
-    return bag_ND.detach(), _Pull(bag_ND, leaf_NK)
+        leaf = vals.detach().requires_grad_()
+        bag_ND = functional.embedding_bag(idx, table_FD.detach(), offsets_N, per_sample_weights=leaf, mode="sum")
+    return bag_ND.detach(), _Pull(bag_ND, leaf)

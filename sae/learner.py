@@ -15,25 +15,30 @@ import numpy as np
 import torch
 
 from .errors import ConfigError, DivergedError
-from .kernels import encoder_dtype
-from .losses import LossSettings, StepResult
-from .model import TopKSAE, input_scale
+from .losses import StepResult
 from .steppers import make_stepper
 from .train_config import FREE_KEYS, TrainConfig
+from .variants.build import build
+from .variants.start import start_identity
 from .weights import SAEWeights
+from .wiring import SAME, Wiring
 
 FREQ_SHARE = 0.1  # freq_F counts the last tenth of the steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What the rows are: statistics, hook point and model; the same for every SAE trained on them."""
+    """What the rows are and where training starts; the same for every SAE trained on them."""
 
-    d_in: int
+    d_in: int  # columns of a batch
     mean_D: np.ndarray  # E[x]
     variance: float  # E||x - mean||^2
     hook: str
     host: dict[str, Any]
+    wiring: Wiring = SAME  # the hook points of a batch's columns ...
+    variances: tuple[float, ...] = ()  # ... and E||x - mean||^2 at each
+    sample_ND: np.ndarray | None = None  # raw rows, where `variants.build.needs_sample`
+    start: SAEWeights | None = None  # an SAE to go on from
 
 
 class Learner:
@@ -46,7 +51,6 @@ class Learner:
 
     def __init__(self, config: TrainConfig, subject: Subject, device: torch.device) -> None:
         self.config, self.subject, self.device = config, subject, device
-        self.encoder_dtype = encoder_dtype(config.encoder_dtype, device)
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self.diverged = ""  # why it is trained no further
@@ -55,22 +59,24 @@ class Learner:
         )
         self.best: dict[str, Any] | None = None  # step and FVU of the best of them
         self._generator = torch.Generator().manual_seed(config.seed)
-        self.scale = input_scale(subject.variance, subject.d_in)
-        self.model = TopKSAE(
-            d_in=subject.d_in,
-            num_latents=config.num_latents,
-            k=config.k,
+        self.model, settings = build(
+            config,
+            width=subject.d_in,
             mean_D=subject.mean_D,
-            scale=self.scale,
+            variance=subject.variance,
             generator=self._generator,
-        ).to(device)
-        settings = LossSettings(
-            variance=subject.variance / self.scale**2,
-            auxk_k=config.auxk_k or max(1, subject.d_in // 2),
-            auxk_coef=config.auxk_coef,
-            encoder_dtype=self.encoder_dtype,
+            device=device,
+            sample_ND=subject.sample_ND,
+            start=subject.start,
+            wiring=subject.wiring,
+            variances=subject.variances,
         )
+        self.scale = self.model.scale  # one for all columns, or one for each
+        self.encoder_dtype = settings.encoder_dtype
         self._stepper = make_stepper(self.model, settings, config)
+        self._target = subject.wiring.target
+        mean_u_W = (subject.mean_D / self.scale)[self._target].astype(np.float32)
+        self._mean_u_O = torch.from_numpy(mean_u_W).to(device)
         self._idle_F = torch.zeros(config.num_latents, dtype=torch.int64, device=device)  # tokens since it fired
         self._fired_F = torch.zeros_like(self._idle_F)
         self._fired_rows = self._revived = 0
@@ -79,9 +85,15 @@ class Learner:
 
     # ---- training ----
 
+    def prepare(self, x_BD: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch in scaled units, and sum_n ||u - mean||^2 of what is reconstructed; SAEs of one scale share both."""
+        u_BD = torch.from_numpy(np.multiply(x_BD, 1 / self.scale, dtype=np.float32)).to(self.device)
+        return u_BD, (u_BD[:, self._target] - self._mean_u_O).pow(2).sum()
+
     def train(self, u_BD: torch.Tensor, scatter: torch.Tensor) -> None:
-        """One step on a batch; `scatter` is sum_n ||u - mean||^2 over its rows."""
-        dead_F = self._dead() if self.config.auxk_coef > 0 else None
+        """One step on a batch as `prepare` gives it."""
+        dead_F = self._dead() if self.config.auxk_coef > 0 and self.model.uses_auxk else None
+        self.model.schedule_(self.step, self.config.steps)
         result = self._stepper.step(u_BD, lr=self.config.lr_at(self.step), dead_F=dead_F)
         fired_F = result.fired_F > 0
         if dead_F is not None:
@@ -144,27 +156,28 @@ class Learner:
         training = {
             "step": self.step,
             "tokens": self.step * self.config.batch_tokens,
-            "config": dataclasses.asdict(self.config),
+            "config": plain(self.config),
             "encoder_dtype": dtype_name(self.encoder_dtype),
-            "scale": self.scale,
+            "scale": np.unique(self.scale).tolist() if self.subject.wiring.inputs else self.scale,
             "metrics": self.metrics,
         }
         freq_F = (self._fired_F.double() / self._fired_rows).cpu().numpy() if self._fired_rows else None
         subject = self.subject
-        return self.model.to_weights(
-            mean_D=subject.mean_D,
-            variance=subject.variance,
-            hook=subject.hook,
-            host=subject.host,
-            training=training,
-            freq_F=freq_F,
-        )
+        with self._stepper.evaluation():
+            return self.model.to_weights(
+                mean_D=subject.mean_D,
+                variance=subject.variance,
+                hook=subject.hook,
+                host=subject.host,
+                training=training,
+                freq_F=freq_F,
+            )
 
     # ---- its part of a checkpoint ----
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to continue this run."""
-        config = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in FREE_KEYS}
+        config = {key: value for key, value in plain(self.config).items() if key not in FREE_KEYS}
         mean = np.ascontiguousarray(self.subject.mean_D, np.float32).tobytes()
         return config | {
             "encoder_dtype": dtype_name(self.encoder_dtype),
@@ -173,7 +186,7 @@ class Learner:
             "hook": self.subject.hook,
             "activation_mean": hashlib.sha256(mean).hexdigest()[:16],
             "activation_variance": self.subject.variance,
-        }
+        } | start_identity(self.subject.start, self.subject.wiring)  # fmt: skip
 
     def check_finite(self) -> None:
         """DivergedError where a parameter is not finite."""
@@ -256,6 +269,12 @@ class Window:
 
     def l0(self) -> float:
         return float(self._sums_5[4]) / self.rows
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """Every setting by its name, those of the variants among them."""
+    values = dataclasses.asdict(config)
+    return values | values.pop("options")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

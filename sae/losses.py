@@ -1,13 +1,14 @@
 """The training loss, and its gradients by dense autograd: the general path that `kernels.py` must equal.
 
-    L = 1/N sum_n ||u - u_hat||^2  +  auxk_coef * v * L_aux            v = E||u - mean||^2, a constant of the data
+    L = 1/N sum_n ||u - u_hat||^2  +  auxk_coef * v * L_aux  +  what the variant adds
+                                                                       v = E||u - mean||^2, a constant of the data
     L_aux = sum_n ||e - e_hat||^2 / sum_n ||e - mean(e)||^2            (Gao et al. 2024, App. A.2)
     e = u - u_hat, detached;  e_hat = sum_i b_i W_dec[i], no bias;  b = TopK_{auxk_k}(ReLU(pre) of dead latents)
 
 L / v is Gao's loss (normalised MSE plus auxk_coef times normalised auxiliary MSE); with v the gradients do not shrink
 with d_in, so Adam's eps stays small beside them. Everything is in the scaled units of `model.py`.
 
-Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k.
+Shape letters: N rows, W columns of a batch, D d_in, O d_out, F latents, K top-k, A auxiliary k.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .model import TopKSAE, select_topk
+from .model import Forward, SparseCoder, keep_entries, select_topk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossSettings:
     """What the loss needs to know besides the model and the batch."""
 
-    variance: float  # v: E||u - mean||^2 in scaled units
+    variance: float  # v: E||u - mean||^2 of what is reconstructed, in scaled units
     auxk_k: int
     auxk_coef: float
     encoder_dtype: torch.dtype = torch.float32  # bfloat16 chooses the latents; their values are always float32
@@ -34,43 +35,54 @@ class LossSettings:
 class StepResult:
     """Numbers of one batch, left on the device; the gradients are in the parameters' .grad."""
 
-    error: torch.Tensor  # sum_n ||u - u_hat||^2
+    error: torch.Tensor  # sum_n ||u - u_hat||^2, with layer norm too
     auxk_loss: torch.Tensor  # L_aux, 0 where no latent is dead
     loss: torch.Tensor  # L
     fired_F: torch.Tensor  # int64: rows of the batch on which a latent was above zero
 
 
 def dense_step(
-    model: TopKSAE, u_ND: torch.Tensor, settings: LossSettings, dead_F: torch.Tensor | None = None
+    model: SparseCoder, u_NW: torch.Tensor, settings: LossSettings, dead_F: torch.Tensor | None = None
 ) -> StepResult:
     """Gradients of L by autograd over all latents, written to .grad. `dead_F` (bool) turns AuxK on where any is true.
 
     Works in the dtype of the model and u: float64 gives the oracle.
     """
     model.zero_grad(set_to_none=True)
-    pre_NF = model.pre_acts(u_ND)
-    idx_NK = choose(model, u_ND, pre_NF, settings)
-    acts_NF = _keep(functional.relu(pre_NF), idx_NK)
-    u_hat_ND = acts_NF @ model.W_dec_FD + model.b_dec_D
-    error = (u_ND - u_hat_ND).pow(2).sum()
-    loss = error / len(u_ND)
+    batch = model.prepare(u_NW)
+    pre_NF = model.pre_acts(batch.input_ND)
+    acts_NF = model.acts(pre_NF, _rounded_pre_acts(model, batch.input_ND, settings))
+    residual_NO = batch.target_NO - model.reconstruct(acts_NF, batch.input_ND)
+    forward = Forward(batch=batch, pre_NF=pre_NF, acts_NF=acts_NF, residual_NO=residual_NO)
+    loss = model.fit(batch, acts_NF, residual_NO)
+    extra = model.extra_loss(forward, settings)
+    if extra is not None:
+        loss = loss + extra
     auxk_loss = torch.zeros_like(loss)
-    if dead_F is not None and bool(dead_F.any()):
-        auxk_loss = _dense_auxk(model, pre_NF, (u_ND - u_hat_ND).detach(), settings, dead_F)
+    if model.uses_auxk and dead_F is not None and bool(dead_F.any()):
+        auxk_loss = _dense_auxk(model, pre_NF, residual_NO.detach(), settings, dead_F)
         loss = loss + settings.auxk_coef * settings.variance * auxk_loss
     loss.backward()
-    return StepResult(
-        error=error.detach(), auxk_loss=auxk_loss.detach(), loss=loss.detach(), fired_F=(acts_NF > 0).sum(0)
-    )
+    ranked_NF = model.ranking(acts_NF.detach())
+    model.observe_(ranked_NF[ranked_NF > 0])
+    residual_NO = residual_NO.detach()
+    error = (residual_NO if batch.sigma_N1 is None else residual_NO * batch.sigma_N1).pow(2).sum()
+    return StepResult(error=error, auxk_loss=auxk_loss.detach(), loss=loss.detach(), fired_F=(acts_NF > 0).sum(0))
 
 
-def choose(model: TopKSAE, u_ND: torch.Tensor, pre_NF: torch.Tensor, settings: LossSettings) -> torch.Tensor:
-    """idx_NK of the latents taken: by the float32 pre-activations, or by bfloat16 ones."""
-    if settings.encoder_dtype == torch.bfloat16:
-        with torch.no_grad():
-            centred_ND = (u_ND - model.b_dec_D).bfloat16()
-            pre_NF = functional.linear(centred_ND, model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16())
-    return select_topk(pre_NF.detach(), model.k)[1]
+def _rounded_pre_acts(model: SparseCoder, input_ND: torch.Tensor, settings: LossSettings) -> torch.Tensor | None:
+    """Pre-activations in bfloat16 where they choose the latents; None where the exact ones do."""
+    if settings.encoder_dtype != torch.bfloat16:
+        return None
+    with torch.no_grad():
+        centred_ND = (input_ND - model.b_dec_D).bfloat16()
+        return functional.linear(centred_ND, model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16())
+
+
+def choose(model: SparseCoder, u_ND: torch.Tensor, pre_NF: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    """idx_NK of the latents TopK takes: by the float32 pre-activations, or by bfloat16 ones."""
+    rounded_NF = _rounded_pre_acts(model, u_ND, settings)
+    return select_topk(pre_NF.detach() if rounded_NF is None else rounded_NF, model.k)[1]
 
 
 def auxk_denominator(error_ND: torch.Tensor) -> torch.Tensor:
@@ -79,15 +91,10 @@ def auxk_denominator(error_ND: torch.Tensor) -> torch.Tensor:
 
 
 def _dense_auxk(
-    model: TopKSAE, pre_NF: torch.Tensor, error_ND: torch.Tensor, settings: LossSettings, dead_F: torch.Tensor
+    model: SparseCoder, pre_NF: torch.Tensor, error_NO: torch.Tensor, settings: LossSettings, dead_F: torch.Tensor
 ) -> torch.Tensor:
     dead_NF = functional.relu(pre_NF.masked_fill(~dead_F, -torch.inf))
     count = min(settings.auxk_k, int(dead_F.sum()))
-    _, idx_NA = select_topk(pre_NF.detach().masked_fill(~dead_F, -torch.inf), count)
-    error_hat_ND = _keep(dead_NF, idx_NA) @ model.W_dec_FD
-    return (error_ND - error_hat_ND).pow(2).sum() / auxk_denominator(error_ND)
-
-
-def _keep(acts_NF: torch.Tensor, idx_NK: torch.Tensor) -> torch.Tensor:
-    """acts at idx, zero elsewhere."""
-    return torch.zeros_like(acts_NF).scatter(1, idx_NK, acts_NF.gather(1, idx_NK))
+    _, idx_NA = select_topk(model.ranking(pre_NF.detach()).masked_fill(~dead_F, -torch.inf), count)
+    error_hat_NO = keep_entries(dead_NF, idx_NA) @ model.W_dec_FD
+    return (error_NO - error_hat_NO).pow(2).sum() / auxk_denominator(error_NO)

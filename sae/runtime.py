@@ -2,7 +2,9 @@
 
     pre = W_enc (x - b_dec) + b_enc,   a = TopK(ReLU(pre)),   x_hat = sum_i a_i W_dec[i] + b_dec
 
-Shape letters: N rows, D d_in, F latents, K slots for active latents (k of the variant "topk").
+Other variants, layer norm and transcoders: the equations of `SAEWeights`.
+
+Shape letters: N rows, D d_in, O d_out, F latents, K slots for active latents (k of the variants "topk", "groupmax").
 """
 
 from __future__ import annotations
@@ -21,32 +23,68 @@ def encode(w: SAEWeights, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The active latents of every row.
 
     Returns idx_NK int32 and vals_NK float32, sorted by value (descending), then by latent. Unused slots have value 0
-    and index 0. K is k for the variant "topk"; for "threshold" it is the largest number of latents that fired on a
+    and index 0. K is k for the variants "topk" and "groupmax"; for "threshold" it is the largest number of latents that fired on a
     row (at least 1).
 
     Raises:
         ShapeError: x is not (N, D).
     """
-    x_ND = _rows(w, x_ND)
+    x_ND = normalised(w, _rows(w, x_ND))
     if w.variant == "threshold":
         return _encode_threshold(w, x_ND)
     idx_NK = np.empty((len(x_ND), w.k), np.int32)
     vals_NK = np.empty((len(x_ND), w.k), np.float32)
     for rows, pre_NF in _pre_act_blocks(w, x_ND):
-        idx_NK[rows], vals_NK[rows] = _gather(pre_NF, pre_NF >= _edge(pre_NF, w.k), w.k)
+        fires_NF = _leads_its_group(pre_NF, w.k) if w.variant == "groupmax" else pre_NF >= _edge(pre_NF, w.k)
+        idx_NK[rows], vals_NK[rows] = _gather(pre_NF, fires_NF, w.k)
     return idx_NK, vals_NK
 
 
-def decode(w: SAEWeights, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
-    """x_hat_ND = sum_k vals[k] W_dec[idx[k]] + b_dec, float32. Slots of value 0 add nothing.
+def sigma(w: SAEWeights, x_ND: np.ndarray) -> np.ndarray:
+    """What a latent's activation is in units of, float32 (N, 1): the row's standard deviation with layer norm, else 1.
+
+    A latent adds a_i sigma W_dec[i] to the row.
+    """
+    if w.norm_mode == "none":
+        return np.ones((len(x_ND), 1), np.float32)
+    return x_ND.std(axis=1, keepdims=True, ddof=w.norm_correction, dtype=np.float64).astype(np.float32)
+
+
+def normalised(w: SAEWeights, x_ND: np.ndarray) -> np.ndarray:
+    """The rows as the encoder reads them: (x - mu) / (sigma + eps) with layer norm, else x."""
+    if w.norm_mode == "none":
+        return x_ND
+    return (x_ND - _mu(x_ND)) / (sigma(w, x_ND) + np.float32(w.norm_eps))
+
+
+def _mu(x_ND: np.ndarray) -> np.ndarray:
+    return x_ND.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+
+
+def decode(w: SAEWeights, idx_NK: np.ndarray, vals_NK: np.ndarray, x_ND: np.ndarray | None = None) -> np.ndarray:
+    """x_hat_NO = sum_k vals[k] W_dec[idx[k]] + b_dec, float32. Slots of value 0 add nothing.
+
+    `x_ND`: the rows that were encoded, needed with layer norm (their sigma and mu) and a skip matrix.
 
     Raises:
-        ShapeError: idx and vals do not have the same shape (N, K).
+        ShapeError: idx and vals do not have the same shape (N, K), or x is needed and not there.
     """
+    x_hat_NO = _decode(w, idx_NK, vals_NK)
+    if not w.needs_input:
+        return x_hat_NO
+    if x_ND is None or len(x_ND) != len(x_hat_NO):
+        raise ShapeError("this SAE's reconstruction needs the rows that were encoded (layer norm or skip): give x_ND")
+    x_ND = _rows(w, x_ND)
+    if w.W_skip_OD is not None:
+        x_hat_NO += x_ND @ w.W_skip_OD.T
+    return x_hat_NO if w.norm_mode == "none" else sigma(w, x_ND) * x_hat_NO + _mu(x_ND)
+
+
+def _decode(w: SAEWeights, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
     if idx_NK.ndim != 2 or idx_NK.shape != vals_NK.shape:
         raise ShapeError(f"indices and values must both be (N, K), got {idx_NK.shape} and {vals_NK.shape}")
-    x_hat_ND = np.empty((len(idx_NK), w.d_in), np.float32)
-    step = max(1, PRE_ACT_BYTES // (4 * w.d_in * max(1, idx_NK.shape[1])))
+    x_hat_ND = np.empty((len(idx_NK), w.d_out), np.float32)
+    step = max(1, PRE_ACT_BYTES // (4 * w.d_out * max(1, idx_NK.shape[1])))
     for start in range(0, len(idx_NK), step):
         rows = slice(start, start + step)
         vals_N1K = vals_NK[rows, None, :].astype(np.float32, copy=False)
@@ -95,6 +133,15 @@ def _pre_act_blocks(w: SAEWeights, x_ND: np.ndarray) -> Iterator[tuple[slice, np
         pre_NF = np.matmul(block_ND, w.W_enc_FD.T, out=buffer[: len(block_ND)])
         pre_NF += w.b_enc_F
         yield rows, pre_NF
+
+
+def _leads_its_group(pre_NF: np.ndarray, k: int) -> np.ndarray:
+    """True for the largest entry of each of k groups of neighbours, the first of several, where it is above zero."""
+    rows, latents = pre_NF.shape
+    pre_NKG = pre_NF.reshape(rows, k, latents // k)
+    leads_NKG = np.zeros(pre_NKG.shape, bool)
+    np.put_along_axis(leads_NKG, pre_NKG.argmax(axis=2)[:, :, None], True, axis=2)
+    return leads_NKG.reshape(rows, latents) & (pre_NF > 0)
 
 
 def _edge(pre_NF: np.ndarray, k: int) -> np.ndarray:

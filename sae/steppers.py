@@ -6,13 +6,15 @@ A stepper owns the optimizer's state. The trainer only knows `Stepper`; which on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from .kernels import FastStep
+from .kernels import FastStep, has_fast_step
 from .losses import LossSettings, StepResult
-from .model import TopKSAE, apply_update_
+from .model import SparseCoder
+from .optimizers import make_optimizer
 from .train_config import TrainConfig
 
 
@@ -33,24 +35,25 @@ class Stepper(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
 
+    def evaluation(self) -> AbstractContextManager[None]:
+        """While it is entered the model holds the weights to export, where those are not the ones being trained."""
+        return nullcontext()
+
 
 class TorchStepper(Stepper):
-    """The sparse gradients of `kernels.FastStep`, then torch's own fused Adam. Any device, no compiler."""
+    """The sparse gradients of `kernels.FastStep`, then torch's own fused Adam (or another optimizer). Any device, no
+    compiler."""
 
     name = "torch"
 
-    def __init__(self, model: TopKSAE, settings: LossSettings, config: TrainConfig) -> None:
+    def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig) -> None:
         self.model = model
         self._gradients = FastStep(model, settings)
-        self._optimizer = torch.optim.Adam(
-            model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+        self._optimizer = make_optimizer(model, config)
 
     def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
         result = self._gradients(u_ND, dead_F)
-        apply_update_(self.model, self._optimizer)
+        self._optimizer.update_(lr)
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +62,14 @@ class TorchStepper(Stepper):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state)
 
+    def evaluation(self) -> AbstractContextManager[None]:
+        return self._optimizer.evaluation()
 
-def make_stepper(model: TopKSAE, settings: LossSettings, config: TrainConfig) -> Stepper:
+
+def make_stepper(model: SparseCoder, settings: LossSettings, config: TrainConfig) -> Stepper:
     """The stepper for this model, device and configuration."""
-    return TorchStepper(model, settings, config)
+    if has_fast_step(model):
+        return TorchStepper(model, settings, config)
+    from .autograd_stepper import AutogradStepper  # it extends Stepper
+
+    return AutogradStepper(model, settings, config)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 from .errors import ConfigError
+from .options import OPTIMIZERS, SAEOptions
 
 FREE_KEYS = (
     "checkpoint_steps",
@@ -43,6 +44,10 @@ class TrainConfig:
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    optimizer: str = "adam"  # adam | signum | muon
+    momentum: float = 0.95  # of signum and muon
+    variant: str = "topk"  # options.VARIANT_NAMES
+    options: SAEOptions = dataclasses.field(default_factory=SAEOptions)  # of the variants
     checkpoint_steps: int = 500  # *
     log_steps: int = 20  # *
     keep_last: int = 2  # *
@@ -60,6 +65,9 @@ class TrainConfig:
         self._check("eps", math.isfinite(self.eps) and self.eps > 0, "above 0")
         self._check("decay_share", 0 <= self.decay_share <= 1, "between 0 and 1")
         self._check("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two in [0, 1)")
+        self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        self._check("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self.options.check_variant(self.variant, self.num_latents, self.k)
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def _check(self, name: str, good: bool, wanted: str) -> None:

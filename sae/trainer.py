@@ -13,16 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .batches import BatchSource, Prefetcher
+from .batches import BatchSource, Peeked, Prefetcher
 from .clock import Clock
 from .devices import memory_failures_named, pick_device
 from .errors import ConfigError, DivergedError, InterruptedRunError, ShapeError
 from .learner import Learner, Subject
-from .model import TopKSAE
+from .model import SparseCoder
 from .saving import BEST, Saves, common_step, restored
 from .signals import Signals
 from .train_config import TrainConfig, shared_settings
+from .variants.build import needs_sample
 from .weights import SAEWeights
+from .wiring import SAME, Wiring
 
 __all__ = ["BatchSource", "JointTrainer", "TrainConfig", "Trainer", "checkpoint_step", "pick_device"]
 
@@ -48,7 +50,8 @@ class JointTrainer:
     the SAEs share is read from the first's settings. `mean_D` and `variance`: E[x] and E||x - mean||^2 of the rows.
     `log` gets a name and, every log_steps: step, tokens, loss, fvu, l0, dead, revived, revived_total, auxk_loss, lr,
     tokens_per_s, wait_share, averaged over the steps since the last call. loss is in units of the variance:
-    fvu + auxk_coef * auxk_loss. `progress` gets the tokens trained on so far, after every step.
+    fvu + auxk_coef * auxk_loss. `progress` gets the tokens trained on so far, after every step. `start`: an SAE to go
+    on from. `wiring` and `variances`: the hook points of a batch's columns, and E||x - mean||^2 at each.
 
     Raises:
         ConfigError: settings out of range or that the SAEs cannot differ in, an unknown device, a variance that is not
@@ -68,13 +71,19 @@ class JointTrainer:
         folder: Path | str,
         log: NamedLog | None = None,
         progress: Callable[[int], None] | None = None,
+        start: SAEWeights | None = None,
+        wiring: Wiring = SAME,
+        variances: tuple[float, ...] = (),
     ) -> None:
+        if any(map(needs_sample, configs.values())):
+            source = Peeked(source)
         self.config = shared_settings(configs)
         self.source, self.step = source, 0
         self.device = pick_device(self.config.device)
         self._subject = subject = Subject(
-            d_in=source.d_in, mean_D=mean_D, variance=float(variance), hook=hook, host=host
-        )
+            d_in=source.d_in, mean_D=mean_D, variance=float(variance), hook=hook, host=host, wiring=wiring,
+            variances=variances, start=start, sample_ND=source.first if isinstance(source, Peeked) else None,
+        )  # fmt: skip
         self._advice = memory_advice(configs)
         with memory_failures_named(f"on {self.device.type} before the first step", self._advice):
             self.learners = {name: Learner(config, subject, self.device) for name, config in configs.items()}
@@ -83,8 +92,6 @@ class JointTrainer:
         )  # fmt: skip
         self._log = log or (lambda _name, _metrics: None)
         self._progress = progress or (lambda _tokens: None)
-        self._scale = next(iter(self.learners.values())).scale
-        self._mean_u_D = torch.from_numpy(mean_D.astype(np.float32) / self._scale).to(self.device)
         self._data_state: dict[str, Any] = source.state()
         self._finite_step = 0  # the losses up to here were looked at
         self._clock = Clock()
@@ -160,10 +167,12 @@ class JointTrainer:
         if x_BD.ndim != 2 or x_BD.shape[1] != self.source.d_in or len(x_BD) == 0:
             raise ShapeError(f"a batch must be (rows, {self.source.d_in}), the source gave {x_BD.shape}")
         with memory_failures_named(f"on {self.device.type} at step {self.step + 1}", self._advice):
-            u_BD = torch.from_numpy(np.multiply(x_BD, 1 / self._scale, dtype=np.float32)).to(self.device)
-            scatter = (u_BD - self._mean_u_D).pow(2).sum()
+            prepared: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
             for learner in self._alive().values():
-                learner.train(u_BD, scatter)
+                scale = np.asarray(learner.scale).tobytes()
+                if scale not in prepared:
+                    prepared[scale] = learner.prepare(x_BD)
+                learner.train(*prepared[scale])
         self.step += 1
 
     def _after_step(self, received: str | None) -> None:
@@ -231,11 +240,15 @@ class Trainer:
         folder: Path | str,
         log: Log | None = None,
         progress: Callable[[int], None] | None = None,
+        start: SAEWeights | None = None,
+        wiring: Wiring = SAME,
+        variances: tuple[float, ...] = (),
     ) -> None:
         self.config = config
         self._joint = JointTrainer(
             {"": config}, source, mean_D=mean_D, variance=variance, hook=hook, host=host, folder=folder,
             log=(lambda _name, metrics: log(metrics)) if log else None, progress=progress,
+            start=start, wiring=wiring, variances=variances,
         )  # fmt: skip
 
     @property
@@ -244,7 +257,7 @@ class Trainer:
         return self._joint.learners[""]
 
     @property
-    def model(self) -> TopKSAE:
+    def model(self) -> SparseCoder:
         """Its module, in scaled units."""
         return self.learner.model
 

@@ -26,11 +26,11 @@ class Replacement(ABC):
         """(idx_NK int32, vals_NK float32); a value of 0 is an unused slot."""
 
     @abstractmethod
-    def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
-        """x_hat_ND float32, raw model units."""
+    def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray, x_ND: np.ndarray) -> np.ndarray:
+        """x_hat_ND float32, raw model units; `x_ND`: the rows of the code, whose norms some need."""
 
     def __call__(self, x_ND: np.ndarray) -> np.ndarray:
-        return self.decode(*self.code(x_ND))
+        return self.decode(*self.code(x_ND), x_ND)
 
 
 @final
@@ -44,8 +44,8 @@ class SAEReplacement(Replacement):
     def code(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return runtime.encode(self.weights, x_ND)
 
-    def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
-        return runtime.decode(self.weights, idx_NK, vals_NK)
+    def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray, x_ND: np.ndarray) -> np.ndarray:
+        return runtime.decode(self.weights, idx_NK, vals_NK, x_ND)
 
 
 @final
@@ -67,7 +67,7 @@ class PCAReplacement(Replacement):
         idx_NK = np.broadcast_to(np.arange(self.num_latents, dtype=np.int32), vals_NK.shape)
         return idx_NK, vals_NK
 
-    def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
+    def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray, x_ND: np.ndarray) -> np.ndarray:
         return vals_NK @ self.components_KD + self.mean_D
 
 
@@ -83,7 +83,7 @@ class ConstantReplacement(Replacement):
     def code(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.empty((len(x_ND), 0), np.int32), np.empty((len(x_ND), 0), np.float32)
 
-    def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
+    def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray, x_ND: np.ndarray) -> np.ndarray:
         return np.broadcast_to(self.constant_D, (len(idx_NK), len(self.constant_D)))
 
 

@@ -173,7 +173,7 @@ def _measured(run: Replacement, metrics: ReconstructionMetrics) -> Callable[[np.
 
     def reconstruct(x_ND: np.ndarray) -> np.ndarray:
         idx_NK, vals_NK = run.code(x_ND)
-        x_hat_ND = run.decode(idx_NK, vals_NK)
+        x_hat_ND = run.decode(idx_NK, vals_NK, x_ND)
         metrics.update(x_ND, x_hat_ND, idx_NK, np.abs(vals_NK))  # PCA's coefficients have both signs
         return x_hat_ND
 

@@ -162,7 +162,8 @@ def digest(*arrays: np.ndarray | None) -> str:
 def sae_digest(w: SAEWeights) -> str:
     """Names everything of an SAE that changes its activations or its reconstruction."""
     arrays = digest(w.W_enc_FD, w.b_enc_F, w.W_dec_FD, w.b_dec_D, w.threshold_F)
-    return f"{arrays}/{w.variant}/{w.k}/{w.b_dec_subtracted}"
+    norm = "" if w.norm_mode == "none" else f"/{w.norm_mode}/{w.norm_eps}/{w.norm_correction}"
+    return f"{arrays}/{w.variant}/{w.k}/{w.b_dec_subtracted}{norm}"
 
 
 def check_latents(w: SAEWeights, latents: Sequence[int], values: Sequence[float], word: str) -> None:

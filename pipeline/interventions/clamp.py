@@ -7,7 +7,7 @@ from typing import final
 
 import numpy as np
 
-from sae.runtime import latent_values
+from sae.runtime import latent_values, sigma
 from sae.weights import SAEWeights
 
 from .base import Intervention, check_latents, check_width, sae_digest
@@ -18,7 +18,8 @@ from .base import Intervention, check_latents, check_width, sae_digest
 class Clamp(Intervention):
     """x' = x + sum_i (value_i - a_i) W_dec[i], a_i the activation after ReLU and top-k (0 where the latent is silent).
 
-    The SAE error and all other latents stay. It promises this arithmetic change, not encode(x')[i] = value_i.
+    With per-token layer norm the sum is times the token's sigma, since activations are in its units. The SAE error and
+    all other latents stay. It promises this arithmetic change, not encode(x')[i] = value_i.
     """
 
     weights: SAEWeights
@@ -42,4 +43,5 @@ def clamp_change(w: SAEWeights, x_ND: np.ndarray, latents: tuple[int, ...], valu
     if not latents:
         return np.zeros_like(x_ND)
     a_NI = latent_values(w, x_ND, list(latents)).astype(np.float64)
-    return ((np.asarray(values) - a_NI) @ w.W_dec_FD[list(latents)].astype(np.float64)).astype(np.float32)
+    change_ND = (np.asarray(values) - a_NI) @ w.W_dec_FD[list(latents)].astype(np.float64)
+    return (sigma(w, x_ND) * change_ND).astype(np.float32)

@@ -26,7 +26,7 @@ class Reconstruct(Intervention):
 
     def change(self, x_ND: np.ndarray, seq_N: np.ndarray, pos_N: np.ndarray) -> np.ndarray:
         check_width(x_ND, self.weights.d_in, "the SAE")
-        x_hat_ND = decode(self.weights, *encode(self.weights, x_ND))
+        x_hat_ND = decode(self.weights, *encode(self.weights, x_ND), x_ND)
         if self.keep_error:
             x_hat_ND = x_hat_ND + (x_ND - x_hat_ND)
         return x_hat_ND - x_ND

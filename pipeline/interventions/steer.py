@@ -8,6 +8,7 @@ from typing import final
 import numpy as np
 
 from sae.errors import ConfigError
+from sae.runtime import sigma
 from sae.weights import SAEWeights
 
 from .base import Intervention, check_latents, check_width, digest
@@ -20,7 +21,8 @@ UNITS = ("latent", "norm")
 class Steer(Intervention):
     """x' = x + sum_f coeff_f W_dec[f] (unit `latent`), or with W_dec[f] / ||W_dec[f]|| (unit `norm`).
 
-    `coeffs` are in units of the latent's activation. Raises ConfigError for latents the SAE does not have.
+    `coeffs` are in units of the latent's activation: with per-token layer norm x' = x + sigma sum_f coeff_f W_dec[f],
+    sigma of that token. Raises ConfigError for latents the SAE does not have.
     """
 
     weights: SAEWeights
@@ -42,12 +44,18 @@ class Steer(Intervention):
         return (np.asarray(self.coeffs, dtype=np.float64) @ rows_FD).astype(np.float32)
 
     def key(self) -> str:
-        return f"steer({self.point};{digest(self.direction())};{self.where.key()})"
+        norm = f";{self.weights.norm_mode}" if self._by_sigma else ""
+        return f"steer({self.point};{digest(self.direction())}{norm};{self.where.key()})"
 
     def change(self, x_ND: np.ndarray, seq_N: np.ndarray, pos_N: np.ndarray) -> np.ndarray:
         direction_D = self.direction()
         check_width(x_ND, len(direction_D), "the SAE")
-        return np.broadcast_to(direction_D, x_ND.shape)
+        return sigma(self.weights, x_ND) * direction_D if self._by_sigma else np.broadcast_to(direction_D, x_ND.shape)
+
+    @property
+    def _by_sigma(self) -> bool:
+        """Whether a unit of activation is a multiple of the token's sigma."""
+        return self.unit == "latent" and self.weights.norm_mode != "none"
 
 
 @final

@@ -10,6 +10,7 @@ from convert.control_vector import write_control_vector
 from convert.sae_gguf import write_sae_gguf
 from convert.verify import verify
 from sae.errors import ConfigError
+from sae.thresholds import to_thresholds
 from sae.weights import SAEWeights
 
 from ..evaluation.evaluate import captured_rows, take_windows
@@ -26,6 +27,8 @@ def run(context: RunContext) -> None:
     config = context.config.convert
     source = Path(config.source).expanduser() if config.source else sae_path(context)
     weights = load_sae(source)
+    if len(weights.ports) > 2 or (weights.ports and not weights.hook_out):
+        raise ConfigError(f"convert verifies on rows of one hook point, {relative(source)} reads several")
     sha256 = sae_sha256(source)
     context.add_input("sae", source, sha256)
     out = Path(config.out).expanduser() if config.out else context.folder / GGUF_NAME
@@ -33,6 +36,8 @@ def run(context: RunContext) -> None:
         check_host(context, weights, model)
         probe = probe_rows(context, model, weights, config.probe_tokens)
         vector = control_vector(context, weights, model) if config.latent >= 0 else None
+    if config.thresholds != "none":
+        weights = to_thresholds(weights, probe, config.thresholds)
     write_sae_gguf(out, weights, encoder_type=config.encoder_type, decoder_type=config.decoder_type)
     checked = verify(weights, out, probe)
     context.outputs["sae"] = str(out)
@@ -62,6 +67,8 @@ def control_vector(context: RunContext, weights: SAEWeights, model: Model) -> Pa
     if config.latent >= weights.num_latents:
         raise ConfigError(f"convert.latent={config.latent}: this SAE has latents 0..{weights.num_latents - 1}")
     point = HookPoint.parse(weights.hook)
+    if weights.norm_mode != "none":
+        raise ConfigError("a control vector is the same at every token, this SAE's latents are in units of its sigma")
     if point.site != "resid_post" or point.block is None:
         raise ConfigError(f"a control vector acts on resid_post only, this SAE reads {weights.hook}")
     path = context.folder / f"latent_{config.latent}.gguf"

@@ -168,7 +168,8 @@ def baselines(weights: SAEWeights, rows: RowSource, config: EvaluateConfig) -> d
     random_sae = config.random_sae
     if random_sae:
         other = load_sae(Path(random_sae))
-        if (other.d_in, other.k) != (weights.d_in, weights.k):
+        same_k = other.k == weights.k or "threshold" in (other.variant, weights.variant)  # there k is what came out
+        if other.d_in != weights.d_in or not same_k:
             raise ModelMismatchError(
                 f"evaluate.random_sae: expected width {weights.d_in} and k={weights.k}, got {other.d_in} and k={other.k}"
             )

@@ -199,6 +199,11 @@ def load_sae(path: Path) -> SAEWeights:
 def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
     path = sae_path(context)
     weights = load_sae(path)
+    if weights.hook_out or weights.ports:
+        points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
+        raise ConfigError(
+            f"{context.command} runs SAEs at one hook point, this one is over {points}: only train and convert know those"
+        )
     context.add_input("sae", path, sae_sha256(path))
     return path, weights
 

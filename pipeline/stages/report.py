@@ -49,6 +49,11 @@ def run(context: RunContext) -> None:
                 f"report shows what a latent adds to the residual stream of width {model.n_embd}; {weights.hook} has width "
                 f"{weights.d_in}, so its latents have no place there: `ggscope evaluate` and `apply` work on it"
             )
+        if weights.norm_mode != "none":
+            raise ConfigError(
+                "report steers by one direction for all tokens; this SAE's latents are in units of each token's sigma "
+                "(layer norm): `ggscope evaluate` and `apply` work on it"
+            )
         table = window_table(context, model, split="held_out", max_tokens=0)
         inputs = ReportInputs(
             model=model,

@@ -16,12 +16,14 @@ import numpy as np
 from sae.batches import BatchSource
 from sae.errors import ConfigError, FormatError
 from sae.weights import SAEWeights
+from sae.wiring import SAME, Wiring
 
 from ..config import Config
 from ..llama.hooks import HookPoint, is_pattern
 from ..run import RunContext, write_json
 from ..store.reader import ActivationStore
 from ..store.shuffle import MIN_BLOCKS_IN_BUFFER
+from ..store.side_by_side import SideBySide
 from ..stream.batches import StreamBatches
 from ..stream.messages import NotFinite
 from ..stream.process import CaptureProcess
@@ -42,6 +44,8 @@ class TrainingRows:
     variance: float
     describe: Callable[[], str]
     finish: Callable[[SAEWeights], SAEWeights]  # adds the origin, which later stages check an SAE by
+    wiring: Wiring = SAME  # where there are several hook points: which are read, which reconstructed ...
+    variances: tuple[float, ...] = ()  # ... and E||x - mean||^2 at each
     not_finite: Callable[[], NotFinite] = NotFinite  # left out meanwhile; what a store left out, extract said
 
 
@@ -57,6 +61,9 @@ def training_rows(context: RunContext) -> AbstractContextManager[TrainingRows]:
 def store_rows(context: RunContext) -> Iterator[TrainingRows]:
     trainer = context.config.trainer
     store = open_store(context)
+    if context.config.sae.kind != "sae":
+        yield joint_rows(context, store)
+        return
     hook = the_hook(store, context.config)
     stats = store.stats(hook)
     source = store.batches(
@@ -75,10 +82,59 @@ def store_rows(context: RunContext) -> Iterator[TrainingRows]:
     )
 
 
+def joint_rows(context: RunContext, store: ActivationStore) -> TrainingRows:
+    """Rows of several hook points side by side: those of `sae.inputs`, then those of `sae.outputs`."""
+    trainer, wiring = context.config.trainer, wiring_of(store, context.config)
+    names = [name for name, _ in (*wiring.inputs, *wiring.outputs)]
+    stats = [store.stats(name) for name in names]
+    digest = store_sha256(store.path)
+    origin = {
+        "store_sha256": digest,
+        "outlier_thresholds": {name: store.hooks[name].outlier_threshold for name in names},
+    }
+    written = stats[len(wiring.inputs) :] if wiring.two_sided else stats
+    return TrainingRows(
+        source=SideBySide(
+            store, names, batch_rows=trainer.batch_tokens, seed=trainer.seed, buffer_rows=trainer.buffer_rows
+        ),
+        hook=names[0],
+        host=store.meta.model,
+        mean_D=np.concatenate([s.mean_D for s in stats]),
+        variance=sum(s.variance for s in written),
+        describe=lambda: f"{relative(store.path)} (sha256 {digest[:12]}), {store.n_rows:,} rows at {', '.join(names)}",
+        finish=lambda weights: with_origin(weights, origin),
+        wiring=wiring,
+        variances=tuple(s.variance for s in stats),
+    )
+
+
+def wiring_of(store: ActivationStore, config: Config) -> Wiring:
+    """`sae.kind`, `sae.inputs` and `sae.outputs` with the widths that the store has. ConfigError for a point it lacks."""
+
+    def ports(texts: list[str], key: str) -> tuple[tuple[str, int], ...]:
+        found = []
+        for text in texts:
+            name = "" if is_pattern(text) else str(HookPoint.parse(text))
+            if name not in store.hooks:
+                raise ConfigError(f"{key}: the store has no {text}; it holds {', '.join(store.hooks)}")
+            found.append((name, store.hooks[name].width))
+        return tuple(found)
+
+    sae = config.sae
+    return Wiring(
+        kind=sae.kind,
+        inputs=ports(sae.inputs, "sae.inputs"),
+        outputs=ports(sae.outputs, "sae.outputs"),
+        skip=sae.skip,
+    )
+
+
 @contextmanager
 def stream_rows(context: RunContext) -> Iterator[TrainingRows]:
     """Rows of a capture in a child process, which ends with the context."""
     config = context.config
+    if config.sae.kind != "sae":
+        raise ConfigError(f"sae.kind={config.sae.kind} needs several hook points of a store; use trainer.source=store")
     if len(config.hooks.points) != 1:
         points = ", ".join(config.hooks.points) or "none"
         raise ConfigError(f"trainer.source=stream trains at one hook point, hooks.points names {points}; give one")

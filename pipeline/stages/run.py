@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sae.errors import ConfigError, FormatError, InterruptedRunError, SAEError
 
+from ..config import SAEConfig
 from ..llama.hooks import is_pattern
 from ..llama.identity import file_vocabulary
 from ..run import RunContext, read_manifest
@@ -43,6 +44,7 @@ def run(context: RunContext) -> None:
             "`ggscope run` takes one SAE from text to report; train several with `ggscope train together.k=[16,32]`, "
             "then evaluate, convert and report each"
         )
+    check_sae(config.sae)
     check_hook(config.hooks.points)  # before hours of capture, as the next
     check_settings(config.corpus)
     check_held_out(config.corpus, file_vocabulary(model_path(config.model)) if config.corpus.kind == "tokens" else None)
@@ -62,6 +64,15 @@ def run(context: RunContext) -> None:
         f"report.evaluation={folder / 'evaluate' / 'evaluation.json'}", f"report.metrics={folder / 'train' / 'metrics.jsonl'}",
     )  # fmt: skip
     finish(context)
+
+
+def check_sae(config: SAEConfig) -> None:
+    """ConfigError for what `run` cannot take through evaluate and report."""
+    for key, wanted in (("kind", ("sae",)), ("input_norm", ("dataset", "none"))):
+        if (value := getattr(config, key)) not in wanted:
+            raise ConfigError(
+                f"sae.{key}={value} cannot go through evaluate and report; use `ggscope extract` and `ggscope train`"
+            )
 
 
 def check_hook(points: Sequence[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae.errors import DivergedError
+from sae.errors import ConfigError, DivergedError
 
 from ..loggers import open_loggers
 from ..run import RunContext
@@ -14,7 +15,7 @@ from ..training.lr_search import search
 from ..training.picture import draw_training
 from ..training.reporter import Reporter, result, searched_lines
 from ..training.settings import sae_folder, train_configs
-from .inputs import SAE_NAME, relative, warn_not_finite
+from .inputs import SAE_NAME, load_sae, relative, sae_sha256, warn_not_finite
 from .rows import TrainingRows, trainer_threads, training_rows
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
     torch.set_num_threads(trainer_threads(context.config))
     config, folder, configs = context.config, context.folder / CHECKPOINTS, train_configs(context.config)
     open_trainer = partial(
-        JointTrainer, source=rows.source, mean_D=rows.mean_D, variance=rows.variance, hook=rows.hook, host=rows.host
+        JointTrainer, source=rows.source, mean_D=rows.mean_D, variance=rows.variance, hook=rows.hook, host=rows.host,
+        start=start_sae(context, rows), wiring=rows.wiring, variances=rows.variances,
     )  # fmt: skip
     searched: dict[str, dict[str, Any]] = {}
     if config.trainer.lr_search:
@@ -78,6 +80,22 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
         trainer = open_trainer(configs, folder=folder, log=reporter.log, progress=reporter.step)
         trainer.fit(resume=context.resumed)
     return trainer, searched
+
+
+def start_sae(context: RunContext, rows: TrainingRows) -> SAEWeights | None:
+    """The SAE of `sae.init_from`: of the same hook point, and of the same model but for its quantisation."""
+    from ..llama.identity import ModelId, check_same_model
+
+    if not context.config.sae.init_from:
+        return None
+    path = Path(context.config.sae.init_from).expanduser()
+    weights = load_sae(path)
+    if weights.hook != rows.hook:
+        raise ConfigError(f"sae.init_from: {path} is an SAE of {weights.hook}, the rows are of {rows.hook}")
+    for warning in check_same_model(weights.host, ModelId.from_dict(rows.host)):
+        context.console.print(f"warning: sae.init_from: {warning}", style="yellow", highlight=False)
+    context.add_input("init_from", path, sae_sha256(path))
+    return weights
 
 
 def save(context: RunContext, name: str, weights: SAEWeights, file: str) -> None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae.errors import ConfigError
+from sae.options import SAEOptions
 
 from ..config import Config, TogetherConfig
 
 if TYPE_CHECKING:
     from sae.trainer import TrainConfig
 
-LETTERS = {"num_latents": "n", "k": "k", "lr": "lr", "seed": "seed"}  # key of `together` to its part of a name
+LETTERS = {
+    "variant": "",
+    "num_latents": "n",
+    "k": "k",
+    "lr": "lr",
+    "seed": "seed",
+}  # key of `together` to its part of a name
 
 
 def train_configs(config: Config) -> dict[str, TrainConfig]:
@@ -30,7 +37,7 @@ def train_configs(config: Config) -> dict[str, TrainConfig]:
     return {name_of(values, lists): replace(base, **values) for values in combinations}
 
 
-def given(together: TogetherConfig) -> dict[str, list[float]]:
+def given(together: TogetherConfig) -> dict[str, list[Any]]:
     """The lists of `together` that are not empty."""
     lists = {key: list(getattr(together, key)) for key in LETTERS if getattr(together, key)}
     for key, values in lists.items():
@@ -39,7 +46,7 @@ def given(together: TogetherConfig) -> dict[str, list[float]]:
     return lists
 
 
-def name_of(values: dict[str, float], lists: dict[str, list[float]]) -> str:
+def name_of(values: dict[str, Any], lists: dict[str, list[Any]]) -> str:
     """`n4096-k32`: what the SAE differs in from the others, "" where there is no other."""
     return "-".join(f"{LETTERS[key]}{value:g}" if key == "lr" else f"{LETTERS[key]}{value}"
                     for key, value in values.items() if len(lists[key]) > 1)  # fmt: skip
@@ -54,16 +61,21 @@ def train_config(config: Config) -> TrainConfig:
     """The settings of the SAE without `together`."""
     from sae.trainer import TrainConfig
 
-    t = config.trainer
+    t, s = config.trainer, config.sae
+    options: dict[str, Any] = {option.name: getattr(s, option.name) for option in fields(SAEOptions)}
     return TrainConfig(
-        num_latents=config.sae.num_latents,
-        k=config.sae.k,
+        num_latents=s.num_latents,
+        k=s.k,
+        variant=s.variant,
+        options=SAEOptions(**options),
+        optimizer=t.optimizer,
+        momentum=t.momentum,
         batch_tokens=t.batch_tokens,
         tokens=t.tokens,
         lr=t.lr,
         warmup_steps=t.warmup_steps,
         decay_share=t.decay_share,
-        seed=t.seed if config.sae.seed < 0 else config.sae.seed,
+        seed=t.seed if s.seed < 0 else s.seed,
         auxk_coef=t.auxk_coef,
         auxk_k=t.auxk_k,
         dead_after_tokens=t.dead_after_tokens,

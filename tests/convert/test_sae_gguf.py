@@ -9,6 +9,7 @@ import pytest
 
 from convert.keys import hook_tensor
 from convert.sae_gguf import read_sae_gguf, sae_file_info, write_sae_gguf
+from convert.verify import verify
 from sae.errors import ConfigError, FormatError
 from sae.weights import SAEWeights
 
@@ -58,6 +59,53 @@ def test_an_f32_file_gives_back_every_array_and_fact(tmp_path):
         assert getattr(back, name) == getattr(sae, name), name
     assert back.training == {"tokens": 1000, "seed": 0, "fvu": 0.25, "lost": None}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sae.gguf"]
+
+
+FURTHER = {
+    "groupmax": (1, {"variant": "groupmax"}),
+    "layer norm": (2, {"norm_mode": "layer", "norm_eps": 1e-5, "norm_correction": 1}),
+    "skip transcoder": (
+        2,
+        {
+            "hook_out": "blocks.2.hook_mlp_out", "b_dec_subtracted": False,
+            "W_enc_FD": np.random.default_rng(3).standard_normal((96, 32)).astype(np.float32),
+            "W_skip_OD": np.random.default_rng(4).standard_normal((64, 32)).astype(np.float32),
+        },
+    ),
+    "crosscoder": (2, {"ports": (("blocks.0.hook_resid_post", 32), ("blocks.2.hook_resid_post", 32))}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_further_forms_come_back_whole_and_only_they_are_version_2(tmp_path, kind):
+    version, changes = FURTHER[kind]
+    sae = random_sae(**changes)
+    probe_ND = np.random.default_rng(5).standard_normal((50, sae.d_in)).astype(np.float32)
+    path = write_sae_gguf(tmp_path / "sae.gguf", sae, encoder_type="F32", decoder_type="F32", probe=probe_ND)
+    back = read_sae_gguf(path)
+    for name in (*ARRAYS, "W_skip_OD"):
+        left, right = getattr(back, name), getattr(sae, name)
+        assert left is right is None or np.array_equal(left, right), name
+    for name in ("variant", "norm_mode", "norm_eps", "norm_correction", "hook_out", "ports", "b_dec_subtracted", "k"):
+        assert getattr(back, name) == getattr(sae, name), name
+    assert sae_file_info(path).version == version
+    assert verify(sae, path, probe_ND)["topk_overlap"] == 1.0
+
+
+def test_ports_that_are_no_hook_points_are_refused(tmp_path):
+    sae = random_sae(**FURTHER["crosscoder"][1])
+    path = write_sae_gguf(tmp_path / "sae.gguf", sae)
+    for text, said in (
+        ('{"a": 1}', "no JSON list"),
+        ('[["blocks.0.hook_resid_post", "x"]]', "no JSON list"),
+        ("[", "no JSON list"),
+        ('[["resid", 64]]', "expected a hook point"),
+        ('[["blocks.0.hook_resid_post", 3]]', "do not add up"),
+    ):
+        broken = _rewrite(path, tmp_path / "broken.gguf", fields={"sae.0.ports": (text, STRING)})
+        with pytest.raises(FormatError, match=said):
+            read_sae_gguf(broken)
+        broken.unlink()
 
 
 def test_optional_arrays_stay_absent(tmp_path):
@@ -194,7 +242,8 @@ F64 = gguf.GGUFValueType.FLOAT64
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fields": {"sae.version": (2, U32)}}, "sae.version is 2, this program reads version 1"),
+        ({"fields": {"sae.version": (3, U32)}}, "sae.version is 3, this program reads 1 to 2"),
+        ({"fields": {"sae.version": (2, U32)}}, "key sae.0.d_out is missing"),
         ({"fields": {"sae.count": (0, U32)}}, "sae.count is 0"),
         ({"fields": {"sae.0.k": (97, U32)}}, "k=97 is more than num_latents=96"),
         ({"fields": {"sae.0.k": (True, BOOL)}}, "should be an integer"),

@@ -30,7 +30,7 @@ class Copy(Replacement):
     def code(self, x_ND):
         return np.broadcast_to(np.arange(64, dtype=np.int32), x_ND.shape), x_ND
 
-    def decode(self, idx_NK, vals_NK):
+    def decode(self, idx_NK, vals_NK, x_ND):
         return vals_NK.copy()
 
 

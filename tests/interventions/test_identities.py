@@ -74,6 +74,33 @@ def test_unit_norm_takes_the_normalised_row():
     )
 
 
+def test_with_layer_norm_steering_and_clamping_are_in_units_of_each_tokens_sigma():
+    import dataclasses
+
+    tokens, s = prompt(), session()
+    sae = dataclasses.replace(sae_at(1), norm_mode="layer", norm_eps=1e-5, b_dec_D=np.zeros(D, np.float32))
+    W_FD = sae.W_dec_FD.astype(np.float64)
+
+    def normalised(x):
+        return (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True) + 1e-5)
+
+    steer = Steer(point=point(1), weights=sae, latents=(3,), coeffs=(0.8,))
+    oracle = hf_logits(tokens, {1: but_bos(lambda x: x + 0.8 * x.std(1, keepdims=True) * W_FD[3])})
+    assert relative(run(s, tokens, [steer]), oracle) < 1e-5
+    assert relative(oracle, hf_logits(tokens, {})) > 1e-2
+    plain = Steer(point=point(1), weights=sae_at(1), latents=(3,), coeffs=(0.8,))
+    assert steer.key() != plain.key()
+    a_TF = dense_acts(sae, normalised(residual(s, tokens, POST.format(1)).astype(np.float64)))
+    latent = int(np.argmax(a_TF[1:].sum(0)))
+
+    def clamped(x):
+        change_N1 = (2.0 - dense_acts(sae, normalised(x))[:, [latent]]) * x.std(1, keepdims=True)
+        return x + change_N1 * W_FD[latent]
+
+    clamp = Clamp(point=point(1), weights=sae, latents=(latent,), values=(2.0,))
+    assert relative(run(s, tokens, [clamp]), hf_logits(tokens, {1: but_bos(clamped)})) < 1e-5
+
+
 def test_steering_by_zero_is_the_clean_run_bit_for_bit():
     tokens, sae, s = prompt(), sae_at(2), session()
     steer = Steer(point=point(2), weights=sae, latents=(5,), coeffs=(0.0,))

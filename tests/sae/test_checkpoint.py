@@ -64,6 +64,34 @@ def test_a_threshold_sae_keeps_its_thresholds(tmp_path):
     assert_equal(load_weights(tmp_path), weights)
 
 
+FURTHER = {
+    "layer norm": {"norm_mode": "layer", "norm_eps": 1e-5, "norm_correction": 1},
+    "skip transcoder": {
+        "hook_out": "blocks.1.hook_mlp_out", "b_dec_subtracted": False, "W_enc_FD": np.ones((6, 4)),
+        "W_skip_OD": np.arange(12.0).reshape(3, 4), "ports": (("blocks.1.hook_resid_mid", 4), ("blocks.1.hook_mlp_out", 3)),
+    },
+    "crosscoder": {"ports": (("blocks.0.hook_resid_post", 1), ("blocks.1.hook_resid_post", 2))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_what_version_1_cannot_say_is_written_as_version_2(tmp_path, kind):
+    weights = random_weights(np.random.default_rng(1), d=3, latents=6, k=2, **FURTHER[kind])
+    save_weights(tmp_path, weights)
+    assert json.loads((tmp_path / "sae.json").read_text())["version"] == 2
+    assert_equal(load_weights(tmp_path), weights)
+    change_meta(tmp_path, ports=[1, 2])
+    with pytest.raises(FormatError, match="is no list of hook points"):
+        load_weights(tmp_path)
+
+
+def test_an_sae_that_needs_nothing_new_stays_readable_by_version_1(tmp_path):
+    save_weights(tmp_path, random_weights(np.random.default_rng(1), d=3, latents=6, k=2, variant="groupmax"))
+    meta = json.loads((tmp_path / "sae.json").read_text())
+    assert meta["version"] == 1
+    assert not {"norm_mode", "hook_out", "ports", "d_out"} & meta.keys()
+
+
 def test_saving_again_replaces_the_sae(folder):
     other = random_weights(np.random.default_rng(2), d=4, latents=9, k=2)
     save_weights(folder, other)
@@ -88,7 +116,7 @@ def test_a_damaged_json_is_named(folder):
     ("values", "message"),
     [
         ({"format": "other"}, "not a ggscope-sae file"),
-        ({"version": 99}, "version 99, this program reads version 1"),
+        ({"version": 99}, "version 99, this program reads 1 to 2"),
         ({"k": "4"}, "'k' is missing or of the wrong type"),
         ({"k": True}, "'k' is missing or of the wrong type"),
         ({"k": 31}, "k must be between 1 and the 30 latents"),

@@ -1,0 +1,91 @@
+"""Variants and transcoders through the command line: captured, trained, converted, evaluated."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from convert.sae_gguf import read_sae_gguf
+from pipeline.config import Config, SAEConfig, check_ranges
+from pipeline.stages.rows import wiring_of
+from pipeline.stages.train import train_config
+from pipeline.store.reader import ActivationStore
+from sae.checkpoint import load_weights
+from sae.errors import ConfigError
+from sae.runtime import decode, encode
+
+from .conftest import ggscope, last_line
+
+POINTS = ["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]
+SMALL = [
+    "sae.num_latents=128", "sae.k=8", "trainer.tokens=40960", "trainer.batch_tokens=1024", "trainer.n_threads=1", "trainer.log_steps=1",
+    "trainer.warmup_steps=5", "trainer.lr=5e-3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A store of an MLP's input and output."""
+    folder = tmp_path_factory.mktemp("variants")
+    ggscope("extract", "corpus.max_tokens=6000", f"hooks.points=[{','.join(POINTS)}]", cwd=folder)
+    return folder
+
+
+def the_store(folder):
+    return ActivationStore(next(folder.glob("runs/extract/*/activations.zarr")))
+
+
+def trained(folder, name, *settings):
+    ggscope("train", *SMALL, *settings, f"run_dir={name}", cwd=folder)
+    return load_weights(folder / name / "sae"), json.loads((folder / name / "manifest.json").read_text())["metrics"]
+
+
+def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
+    points = ["sae.kind=transcoder", f"sae.inputs=[{POINTS[0]}]", f"sae.outputs=[{POINTS[1]}]", "sae.skip=true"]
+    weights, metrics = trained(folder, "skip", *points)
+    assert (weights.hook, weights.hook_out) == tuple(POINTS)
+    store = the_store(folder)
+    keep_N = store.column("flags") == 0
+    x_ND, y_NO = (store.rows(point, 0, store.n_rows)[keep_N] for point in POINTS)
+    found_NO = decode(weights, *encode(weights, x_ND), x_ND)
+    fvu = float(((y_NO - found_NO).astype(np.float64) ** 2).sum() / ((y_NO - y_NO.mean(0)) ** 2).sum())
+    assert fvu == pytest.approx(metrics["fvu"], rel=0.1)
+    assert fvu < 0.6
+    few = ["corpus.max_documents=3", "convert.probe_tokens=500"]
+    settings = ["convert.source=skip/sae", "convert.encoder_type=F32", "convert.thresholds=latent", *few]
+    ggscope("convert", *settings, "run_dir=gguf", cwd=folder)
+    back = read_sae_gguf(folder / "gguf" / "sae.gguf")
+    np.testing.assert_array_equal(back.W_skip_OD, weights.W_skip_OD)
+    assert back.variant == "threshold"
+    refused = ggscope("apply", "sae.path=skip/sae", "--prompt", "x", cwd=folder, code=2)
+    assert "apply runs SAEs at one hook point, this one is over blocks.1.hook_resid_mid and" in last_line(refused)
+
+
+def test_a_variant_is_trained_and_another_one_goes_on_from_it(folder):
+    at = [f"hooks.points=[{POINTS[1]}]"]
+    first, metrics = trained(folder, "batchtopk", *at, "sae.variant=batchtopk", "sae.b_dec_init=geometric_median")
+    assert first.variant == "threshold"
+    assert first.training["config"]["variant"] == "batchtopk"
+    settings = ["sae.variant=jumprelu", "sae.init_from=batchtopk", "trainer=signum", "trainer.lr=1e-5"]
+    second, after = trained(folder, "jumprelu", *at, *settings)
+    assert after["fvu"] < 1.3 * metrics["fvu"] < 0.7
+    assert second.training["config"]["optimizer"] == "signum"
+
+
+def test_settings_that_do_not_go_together_are_refused(folder):
+    store = the_store(folder)
+    with pytest.raises(ConfigError, match=r"sae\.variant='vanilla'; expected topk, batchtopk"):
+        check_ranges(Config(sae=SAEConfig(variant="vanilla")))
+    with pytest.raises(ConfigError, match="num_latents divisible by k"):
+        train_config(Config(sae=SAEConfig(variant="groupmax", k=7)))
+    for sae, said in (
+        (SAEConfig(kind="crosscoder", inputs=POINTS[:1]), "a crosscoder reads at least 2 hook points, got 1"),
+        (SAEConfig(kind="crosscoder", inputs=["blocks.0.hook_resid_mid"]), "no blocks.0.hook_resid_mid; it holds"),
+        (SAEConfig(kind="transcoder", inputs=["blocks.*.hook_resid_mid"]), "no blocks"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            wiring_of(store, Config(sae=sae))
+    wiring = wiring_of(store, Config(sae=SAEConfig(kind="transcoder", inputs=POINTS[:1], outputs=POINTS[1:])))
+    assert [name for name, _ in (*wiring.inputs, *wiring.outputs)] == POINTS
