@@ -16,7 +16,7 @@ from .train_config import TrainConfig
 
 @final
 class AutogradStepper(Stepper):
-    """Gradients by autograd, in blocks of nothing: latents and their gradients are (N, F) in memory."""
+    """Gradients by autograd, then the optimizer. Pre-activations, latents and their gradients are (N, F) in memory."""
 
     name = "autograd"
 
