@@ -18,6 +18,7 @@ from .errors import ConfigError, DivergedError
 from .kernels import encoder_dtype
 from .losses import LossSettings, StepResult
 from .model import TopKSAE, input_scale
+from .ranks import DataParallelStepper, Ranks
 from .steppers import make_stepper
 from .train_config import FREE_KEYS, TrainConfig
 from .weights import SAEWeights
@@ -44,8 +45,10 @@ class Learner:
         ShapeError: a mean that does not fit d_in.
     """
 
-    def __init__(self, config: TrainConfig, subject: Subject, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, subject: Subject, device: torch.device, ranks: Ranks | None = None) -> None:
         self.config, self.subject, self.device = config, subject, device
+        ranks = ranks or Ranks()
+        self._world = ranks.world
         self.encoder_dtype = encoder_dtype(config.encoder_dtype, device)
         self.step = 0
         self.metrics: dict[str, Any] = {}
@@ -70,7 +73,11 @@ class Learner:
             auxk_coef=config.auxk_coef,
             encoder_dtype=self.encoder_dtype,
         )
-        self._stepper = make_stepper(self.model, settings, config)
+        self._stepper = (
+            make_stepper(self.model, settings, config)
+            if ranks.world == 1
+            else DataParallelStepper(self.model, settings, config, ranks)
+        )
         self._idle_F = torch.zeros(config.num_latents, dtype=torch.int64, device=device)  # tokens since it fired
         self._fired_F = torch.zeros_like(self._idle_F)
         self._fired_rows = self._revived = 0
@@ -80,19 +87,20 @@ class Learner:
     # ---- training ----
 
     def train(self, u_BD: torch.Tensor, scatter: torch.Tensor) -> None:
-        """One step on a batch; `scatter` is sum_n ||u - mean||^2 over its rows."""
+        """One step on a batch (this rank's part of it); `scatter` is sum_n ||u - mean||^2 over all its rows."""
+        rows = len(u_BD) * self._world
         dead_F = self._dead() if self.config.auxk_coef > 0 else None
         result = self._stepper.step(u_BD, lr=self.config.lr_at(self.step), dead_F=dead_F)
         fired_F = result.fired_F > 0
         if dead_F is not None:
             self._window.revived += int((dead_F & fired_F).sum())
-        self._idle_F += len(u_BD)
+        self._idle_F += rows
         self._idle_F.masked_fill_(fired_F, 0)
         if self.step >= self.config.steps * (1 - FREQ_SHARE):
             self._fired_F += result.fired_F
-            self._fired_rows += len(u_BD)
+            self._fired_rows += rows
         self.step += 1
-        self._window.add(result, scatter, len(u_BD))
+        self._window.add(result, scatter, rows)
         self._span_2 += torch.stack([result.error, scatter])
 
     def _dead(self) -> torch.Tensor | None:

@@ -19,6 +19,7 @@ from .devices import memory_failures_named, pick_device
 from .errors import ConfigError, DivergedError, InterruptedRunError, ShapeError
 from .learner import Learner, Subject
 from .model import TopKSAE
+from .ranks import Ranks
 from .saving import BEST, Saves, common_step, restored
 from .signals import Signals
 from .train_config import TrainConfig, shared_settings
@@ -49,6 +50,7 @@ class JointTrainer:
     `log` gets a name and, every log_steps: step, tokens, loss, fvu, l0, dead, revived, revived_total, auxk_loss, lr,
     tokens_per_s, wait_share, averaged over the steps since the last call. loss is in units of the variance:
     fvu + auxk_coef * auxk_loss. `progress` gets the tokens trained on so far, after every step.
+    With `ranks` each process takes its part of every batch (`ranks.py`); the first logs and writes.
 
     Raises:
         ConfigError: settings out of range or that the SAEs cannot differ in, an unknown device, a variance that is not
@@ -68,7 +70,9 @@ class JointTrainer:
         folder: Path | str,
         log: NamedLog | None = None,
         progress: Callable[[int], None] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks = ranks or Ranks()
         self.config = shared_settings(configs)
         self.source, self.step = source, 0
         self.device = pick_device(self.config.device)
@@ -77,9 +81,10 @@ class JointTrainer:
         )
         self._advice = memory_advice(configs)
         with memory_failures_named(f"on {self.device.type} before the first step", self._advice):
-            self.learners = {name: Learner(config, subject, self.device) for name, config in configs.items()}
+            self.learners = {name: Learner(c, subject, self.device, ranks) for name, c in configs.items()}
         self.saves = Saves(
-            Path(folder), self.learners, keep_last=self.config.keep_last, save_best=self.config.save_best
+            Path(folder), self.learners, keep_last=self.config.keep_last, save_best=self.config.save_best,
+            writes=ranks.first,
         )  # fmt: skip
         self._log = log or (lambda _name, _metrics: None)
         self._progress = progress or (lambda _tokens: None)
@@ -119,13 +124,14 @@ class JointTrainer:
             self._clock.start()
             while self.step < config.steps:
                 with self._clock.waiting():
-                    ready = batches.next(lambda: signals.received is not None)
+                    ready = batches.next(lambda: self.ranks.world == 1 and signals.received is not None)
                 if ready is None:
                     self._check_finite()
                     raise self._interrupted(signals.received, self._save())
                 x_BD, self._data_state = ready
                 self._train(x_BD)
-                self._after_step(signals.received)
+                stop = self.ranks.any(signals.received is not None, self.device)
+                self._after_step((signals.received or "another rank was stopped") if stop else None)
         return self.weights()
 
     def weights(self) -> dict[str, SAEWeights]:
@@ -160,8 +166,9 @@ class JointTrainer:
         if x_BD.ndim != 2 or x_BD.shape[1] != self.source.d_in or len(x_BD) == 0:
             raise ShapeError(f"a batch must be (rows, {self.source.d_in}), the source gave {x_BD.shape}")
         with memory_failures_named(f"on {self.device.type} at step {self.step + 1}", self._advice):
-            u_BD = torch.from_numpy(np.multiply(x_BD, 1 / self._scale, dtype=np.float32)).to(self.device)
-            scatter = (u_BD - self._mean_u_D).pow(2).sum()
+            part_BD = self.ranks.part(torch.from_numpy(np.multiply(x_BD, 1 / self._scale, dtype=np.float32)))
+            u_BD = part_BD.to(self.device)
+            scatter = self.ranks.sum((u_BD - self._mean_u_D).pow(2).sum())
             for learner in self._alive().values():
                 learner.train(u_BD, scatter)
         self.step += 1
@@ -177,7 +184,9 @@ class JointTrainer:
             self._clock.stop()
             seconds, waited = self._clock.take()
             for name, learner in self._alive().items():
-                self._log(name, learner.report(seconds, waited))
+                row = learner.report(seconds, waited)
+                if self.ranks.first:
+                    self._log(name, row)
             self._clock.start()
         self._progress(self.step * config.batch_tokens)
         if save_due or received:
@@ -188,7 +197,9 @@ class JointTrainer:
             self._clock.start()
 
     def _save(self, *, scheduled: bool = False) -> Path:
-        return self.saves.save(self.step, self._data_state, scheduled=scheduled)
+        path = self.saves.save(self.step, self._data_state, scheduled=scheduled)
+        self.ranks.meet()
+        return path
 
     def _interrupted(self, received: str | None, path: Path) -> InterruptedRunError:
         return InterruptedRunError(
