@@ -191,7 +191,7 @@ def with_texts(config: Config, texts: dict[str, str]) -> Config:
 
 def run_stage(name: str, config: Config, verb: str = "") -> None:
     """Open the run folder (of a command that keeps one) and call `pipeline.stages.<name>.run`."""
-    from .run import RunContext, new_folder, resume_folder, running
+    from .run import RunContext, new_folder, resume_folder, running, torchrun_rank
 
     check_ranges(config)
     stage = importlib.import_module(f"pipeline.stages.{name}")
@@ -199,6 +199,13 @@ def run_stage(name: str, config: Config, verb: str = "") -> None:
         stage.run(RunContext(command=name, verb=verb, folder=Path.cwd(), config=config))
         return
     groups = COMMANDS[name].groups
+    rank = torchrun_rank(name, config)
+    if rank:
+        where = Path(config.resume or config.run_dir).resolve()
+        stage.run(
+            RunContext(command=name, verb=verb, folder=where, config=config, resumed=bool(config.resume), rank=rank)
+        )
+        return
     folder = resume_folder(name, config, groups) if config.resume else new_folder(name, config)
     context = RunContext(command=name, verb=verb, folder=folder, config=config, resumed=bool(config.resume))
     with running(context):

@@ -77,12 +77,16 @@ class RunContext:
     folder: Path
     config: Config
     resumed: bool = False
+    rank: int = 0  # under torchrun; only rank 0 writes and speaks
     ends_as: str = "finished"  # the status of a run that did what it was to do; "planned" where that was to plan
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     console: Console = field(default_factory=lambda: Console(stderr=True))
     started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.console.quiet |= self.rank > 0
 
     def add_input(self, name: str, path: Path | str, sha256: str = "", **facts: Any) -> None:
         self.inputs[name] = {"path": str(path), "sha256": sha256, **facts}
@@ -226,6 +230,19 @@ def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path
             f"resume={folder}: the settings differ ({'; '.join(changed)}); use the old ones or start anew"
         )
     return folder.resolve()
+
+
+def torchrun_rank(name: str, config: Config) -> int:
+    """This process' number among those of torchrun, 0 without it. ConfigError where they cannot share a run folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    if name != "train" or config.resume == "latest" or not (config.resume or config.run_dir):
+        raise ConfigError(
+            "under torchrun: expected `train` with run_dir=FOLDER or resume=FOLDER, the same for all ranks"
+        )
+    if config.trainer.lr_search or config.trainer.source == "stream":
+        raise ConfigError("under torchrun: expected a store and one learning rate, got a stream or a search")
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager

@@ -98,6 +98,7 @@ class FastStep:
     def __init__(self, model: SparseCoder, settings: LossSettings) -> None:
         self.model = model
         self.settings = settings
+        self.denominator = auxk_denominator  # of AuxK; ranks that share a batch put theirs
         self._pre = torch.empty(0)
         self._guess = Guess()
 
@@ -188,7 +189,7 @@ class FastStep:
         model, settings = self.model, self.settings
         dead_M = dead_F.nonzero().flatten()
         count = min(settings.auxk_k, len(dead_M))
-        denominator = auxk_denominator(error_ND)
+        denominator = self.denominator(error_ND)
         scale = 2.0 * settings.auxk_coef * settings.variance / denominator
         W_enc_MD, W_dec_MD = model.W_enc_FD[dead_M], model.W_dec_FD[dead_M]
         pre_NM = torch.addmm(model.b_enc_F[dead_M], centred_ND, W_enc_MD.t())

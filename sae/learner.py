@@ -16,6 +16,7 @@ import torch
 
 from .errors import ConfigError, DivergedError
 from .losses import StepResult
+from .ranks import DataParallelStepper, Ranks
 from .steppers import make_stepper
 from .train_config import FREE_KEYS, TrainConfig
 from .variants.build import build
@@ -49,8 +50,10 @@ class Learner:
         ShapeError: a mean that does not fit d_in.
     """
 
-    def __init__(self, config: TrainConfig, subject: Subject, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, subject: Subject, device: torch.device, ranks: Ranks | None = None) -> None:
         self.config, self.subject, self.device = config, subject, device
+        ranks = ranks or Ranks()
+        self._ranks, self._world = ranks, ranks.world
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self.diverged = ""  # why it is trained no further
@@ -73,7 +76,11 @@ class Learner:
         )
         self.scale = self.model.scale  # one for all columns, or one for each
         self.encoder_dtype = settings.encoder_dtype
-        self._stepper = make_stepper(self.model, settings, config)
+        self._stepper = (
+            make_stepper(self.model, settings, config)
+            if ranks.world == 1
+            else DataParallelStepper(self.model, settings, config, ranks)
+        )
         self._target = subject.wiring.target
         mean_u_W = (subject.mean_D / self.scale)[self._target].astype(np.float32)
         self._mean_u_O = torch.from_numpy(mean_u_W).to(device)
@@ -86,25 +93,28 @@ class Learner:
     # ---- training ----
 
     def prepare(self, x_BD: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch in scaled units, and sum_n ||u - mean||^2 of what is reconstructed; SAEs of one scale share both."""
-        u_BD = torch.from_numpy(np.multiply(x_BD, 1 / self.scale, dtype=np.float32)).to(self.device)
-        return u_BD, (u_BD[:, self._target] - self._mean_u_O).pow(2).sum()
+        """This rank's part of the batch in scaled units, and sum_n ||u - mean||^2 of what is reconstructed, over all of
+        it; SAEs of one scale share both."""
+        part_ND = self._ranks.part(torch.from_numpy(np.multiply(x_BD, 1 / self.scale, dtype=np.float32)))
+        u_ND = part_ND.to(self.device)
+        return u_ND, self._ranks.sum((u_ND[:, self._target] - self._mean_u_O).pow(2).sum())
 
     def train(self, u_BD: torch.Tensor, scatter: torch.Tensor) -> None:
-        """One step on a batch as `prepare` gives it."""
+        """One step on a batch (this rank's part of it) as `prepare` gives it."""
         dead_F = self._dead() if self.config.auxk_coef > 0 and self.model.uses_auxk else None
         self.model.schedule_(self.step, self.config.steps)
+        rows = len(u_BD) * self._world
         result = self._stepper.step(u_BD, lr=self.config.lr_at(self.step), dead_F=dead_F)
         fired_F = result.fired_F > 0
         if dead_F is not None:
             self._window.revived += int((dead_F & fired_F).sum())
-        self._idle_F += len(u_BD)
+        self._idle_F += rows
         self._idle_F.masked_fill_(fired_F, 0)
         if self.step >= self.config.steps * (1 - FREQ_SHARE):
             self._fired_F += result.fired_F
-            self._fired_rows += len(u_BD)
+            self._fired_rows += rows
         self.step += 1
-        self._window.add(result, scatter, len(u_BD))
+        self._window.add(result, scatter, rows)
         self._span_2 += torch.stack([result.error, scatter])
 
     def _dead(self) -> torch.Tensor | None:

@@ -23,10 +23,12 @@ DIVERGED = "diverged.json"
 
 
 class Saves:
-    """Checkpoints of `learners` (by name) in `folder/name`; `folder` itself for the name ""."""
+    """Checkpoints of `learners` (by name) in `folder/name`; `folder` itself for the name "". Without `writes` another process does so."""
 
-    def __init__(self, folder: Path, learners: Mapping[str, Learner], *, keep_last: int, save_best: bool) -> None:
-        self.folder, self.learners = folder, learners
+    def __init__(
+        self, folder: Path, learners: Mapping[str, Learner], *, keep_last: int, save_best: bool, writes: bool = True
+    ) -> None:
+        self.folder, self.learners, self.writes = folder, learners, writes
         self.keep_last, self.save_best = keep_last, save_best
 
     def existing(self) -> list[Path]:
@@ -51,17 +53,21 @@ class Saves:
         written = self.folder
         for name, learner in alive.items():
             best = scheduled and learner.judge()
+            if not self.writes:
+                continue
             meta = json.dumps(learner.facts() | {"data_state": data_state})
             written = save_checkpoint(self.folder / name, step, learner.tensors() | {"meta": meta})
             if best and self.save_best:
                 keep_as(written, written.with_name(BEST))
-        for name in alive:
+        for name in alive if self.writes else ():
             prune(self.folder / name, keep_last=self.keep_last)
         return written if len(self.learners) == 1 else self.folder
 
     def leave_out(self, name: str) -> None:
         """Note on disk that this SAE diverged."""
         learner = self.learners[name]
+        if not self.writes:
+            return
         text = json.dumps({"step": learner.step, "message": learner.diverged}).encode()
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / name / DIVERGED, lambda file: file.write(text))
@@ -79,10 +85,13 @@ class Saves:
             if left is not None and left["step"] <= step:
                 learner.step, learner.diverged = left["step"], left["message"]
                 continue
-            (self.folder / name / DIVERGED).unlink(missing_ok=True)
+            if self.writes:
+                (self.folder / name / DIVERGED).unlink(missing_ok=True)
             path = checkpoint_path(self.folder / name, step)
             data_state = restored(learner, path)
-            if self.save_best and learner.best and learner.best["step"] == step:  # killed between the two files
+            if (
+                self.writes and self.save_best and learner.best and learner.best["step"] == step
+            ):  # killed between the two files
                 keep_as(path, path.with_name(BEST))
         return data_state
 

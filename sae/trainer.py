@@ -19,6 +19,7 @@ from .devices import memory_failures_named, pick_device
 from .errors import ConfigError, DivergedError, InterruptedRunError, ShapeError
 from .learner import Learner, Subject
 from .model import SparseCoder
+from .ranks import Ranks
 from .saving import BEST, Saves, common_step, restored
 from .signals import Signals
 from .train_config import TrainConfig, shared_settings
@@ -52,6 +53,7 @@ class JointTrainer:
     tokens_per_s, wait_share, averaged over the steps since the last call. loss is in units of the variance:
     fvu + auxk_coef * auxk_loss. `progress` gets the tokens trained on so far, after every step. `start`: an SAE to go
     on from. `wiring` and `variances`: the hook points of a batch's columns, and E||x - mean||^2 at each.
+    With `ranks` each process takes its part of every batch (`ranks.py`); the first logs and writes.
 
     Raises:
         ConfigError: settings out of range or that the SAEs cannot differ in, an unknown device, a variance that is not
@@ -74,9 +76,11 @@ class JointTrainer:
         start: SAEWeights | None = None,
         wiring: Wiring = SAME,
         variances: tuple[float, ...] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         if any(map(needs_sample, configs.values())):
             source = Peeked(source)
+        self.ranks = ranks = ranks or Ranks()
         self.config = shared_settings(configs)
         self.source, self.step = source, 0
         self.device = pick_device(self.config.device)
@@ -86,9 +90,10 @@ class JointTrainer:
         )  # fmt: skip
         self._advice = memory_advice(configs)
         with memory_failures_named(f"on {self.device.type} before the first step", self._advice):
-            self.learners = {name: Learner(config, subject, self.device) for name, config in configs.items()}
+            self.learners = {name: Learner(c, subject, self.device, ranks) for name, c in configs.items()}
         self.saves = Saves(
-            Path(folder), self.learners, keep_last=self.config.keep_last, save_best=self.config.save_best
+            Path(folder), self.learners, keep_last=self.config.keep_last, save_best=self.config.save_best,
+            writes=ranks.first,
         )  # fmt: skip
         self._log = log or (lambda _name, _metrics: None)
         self._progress = progress or (lambda _tokens: None)
@@ -126,13 +131,14 @@ class JointTrainer:
             self._clock.start()
             while self.step < config.steps:
                 with self._clock.waiting():
-                    ready = batches.next(lambda: signals.received is not None)
+                    ready = batches.next(lambda: self.ranks.world == 1 and signals.received is not None)
                 if ready is None:
                     self._check_finite()
                     raise self._interrupted(signals.received, self._save())
                 x_BD, self._data_state = ready
                 self._train(x_BD)
-                self._after_step(signals.received)
+                stop = self.ranks.any(signals.received is not None, self.device)
+                self._after_step((signals.received or "another rank was stopped") if stop else None)
         return self.weights()
 
     def weights(self) -> dict[str, SAEWeights]:
@@ -186,7 +192,9 @@ class JointTrainer:
             self._clock.stop()
             seconds, waited = self._clock.take()
             for name, learner in self._alive().items():
-                self._log(name, learner.report(seconds, waited))
+                row = learner.report(seconds, waited)
+                if self.ranks.first:
+                    self._log(name, row)
             self._clock.start()
         self._progress(self.step * config.batch_tokens)
         if save_due or received:
@@ -197,7 +205,9 @@ class JointTrainer:
             self._clock.start()
 
     def _save(self, *, scheduled: bool = False) -> Path:
-        return self.saves.save(self.step, self._data_state, scheduled=scheduled)
+        path = self.saves.save(self.step, self._data_state, scheduled=scheduled)
+        self.ranks.meet()
+        return path
 
     def _interrupted(self, received: str | None, path: Path) -> InterruptedRunError:
         return InterruptedRunError(

@@ -30,6 +30,8 @@ MOST_WAITING = 0.05  # share of the time; a step that waits longer for its batch
 def run(context: RunContext) -> None:
     with training_rows(context) as rows:
         trainer, searched = fit(context, rows)
+        if context.rank:  # the first rank has the same SAEs and writes them
+            return
         best = {name: rows.finish(weights) for name, weights in trainer.best_weights().items()}
         found = {name: rows.finish(weights) for name, weights in trainer.weights().items()}
         given = f"{rows.describe()}, width {rows.source.d_in}"
@@ -53,6 +55,8 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
     """Train on the rows, after the search for a learning rate where one is wanted; the trainer and what was searched."""
     import torch
 
+    from sae.devices import pick_device
+    from sae.ranks import torchrun_ranks
     from sae.trainer import JointTrainer, checkpoint_step
 
     torch.set_num_threads(trainer_threads(context.config))
@@ -75,9 +79,14 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
     loggers = {
         name: open_loggers(config.logger, context.folder, asdict(config) | {"sae": asdict(c)}, step, name)
         for name, c in configs.items()
+        if context.rank == 0
     }
-    with context.progress("training", config.trainer.tokens) as progress, Reporter(loggers, progress) as reporter:
-        trainer = open_trainer(configs, folder=folder, log=reporter.log, progress=reporter.step)
+    with (
+        torchrun_ranks(pick_device(config.trainer.device)) as ranks,
+        context.progress("training", config.trainer.tokens) as progress,
+        Reporter(loggers, progress) as reporter,
+    ):
+        trainer = open_trainer(configs, folder=folder, log=reporter.log, progress=reporter.step, ranks=ranks)
         trainer.fit(resume=context.resumed)
     return trainer, searched
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -50,6 +52,35 @@ def test_several_saes_are_to_the_bit_those_of_runs_of_their_own(together, folder
     ggscope("train", *TRAIN, "sae.k=5", "sae.seed=1", f"run_dir={alone}", cwd=folder)
     assert same(load_weights(alone / "sae"), load_weights(run / "k5-seed1" / "sae"))
     assert not same(load_weights(alone / "sae"), load_weights(run / "k5-seed0" / "sae"))
+
+
+def test_two_ranks_of_torchrun_share_a_run_folder(folder, tmp_path):
+    run = tmp_path / "run"
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "pipeline.cli",
+    ]
+    for where, code in ((f"run_dir={run}", 0), ("trainer.seed=1", 1)):
+        done = subprocess.run(
+            [*torchrun, "train", *TRAIN, where], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == code, done.stderr
+    assert "under torchrun: expected `train` with run_dir=FOLDER" in done.stderr
+    manifest = json.loads((run / "manifest.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
+    assert manifest["status"] == "finished"
+    one = tmp_path / "one"
+    ggscope("train", *TRAIN, f"run_dir={one}", cwd=folder)
+    expected = json.loads((one / "manifest.json").read_text())["metrics"]
+    assert manifest["metrics"]["fvu"] == pytest.approx(expected["fvu"], rel=1e-2)
+    a, b = (load_weights(place / "sae").W_dec_FD for place in (run, one))
+    assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
 
 
 def test_a_later_stage_asks_which_of_several_saes_is_meant(together, folder, tmp_path):

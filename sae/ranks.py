@@ -1,0 +1,120 @@
+"""Data-parallel training on the processes that torchrun starts: each takes its part of every batch.
+
+Gradients are averaged and the counts of fired latents summed, so every rank makes the same update, and W ranks on
+B / W rows each are one process on B rows, up to the order of sums. All ranks read all rows of a batch (reading is not
+shared out); rank 0 alone writes checkpoints and logs. gloo on CPUs, NCCL on GPUs.
+
+Shape letters: N rows of this rank, B of all ranks, D d_in, F latents.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+from .errors import ConfigError
+from .kernels import has_fast_step
+from .losses import LossSettings, StepResult
+from .model import SparseCoder
+from .steppers import TorchStepper
+from .train_config import TrainConfig
+
+PER_ROW = ("topk", "groupmax")  # a batch-wide choice would need the rows of every rank
+
+
+class Ranks:
+    """This process among the others; the default is the only one, for which nothing is sent."""
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.rank, self.world = rank, world
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what all have."""
+        return self.rank == 0
+
+    def part(self, rows_B: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a batch.
+
+        Raises:
+            ConfigError: the rows cannot be shared out evenly.
+        """
+        if len(rows_B) % self.world:
+            raise ConfigError(f"batch_tokens must be a multiple of the {self.world} ranks, got {len(rows_B)}")
+        size = len(rows_B) // self.world
+        return rows_B[self.rank * size : (self.rank + 1) * size]
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks."""
+        if self.world == 1:
+            return tensor
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over the ranks."""
+        return tensor if self.world == 1 else self.sum(tensor) / self.world
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on some rank."""
+        return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag), device=device)))
+
+    def meet(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+@contextmanager
+def torchrun_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun's variables name, connected; the one process where there are none."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(distributed.get_rank(), world)
+    finally:
+        distributed.destroy_process_group()
+
+
+class DataParallelStepper(TorchStepper):
+    """The gradients of `kernels.FastStep` on this rank's rows, averaged over the ranks, then Adam on every rank."""
+
+    def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig, ranks: Ranks) -> None:
+        if not has_fast_step(model) or config.variant not in PER_ROW:
+            raise ConfigError(
+                f"training on several ranks is for variants that choose row by row ({', '.join(PER_ROW)}) with unit decoder "
+                f"rows, got {config.variant}; train it in one process"
+            )
+        super().__init__(model, settings, config)
+        self.ranks = ranks
+        self.name = f"torch-{ranks.world}-ranks"
+        self._gradients.denominator = self._denominator
+
+    def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
+        result, ranks = self._gradients(u_ND, dead_F), self.ranks
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None, "the gradients were just made"
+            parameter.grad = ranks.mean(parameter.grad)
+        self._optimizer.update_(lr)
+        return StepResult(
+            error=ranks.sum(result.error),
+            auxk_loss=ranks.mean(result.auxk_loss),
+            loss=ranks.mean(result.loss),
+            fired_F=ranks.sum(result.fired_F),
+        )
+
+    def _denominator(self, error_ND: torch.Tensor) -> torch.Tensor:
+        """AuxK's sum_n ||e - mean(e)||^2 of the whole batch, a W-th of it: the mean over the ranks is then the whole's."""
+        mean_D = self.ranks.mean(error_ND.mean(0))
+        scatter = self.ranks.mean((error_ND - mean_D).pow(2).sum())
+        return scatter.clamp_min(torch.finfo(error_ND.dtype).tiny)
