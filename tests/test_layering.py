@@ -22,6 +22,8 @@ ONLY_IN = {
     "submitit": ("pipeline/executors/submitit.py",),
     "hydra": ("pipeline/cli.py",),
     "omegaconf": ("pipeline/cli.py",),
+    "scipy": (),  # by name, where it is needed: pipeline/evaluation/optional.py
+    "sklearn": (),
     "torch": ("sae/", "pipeline/stages/train.py", "pipeline/loggers.py"),
 }
 

@@ -105,9 +105,9 @@ def _table(ax: Any, result: Mapping[str, Any]) -> None:
     baselines = result.get("baselines", {})
     rows += [(name, baselines[key]) for key, name in NAMES.items() if key in baselines]
     heads = ("the model runs on", "FVU", "L0", "CE recovered", "ΔCE, nats", "95 %", "KL, nats")
-    places = (0.0, 0.36, 0.46, 0.62, 0.75, 0.88, 1.0)
+    places = (0.0, 0.35, 0.43, 0.62, 0.75, 0.88, 1.0)
     ax.axis("off")
-    ax.set_xlim(0, 1)
+    ax.set_xlim(0, 1.03)
     ax.set_ylim(0, 9.2)
     ax.set_title(f"what the model loses, {result['splice_rows']:,} held-out rows", fontsize=9.5, loc="left", color=INK)
     for line, cells in enumerate([heads, *(_cells(name, row) for name, row in rows)]):
