@@ -42,7 +42,8 @@ def draw_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
     figure = Figure(figsize=(12, 6.6), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.05))
+    figures: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05))
+    above, below = figures
     for ax, draw in zip(above.subplots(1, len(panels)), panels, strict=True):
         draw(ax)
     widths = (2.2, *(1.0 for _ in further[1:]))
