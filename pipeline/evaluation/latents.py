@@ -16,7 +16,7 @@ from sae.dictionary import nearest, row_cosines
 from sae.latent_statistics import LatentStatistics
 from sae.weights import SAEWeights
 
-COSINE_BINS = 50  # over [-1, 1]
+COSINE_BINS = 100  # over [-1, 1]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NEAR = 0.9  # of a pair of directions that say nearly the same
 

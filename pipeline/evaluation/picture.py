@@ -34,15 +34,16 @@ def draw_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
         lambda ax: _nearest(ax, result),
         lambda ax: _encoder_decoder(ax, result),
     ]
-    further: list[Callable[[Any], None]] = [lambda ax: _table(ax, result)]
+    further: list[Callable[[Any], None]] = [lambda ax: _table(ax, result, len(further) > 1)]
     if result.get("stability"):
         further.append(lambda ax: _stability(ax, result["stability"]))
     if result.get("probing"):
         further.append(lambda ax: _probing(ax, result["probing"]))
-    figure = Figure(figsize=(12, 6.6), dpi=130, layout="constrained", facecolor="white")
+    height = 3.2 if len(further) > 1 else 0.35 * len(result["baselines"]) + 1.3  # of the lower half
+    figure = Figure(figsize=(12, 3.4 + height), dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
-    figures: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05))
+    figures: Any = figure.subfigures(2, 1, height_ratios=(3.4, height))
     above, below = figures
     for ax, draw in zip(above.subplots(1, len(panels)), panels, strict=True):
         draw(ax)
@@ -96,7 +97,7 @@ def _cosines(ax: Any, counts: Sequence[int], colour: str, label: str) -> None:
     ax.set_ylim(0, max(ax.get_ylim()[1], 1.25 * max([1, *counts])))
 
 
-def _table(ax: Any, result: Mapping[str, Any]) -> None:
+def _table(ax: Any, result: Mapping[str, Any], tall: bool) -> None:
     """The SAE beside its baselines, on the same rows."""
     rows: list[tuple[str, Mapping[str, Any]]] = [
         ("this SAE", {**result.get("same_rows", {}), **{k: result[k] for k in ("ce_recovered", "delta_ce_nats", "delta_ce_ci95", "kl")}})
@@ -111,13 +112,14 @@ def _table(ax: Any, result: Mapping[str, Any]) -> None:
     ax.set_xlim(0, 1.03)
     ax.set_ylim(0, 9.2)
     ax.set_title(f"what the model loses, {result['splice_rows']:,} held-out rows", fontsize=9.5, loc="left", color=INK)
+    spacing = min(1.05, 8.2 / len(rows)) if tall else 8.2 / len(rows)
     for line, cells in enumerate([heads, *(_cells(name, row) for name, row in rows)]):
-        y = 8.6 - line * min(1.05, 8.2 / max(1, len(rows)))
+        y = 8.6 - line * spacing
         weight = "bold" if line in (0, 1) else "normal"
         for place, text, align in zip(places, cells, ("left", *["right"] * 6), strict=True):
             ax.text(place, y, text, ha=align, va="center", fontsize=8.5, color=INK, fontweight=weight)
         if line == 0:
-            ax.plot([0, 1], [y - 0.5, y - 0.5], color=OTHER, linewidth=0.8)
+            ax.plot([0, 1], [y - spacing / 2, y - spacing / 2], color=OTHER, linewidth=0.8)
 
 
 def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:

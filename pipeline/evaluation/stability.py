@@ -127,8 +127,8 @@ def _assign_candidates(A_FD: np.ndarray, B_FD: np.ndarray, candidates: int) -> n
 
 def _nearest(A_FD: np.ndarray, B_FD: np.ndarray, candidates: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs (row of A, row of B), the `candidates` nearest of each row of A."""
-    found = [
-        np.argpartition(block, len(B_FD) - candidates, axis=1)[:, len(B_FD) - candidates :]
+    found = [  # copied: a view would keep the whole block's order alive
+        np.argpartition(block, len(B_FD) - candidates, axis=1)[:, len(B_FD) - candidates :].copy()
         for _, block in _blocks(A_FD, B_FD)
     ]
     return np.repeat(np.arange(len(A_FD)), candidates), np.concatenate(found).reshape(-1).astype(np.int64)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from pipeline.evaluation import stability
 from pipeline.evaluation.optional import needed
 from pipeline.evaluation.stability import match, seed_stability
 from sae.errors import ConfigError, ShapeError
@@ -98,6 +100,18 @@ def test_candidates_alone_give_nearly_the_matching_of_the_whole_matrix_and_never
     assert not exact
     assert sorted(partner_F) == list(range(700))
     assert whole_F.mean() - 5e-3 < cosine_F.mean() <= whole_F.mean() + 1e-9 < bound
+
+
+def test_beyond_the_limit_of_the_matrix_the_memory_is_that_of_the_blocks_and_candidates(monkeypatch):
+    monkeypatch.setattr(stability, "BLOCK_BYTES", 1 << 20)
+    A_FD, B_FD = np.random.default_rng(5).standard_normal((2, 3000, 16)).astype("f4")
+    tracemalloc.start()
+    try:
+        match(A_FD, B_FD, matrix_bytes=1, candidates=8)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 24 << 20  # the matrix alone: 36 MB of float32, 72 MB of float64
 
 
 def test_latents_that_have_no_candidate_left_are_still_paired():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -79,6 +81,17 @@ def test_the_nearest_other_row_equals_the_whole_matrix_of_cosines_in_blocks_of_a
     cosine_S, index_S = nearest(W_FD.astype("f4"), some_S, block_bytes=block_bytes)
     np.testing.assert_array_equal(index_S, index_F[some_S])
     np.testing.assert_allclose(cosine_S, cosine_F[some_S], atol=1e-6)
+
+
+def test_neighbours_need_the_memory_of_a_block_and_not_of_the_matrix():
+    W_FD = np.random.default_rng(3).standard_normal((4096, 8)).astype("f4")
+    tracemalloc.start()
+    try:
+        nearest(W_FD, block_bytes=1 << 20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20  # the matrix of cosines: 64 MB
 
 
 def test_cosines_row_by_row_equal_float64_and_a_zero_row_has_none():
