@@ -1,4 +1,5 @@
-"""SAEBench's names beside ours: `eval_result_metrics` of its core evaluation (sae-bench 0.6.0), filled from our numbers.
+"""SAEBench's names beside ours: `eval_result_metrics` of its core evaluation and its sparse probing (sae-bench 0.6.0),
+filled from our numbers.
 
 docs/conventions.md says which of its numbers are defined otherwise. What we do not compute is None.
 """
@@ -53,6 +54,19 @@ def core_metrics(result: Mapping[str, Any], columns: Mapping[str, np.ndarray], d
             "average_max_decoder_cosine_sim": geometry.get("decoder_nearest", {}).get("mean"),
             "frac_alive": 1 - result["dead_share"],
         },
+    }
+
+
+def sparse_probing_metrics(probing: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The names of SAEBench's sparse probing for the accuracies of `probing.probe`."""
+    ks = probing["ks"]
+    top = {kind: {k: probing[f"{kind}_top_{k}"]["accuracy"] for k in ks} for kind in ("raw", "sae")}
+    return {
+        "llm": {
+            "llm_test_accuracy": probing["dense"]["accuracy"],
+            **{f"llm_top_{k}_test_accuracy": accuracy for k, accuracy in top["raw"].items()},
+        },
+        "sae": {f"sae_top_{k}_test_accuracy": accuracy for k, accuracy in top["sae"].items()},
     }
 
 

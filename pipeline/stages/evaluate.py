@@ -21,7 +21,7 @@ from ..evaluation.baselines import Replacement, SAEReplacement, fit_pca
 from ..evaluation.evaluate import captured_rows, evaluate, json_safe, reconstruction_on_store, store_rows
 from ..evaluation.latents import dictionary_summary, latent_columns, save_columns
 from ..evaluation.picture import draw_evaluation
-from ..evaluation.saebench import core_metrics
+from ..evaluation.saebench import core_metrics, sparse_probing_metrics
 from ..llama.hooks import HookPoint
 from ..llama.identity import check_same_model
 from ..llama.model import Model
@@ -88,6 +88,8 @@ def run(context: RunContext) -> None:
     result["dictionary"] = json_safe(dictionary_summary(columns))
     result["saebench"] = json_safe({"core": core_metrics(result, columns, weights.d_in)})
     result |= json_safe(measure_extras(context, weights, extras, pooled))
+    if "probing" in result:
+        result["saebench"]["sparse_probing"] = sparse_probing_metrics(result["probing"])
     write(context, result, columns, f"{weights.hook}, {counted(weights.num_latents, 'latent')}")
     context.three_lines(given, numbers(result), relative(context.folder / EVALUATION_NAME))
 

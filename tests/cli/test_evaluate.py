@@ -69,6 +69,10 @@ def test_everything_asked_for_is_in_the_files_and_in_the_line(folder):
     assert probing["ks"] == [1, 3]
     assert probing["majority"]["accuracy"] == 0.5
     assert probing["dense"]["accuracy"] == 1  # loops and classes: any model's activations tell them apart
+    named = result["saebench"]["sparse_probing"]
+    assert named["llm"].keys() == {"llm_test_accuracy", "llm_top_1_test_accuracy", "llm_top_3_test_accuracy"}
+    assert named["llm"]["llm_top_3_test_accuracy"] == probing["raw_top_3"]["accuracy"]
+    assert named["sae"] == {f"sae_top_{k}_test_accuracy": probing[f"sae_top_{k}"]["accuracy"] for k in (1, 3)}
     assert 0 <= result["stability"]["shared"] < 0.2  # two seeds without a training share nothing but chance
     assert result["dictionary"]["searched"] == 100
     assert (folder / "all" / "evaluation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
