@@ -80,14 +80,15 @@ def evaluate(
     and the same for each of `baselines` and for mean and zero ablation under `baselines`. `also` are SAEs at other
     hook points: `joint` holds the numbers of the model running on all reconstructions at once (joint.py).
     `statistics` is filled with what each latent does on the reconstruction rows. `same_rows` holds the SAE's
-    reconstruction metrics on the spliced rows, comparable with the baselines'. Intervals cluster by document, or by window where there are fewer than ten documents (`cluster_kind`). Windows are taken in an
-    order drawn from `config.seed`. Rows whose norm exceeds `outlier_norm` (the store's outlier threshold) and
-    rows that are not finite are flagged beside those the table flags; `session` holds further arguments of Session.
+    reconstruction metrics on the spliced rows, comparable with the baselines'. Intervals cluster by document, or by
+    window where there are fewer than ten documents (`cluster_kind`). Windows are taken in an order drawn from
+    `config.seed`. Rows whose norm exceeds `outlier_norm` (the store's outlier threshold) and rows that are not finite
+    are flagged beside those the table flags; `session` holds further arguments of Session.
     """
     hook = HookPoint.parse(weights.hook)
     order_W = np.random.default_rng(config.seed).permutation(windows.n_windows)
     chosen_W = take_windows(windows, order_W, config.tokens)
-    together = JointRuns(weights, also) if also else None  # first: it refuses what would cost minutes
+    together = JointRuns(weights, also) if also else None
     result = _reconstruction(model, weights, windows, chosen_W, statistics, outlier_norm, session or {}, progress)
 
     all_windows = split_windows(windows)

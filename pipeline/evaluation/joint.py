@@ -37,6 +37,17 @@ class Further:
     outlier_norm: float = 0.0
 
 
+def hooks_of(weights: SAEWeights, further: Sequence[Further]) -> list[HookPoint]:
+    """The hook point of each SAE. ConfigError where two of them share one."""
+    hooks = [HookPoint.parse(w.hook) for w in (weights, *(f.weights for f in further))]
+    if len(set(hooks)) != len(hooks):
+        raise ConfigError(
+            f"SAEs spliced together need a hook point each, got {', '.join(map(str, hooks))}; "
+            "compare two SAEs of one hook point with evaluate.against"
+        )
+    return hooks
+
+
 class JointRuns:
     """The runs of this page for `weights` and the further SAEs.
 
@@ -45,12 +56,7 @@ class JointRuns:
     """
 
     def __init__(self, weights: SAEWeights, further: Sequence[Further]) -> None:
-        self.hooks = [HookPoint.parse(w.hook) for w in (weights, *(f.weights for f in further))]
-        if len(set(self.hooks)) != len(self.hooks):
-            raise ConfigError(
-                f"SAEs spliced together need a hook point each, got {', '.join(map(str, self.hooks))}; "
-                "compare two SAEs of one hook point with evaluate.against"
-            )
+        self.hooks = hooks_of(weights, further)
         self.outlier_norms = {HookPoint.parse(f.weights.hook): f.outlier_norm for f in further}
         every = dict(zip(self.hooks, (weights, *(f.weights for f in further)), strict=True))
         self._alone = dict(list(every.items())[1:])

@@ -8,7 +8,7 @@ from typing import Any
 
 from sae.weights import SAEWeights
 
-from ..evaluation.joint import Further
+from ..evaluation.joint import Further, hooks_of
 from ..evaluation.optional import needed
 from ..evaluation.probing import SETTING, Labelled, Pooled, pool, probe, read_labelled
 from ..evaluation.stability import check_same_kind, seed_stability
@@ -35,6 +35,7 @@ def open_extras(context: RunContext, weights: SAEWeights) -> Extras:
         other = load_sae(path)
         context.add_input(f"also_{i}", path, sae_sha256(path))
         also.append(Further(weights=other, outlier_norm=outlier_norm(other)))
+    hooks_of(weights, also)
     against = labelled = None
     if config.against:
         needed("scipy.optimize", "evaluate.against")
