@@ -69,7 +69,7 @@ COMMANDS: dict[str, Command] = {
         summary="FVU, L0, dead share, and CE recovered inside llama.cpp, on held-out text beside baselines",
         groups=("model", "corpus", "store", "sae", "evaluate"),
         not_read=(*NOT_READ, *TRAINING),
-        examples=("ggscope evaluate", "ggscope evaluate sae.path=runs/train/2026-01-31_12-00-00/sae evaluate.splice_tokens=8192"),
+        examples=("ggscope evaluate", "ggscope evaluate sae.path=runs/train/2026-01-31_12-00-00/sae evaluate.splice_tokens=8192", "ggscope evaluate sae.path=block3/sae evaluate.also=[block1/sae,block5/sae]", "ggscope evaluate evaluate.against=other_seed/sae evaluate.probe=labelled.csv"),
     ),
     "convert": Command(
         summary="write an SAE as GGUF and verify it; a latent as a control vector",

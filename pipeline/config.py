@@ -198,6 +198,14 @@ class EvaluateConfig:
     baselines: bool = True
     random_sae: str = ""  # an SAE trained on the same architecture with re-drawn weights (`run` makes one)
     random_model_tokens: int = 300_000  # rows captured for it
+    also: list[str] = field(default_factory=list)  # SAEs at other hook points, spliced together with sae.path
+    against: str = ""  # an SAE of the same hook point and width: how many latents both found (needs scipy)
+    probe: str = ""  # a CSV of texts and labels: k-sparse probing (needs scikit-learn)
+    probe_text: str = "text"  # its columns
+    probe_label: str = "label"
+    probe_k: list[int] = field(default_factory=lambda: [1, 2, 5])
+    probe_test_share: float = 0.2  # of each label's texts, held out
+    structure_latents: int = 16_384  # latents whose nearest neighbour is searched among all; 0: every one
     seed: int = 0
 
 
@@ -361,6 +369,7 @@ LEAST: dict[str, float] = {
     "trainer.momentum": 0,
     "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
     "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
+    "evaluate.probe_test_share": 0, "evaluate.structure_latents": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,
     "apply.max_tokens": 0, "apply.temperature": 0, "apply.top_latents": 0, "apply.seed": 0,
     "lens.top": 1, "sweep.trials": 0, "sweep.seed": 0,
@@ -380,6 +389,11 @@ def check_ranges(config: Config) -> None:
         value = getattr(getattr(config, group), item)
         if not least <= value < float("inf"):
             raise ConfigError(f"{key}={value}: expected a number of at least {least}")
+    ks, share = config.evaluate.probe_k, config.evaluate.probe_test_share
+    if not ks or min(ks) < 1 or share >= 1:
+        raise ConfigError(
+            f"evaluate.probe_k={ks} evaluate.probe_test_share={share}: expected numbers of at least 1, and a share below 1"
+        )
     points = config.hooks.points
     if len(set(points)) != len(points):
         raise ConfigError(f"hooks.points names a point twice: {', '.join(points)}")

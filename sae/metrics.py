@@ -4,9 +4,12 @@
     mse      = sum ||x - x_hat||^2 / (N D)
     cosine   = mean over rows of <x, x_hat> / (||x|| ||x_hat||); a row with a zero vector counts as 0
     l2_ratio = mean over rows of ||x_hat|| / ||x||; rows with x = 0 are left out
-    bias     = sum <x, x_hat> / sum ||x_hat||^2              1: unbiased; above 1: the reconstruction is too short
-    l0       = mean number of latents with a > 0
+    relative_reconstruction_bias = sum ||x_hat||^2 / sum <x, x_hat>
+               1: unbiased; below 1: the reconstruction is too short (Rajamanoharan et al. 2404.16014, eq. 10)
+    l2_norm_in, l2_norm_out = mean ||x||, mean ||x_hat||
+    l0, l1   = mean number of latents with a > 0, mean sum of the a
     density_F  = share of rows on which latent f fires;  dead_share = share of latents that fired on no row
+    dense_share = share of latents that fire on more than a tenth of the rows
 
 Shape letters: N rows, D d_in, F latents, K slots.
 """
@@ -19,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, ShapeError
+
+DENSE = 0.1  # a latent that fires on a larger share of the rows is dense
 
 
 def squared_errors(x_ND: np.ndarray, x_hat_ND: np.ndarray) -> np.ndarray:
@@ -88,6 +93,7 @@ class ReconstructionMetrics:
         self.moments = Moments(d_in)
         self.fired_F = np.zeros(num_latents, np.int64)
         self._error = self._cosine = self._ratio = self._dot = self._hat = 0.0
+        self._norm = self._hat_norm = self._l1 = 0.0
         self._nonzero = self._ratio_rows = 0
 
     @property
@@ -117,6 +123,9 @@ class ReconstructionMetrics:
         self._ratio_rows += int((norm_N > 0).sum())
         self._dot += float(dot_N.sum())
         self._hat += float((hat_norm_N**2).sum())
+        self._norm += float(norm_N.sum())
+        self._hat_norm += float(hat_norm_N.sum())
+        self._l1 += float(vals_NK[vals_NK > 0].sum(dtype=np.float64))
         self._nonzero += fired_M.size
         self.fired_F += np.bincount(fired_M, minlength=len(self.fired_F))
 
@@ -135,9 +144,13 @@ class ReconstructionMetrics:
             "mse": self._error / (rows * len(self.moments.mean_D)),
             "cosine": self._cosine / rows,
             "l2_ratio": self._ratio / self._ratio_rows,
-            "bias": self._dot / self._hat if self._hat > 0 else math.nan,
+            "relative_reconstruction_bias": self._hat / self._dot if self._dot != 0 else math.nan,
+            "l2_norm_in": self._norm / rows,
+            "l2_norm_out": self._hat_norm / rows,
             "l0": self._nonzero / rows,
+            "l1": self._l1 / rows,
             "dead_share": float((self.fired_F == 0).mean()),
+            "dense_share": float((self.fired_F > DENSE * rows).mean()),
             "density_F": self.fired_F / rows,
         }
 

@@ -6,7 +6,7 @@ N rows, D width, F latents, K active.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,28 @@ from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
 from pipeline.store.reader import ActivationStore
+from sae import runtime
 from sae.errors import ConfigError
+from sae.latent_statistics import LatentStatistics
 from sae.metrics import ReconstructionMetrics, density_histogram
 from sae.weights import SAEWeights
 
 from .baselines import ConstantReplacement, Replacement, SAEReplacement
-from .losses import Interval, clustered_mean
+from .joint import Further, JointRuns
+from .measure import MEAN, RUN_KEYS, SAE, ZERO, json_safe, measured, quality, recovered, run_losses
 from .splice import CLEAN, SpliceConfig, SpliceResult, TokenWindow, batches, splice, split_windows
 
-SAE, MEAN, ZERO = "sae", "mean", "zero"
+__all__ = [
+    "CapturedRows",
+    "captured_rows",
+    "evaluate",
+    "json_safe",
+    "reconstruction_on_store",
+    "recovered",
+    "store_rows",
+    "take_windows",
+]
+
 FEW_DOCUMENTS = 10  # below, a t interval over documents says little: windows are the clusters
 STORE_CHUNK_ROWS = 16_384
 
@@ -49,6 +62,8 @@ def evaluate(
     *,
     config: EvaluateConfig,
     baselines: Mapping[str, Replacement],
+    also: Sequence[Further] = (),
+    statistics: LatentStatistics | None = None,
     outlier_norm: float = 0.0,
     session: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -62,16 +77,19 @@ def evaluate(
         delta_ce_nats = CE_sae - CE_clean per token                    with its 95 % interval `delta_ce_ci95`
         kl            = mean KL(clean || sae) per token, nats          with `kl_ci95`
 
-    and the same for each of `baselines` and for mean and zero ablation under `baselines`. `same_rows` holds
-    the SAE's reconstruction metrics on the spliced rows, comparable with the baselines'. Intervals cluster by
-    document, or by window where there are fewer than ten documents (`cluster_kind`). Windows are taken in an
-    order drawn from `config.seed`. Rows whose norm exceeds `outlier_norm` (the store's outlier threshold) and
-    rows that are not finite are flagged beside those the table flags; `session` holds further arguments of Session.
+    and the same for each of `baselines` and for mean and zero ablation under `baselines`. `also` are SAEs at other
+    hook points: `joint` holds the numbers of the model running on all reconstructions at once (joint.py).
+    `statistics` is filled with what each latent does on the reconstruction rows. `same_rows` holds the SAE's
+    reconstruction metrics on the spliced rows, comparable with the baselines'. Intervals cluster by document, or by
+    window where there are fewer than ten documents (`cluster_kind`). Windows are taken in an order drawn from
+    `config.seed`. Rows whose norm exceeds `outlier_norm` (the store's outlier threshold) and rows that are not finite
+    are flagged beside those the table flags; `session` holds further arguments of Session.
     """
     hook = HookPoint.parse(weights.hook)
     order_W = np.random.default_rng(config.seed).permutation(windows.n_windows)
     chosen_W = take_windows(windows, order_W, config.tokens)
-    result = _reconstruction(model, weights, windows, chosen_W, hook, outlier_norm, session or {}, progress)
+    together = JointRuns(weights, also) if also else None
+    result = _reconstruction(model, weights, windows, chosen_W, statistics, outlier_norm, session or {}, progress)
 
     all_windows = split_windows(windows)
     spliced = [all_windows[i] for i in take_windows(windows, order_W, config.splice_tokens)]
@@ -95,12 +113,17 @@ def evaluate(
     losses = splice(
         model,
         spliced,
-        {name: _measured(run, metrics[name]) for name, run in runs.items()},
+        {name: measured(run, metrics[name]) for name, run in runs.items()},
         hook,
-        config=SpliceConfig(outlier_norm=outlier_norm, session=session or {}),
+        joint=together.runs if together else {},
+        config=SpliceConfig(
+            outlier_norm=outlier_norm,
+            outlier_norms=together.outlier_norms if together else {},
+            session=session or {},
+        ),
         progress=advance,
     )
-    return json_safe(result | _losses(losses, metrics))
+    return json_safe(result | _losses(losses, metrics, together))
 
 
 def take_windows(table: WindowTable, order_W: np.ndarray, rows: int) -> np.ndarray:
@@ -162,22 +185,10 @@ def store_rows(store: ActivationStore, hook: str, max_rows: int = 0) -> Iterator
 def reconstruction_on_store(weights: SAEWeights, store: ActivationStore, max_rows: int = 100_000) -> dict[str, Any]:
     """Reconstruction metrics of an SAE on a store's own rows (for the random model's SAE: on its own model)."""
     metrics = ReconstructionMetrics(weights.d_in, weights.num_latents)
-    run = _measured(SAEReplacement(weights), metrics)
+    run = measured(SAEReplacement(weights), metrics)
     for x_ND in store_rows(store, weights.hook, max_rows):
         run(x_ND)
     return {key: value for key, value in metrics.result().items() if key != "density_F"}
-
-
-def _measured(run: Replacement, metrics: ReconstructionMetrics) -> Callable[[np.ndarray], np.ndarray]:
-    """`run`, with every reconstruction counted in `metrics` on its way."""
-
-    def reconstruct(x_ND: np.ndarray) -> np.ndarray:
-        idx_NK, vals_NK = run.code(x_ND)
-        x_hat_ND = run.decode(idx_NK, vals_NK, x_ND)
-        metrics.update(x_ND, x_hat_ND, idx_NK, np.abs(vals_NK))  # PCA's coefficients have both signs
-        return x_hat_ND
-
-    return reconstruct
 
 
 def _reconstruction(
@@ -185,17 +196,21 @@ def _reconstruction(
     weights: SAEWeights,
     table: WindowTable,
     chosen_W: np.ndarray,
-    hook: HookPoint,
+    statistics: LatentStatistics | None,
     outlier_norm: float,
     session: Mapping[str, Any],
     progress: Progress | None,
 ) -> dict[str, Any]:
     metrics = ReconstructionMetrics(weights.d_in, weights.num_latents)
-    run = _measured(SAEReplacement(weights), metrics)
+    hook = HookPoint.parse(weights.hook)
     total, done = int(np.diff(table.window_starts)[chosen_W].sum()), 0
     for part in captured_rows(model, table, chosen_W, hook, outlier_norm=outlier_norm, session=session):
         if len(part.x_ND):
-            run(part.x_ND)
+            idx_NK, vals_NK = runtime.encode(weights, part.x_ND)
+            x_hat_ND = runtime.decode(weights, idx_NK, vals_NK, part.x_ND)
+            metrics.update(part.x_ND, x_hat_ND, idx_NK, vals_NK)
+            if statistics is not None:
+                statistics.update(part.x_ND, x_hat_ND, idx_NK, vals_NK, runtime.sigma(weights, part.x_ND))
         done += part.rows
         if progress is not None:
             progress("reconstruct", done, total)
@@ -207,6 +222,7 @@ def _reconstruction(
     counts_B, edges_B1, dead = density_histogram(result.pop("density_F"))
     return result | {
         "num_latents": weights.num_latents,
+        "scatter": metrics.moments.scatter,
         "captured_rows": done,
         "flagged_share": 1 - metrics.rows / done,
         "density_histogram": {
@@ -217,73 +233,24 @@ def _reconstruction(
     }
 
 
-def _losses(losses: SpliceResult, metrics: Mapping[str, ReconstructionMetrics]) -> dict[str, Any]:
+def _losses(
+    losses: SpliceResult, metrics: Mapping[str, ReconstructionMetrics], together: JointRuns | None
+) -> dict[str, Any]:
     documents = len(np.unique(losses.document_N))
     by_document = documents >= FEW_DOCUMENTS
     cluster_N = losses.document_N if by_document else losses.window_N
     ce = {name: float(values.mean()) if len(values) else math.nan for name, values in losses.ce.items()}
-    rows = {name: _run(losses, name, cluster_N) | _quality(metrics[name]) for name in losses.kl}
+    rows = {name: run_losses(losses, name, cluster_N) | quality(metrics[name]) for name in metrics}
+    joint = {"joint": together.result(losses, cluster_N, rows[SAE])} if together else {}
     return {
         **{key: rows[SAE][key] for key in RUN_KEYS},
         **{f"ce_{name}": ce[name] for name in (CLEAN, SAE, MEAN, ZERO)},
-        "same_rows": _quality(metrics[SAE]),
+        "same_rows": quality(metrics[SAE]),
         "splice_rows": len(losses.document_N),
         "splice_flagged_share": losses.flagged_rows / losses.rows,
         "documents": documents,
         "clusters": len(np.unique(cluster_N)),
         "cluster_kind": "document" if by_document else "window",
         "baselines": {name: row for name, row in rows.items() if name != SAE},
+        **joint,
     }
-
-
-RUN_KEYS = ("ce_recovered", "ce_recovered_mean", "delta_ce_nats", "delta_ce_ci95", "kl", "kl_ci95")
-
-
-def _run(losses: SpliceResult, name: str, cluster_N: np.ndarray) -> dict[str, Any]:
-    clean_N, run_N = losses.ce[CLEAN], losses.ce[name]
-    delta = clustered_mean(run_N - clean_N, cluster_N)
-    kl = clustered_mean(losses.kl[name], cluster_N)
-    return {
-        "ce_recovered": recovered(losses.ce[ZERO], run_N, clean_N),
-        "ce_recovered_mean": recovered(losses.ce[MEAN], run_N, clean_N),
-        "delta_ce_nats": delta.mean,
-        "delta_ce_ci95": _bounds(delta),
-        "kl": kl.mean,
-        "kl_ci95": _bounds(kl),
-    }
-
-
-def recovered(ablated_N: np.ndarray, run_N: np.ndarray, clean_N: np.ndarray) -> float:
-    """(CE_ablated - CE_run) / (CE_ablated - CE_clean); NaN where the ablation costs nothing or even helps."""
-    if not len(clean_N):
-        return math.nan
-    cost = float(ablated_N.mean() - clean_N.mean())
-    return math.nan if cost <= 0 else float(ablated_N.mean() - run_N.mean()) / cost
-
-
-def _quality(metrics: ReconstructionMetrics) -> dict[str, Any]:
-    if metrics.rows < 2:
-        return {"fvu": math.nan, "l0": math.nan}
-    result = metrics.result()
-    return {key: result[key] for key in ("fvu", "l0", "cosine", "l2_ratio")}
-
-
-def _bounds(interval: Interval) -> list[float]:
-    return [interval.low, interval.high]
-
-
-def json_safe(value: Any) -> Any:
-    """numpy scalars and arrays as Python's; numbers that are not finite as None."""
-    if isinstance(value, dict):
-        return {str(key): json_safe(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_safe(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return json_safe(value.tolist())
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value

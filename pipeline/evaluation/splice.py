@@ -6,14 +6,17 @@ x + (x_hat - x), so a replacement that returns x is bit-identical to the clean r
 special, first, outlier, not finite) are never changed and never counted. A row is counted where it is
 unflagged and the window holds the token it predicts.
 
+A joint run replaces the activations at several hook points in the same forward pass. Each replacement sees the
+activations as the earlier ones have left them.
+
 N rows of a batch, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +34,7 @@ CLEAN = "clean"
 MAX_SEQUENCES = 64  # windows decoded together; llama.cpp allows 256
 
 Reconstruct = Callable[[np.ndarray], np.ndarray]  # x_ND of unflagged rows -> x_hat_ND
+Joint = Mapping[HookPoint, Reconstruct]  # what stands at each hook point of one run
 Observe = Callable[[str, np.ndarray, np.ndarray], None]  # run, logits_NV and log_z_N of counted rows
 
 
@@ -50,6 +54,7 @@ class SpliceConfig:
     batch_tokens: int = 512
     logits_bytes: int = 64 << 20
     outlier_norm: float = 0.0  # rows of a larger norm are flagged; 0: none
+    outlier_norms: Mapping[HookPoint, float] = field(default_factory=dict)  # the same at further hook points
     session: Mapping[str, Any] | None = None  # further arguments of Session: n_threads, kv_type, flash_attn
 
 
@@ -112,13 +117,16 @@ def splice(
     hook: HookPoint,
     *,
     config: SpliceConfig | None = None,
+    joint: Mapping[str, Joint] | None = None,
     observe: Observe | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SpliceResult:
     """Cross entropy and KL per token of the clean run and of every replacement at `hook`.
 
     `replacements` maps a run's name to x_ND -> x_hat_ND; it is called once per batch, with the unflagged
-    rows only. `observe` sees the logits of every run's counted rows, piece by piece; `progress` receives the
+    rows only. `joint` maps the names of further runs to what they put at each hook point; these are called with
+    the rows as llama.cpp computes them, one or more times per batch. A row that is an outlier or not finite at any
+    of the hook points is flagged in every run. `observe` sees the logits of every run's counted rows, piece by piece; `progress` receives the
     rows of each finished batch. Raises ShapeError without windows, or where a reconstruction has another shape
     than its input.
     """
@@ -141,7 +149,7 @@ def splice(
         done = flagged = first_window = 0
         for group in groups:
             batch = _lay_out(group)
-            counted_N, values = _measure(session, batch, replacements, hook, piece, config, observe)
+            counted_N, values = _measure(session, batch, replacements, hook, joint or {}, piece, config, observe)
             done, flagged = done + len(batch.tokens_N), flagged + int((batch.flags_N != 0).sum())
             values["document"] = batch.document_N[counted_N]
             values["window"] = batch.seq_N[counted_N] + first_window
@@ -154,8 +162,8 @@ def splice(
         session.close()
     joined = {key: np.concatenate(arrays) for key, arrays in parts.items()}
     return SpliceResult(
-        ce={name: joined[f"ce/{name}"] for name in (CLEAN, *replacements)},
-        kl={name: joined[f"kl/{name}"] for name in replacements},
+        ce={name: joined[f"ce/{name}"] for name in (CLEAN, *replacements, *(joint or {}))},
+        kl={name: joined[f"kl/{name}"] for name in (*replacements, *(joint or {}))},
         document_N=joined["document"],
         window_N=joined["window"],
         rows=done,
@@ -182,16 +190,16 @@ def _measure(
     batch: _Batch,
     replacements: Mapping[str, Reconstruct],
     hook: HookPoint,
+    joint: Mapping[str, Joint],
     piece: int,
     config: SpliceConfig,
     observe: Observe | None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(rows counted, `ce/<run>` and `kl/<run>` of them). Flags the rows that are outliers or not finite, at the hook or at the end."""
-    x_ND, clean = _clean_run(session, batch, hook, piece, config)
-    batch.flags_N[~(np.isfinite(x_ND).all(axis=1) & np.isfinite(clean.log_z_N))] |= FLAG_NOT_FINITE
-    if config.outlier_norm > 0:
-        batch.flags_N[np.linalg.norm(x_ND, axis=1) > config.outlier_norm] |= FLAG_OUTLIER
-    active_N = batch.flags_N == 0
+    """(rows counted, `ce/<run>` and `kl/<run>` of them). Flags the rows that are outliers or not finite, at a hook or at the end."""
+    points = list(dict.fromkeys([hook, *(point for run in joint.values() for point in run)]))
+    acts, clean = _clean_run(session, batch, points, piece, config)
+    _flag(batch, acts, clean, {**config.outlier_norms, hook: config.outlier_norm})
+    x_ND, active_N = acts[hook], batch.flags_N == 0
     n = len(batch.tokens_N)
     has_next_N = np.r_[batch.seq_N[1:] == batch.seq_N[:-1], False]
     is_counted_N = active_N & has_next_N
@@ -200,14 +208,10 @@ def _measure(
     values = {f"ce/{CLEAN}": cross_entropy(clean.logits_NV, clean.log_z_N, targets_N)[counted_N]}
     if observe is not None:
         observe(CLEAN, clean.logits_NV[counted_N], clean.log_z_N[counted_N])
-    for name, reconstruct in replacements.items():
-        delta_ND = np.zeros_like(x_ND)
-        if active_N.any():
-            delta_ND[active_N] = _checked(name, reconstruct(x_ND[active_N]), x_ND[active_N]) - x_ND[active_N]
+
+    def compare(name: str, edits: Sequence[Hook]) -> None:
         ce_N, kl_N = np.empty(n), np.empty(n)
-        for rows, logits_NV in _decode(
-            session, batch, Hook(point=hook, read=None, edit=_writer(batch, delta_ND)), piece, name
-        ):
+        for rows, logits_NV in _decode(session, batch, edits, piece, name):
             log_z_N = log_normaliser(logits_NV)
             ce_N[rows] = cross_entropy(logits_NV, log_z_N, targets_N[rows])
             reference = Reference(logits_NV=clean.logits_NV[rows], log_z_N=clean.log_z_N[rows])
@@ -215,32 +219,59 @@ def _measure(
             if observe is not None:
                 observe(name, logits_NV[is_counted_N[rows]], log_z_N[is_counted_N[rows]])
         values[f"ce/{name}"], values[f"kl/{name}"] = ce_N[counted_N], kl_N[counted_N]
+
+    for name, reconstruct in replacements.items():
+        delta_ND = np.zeros_like(x_ND)
+        if active_N.any():
+            delta_ND[active_N] = _checked(name, reconstruct(x_ND[active_N]), x_ND[active_N]) - x_ND[active_N]
+        compare(name, [Hook(point=hook, edit=_writer(batch, delta_ND))])
+    for name, run in joint.items():
+        compare(name, [Hook(point=point, edit=_live(name, batch, active_N, run[point])) for point in run])
     return counted_N, values
 
 
-def _clean_run(
-    session: Session, batch: _Batch, hook: HookPoint, piece: int, config: SpliceConfig
-) -> tuple[np.ndarray, Reference]:
-    """The activations at the hook and the logits of every row, nothing changed."""
-    n = len(batch.tokens_N)
-    received: list[tuple[np.ndarray, np.ndarray]] = []
+def _flag(
+    batch: _Batch, acts: Mapping[HookPoint, np.ndarray], clean: Reference, limits: Mapping[HookPoint, float]
+) -> None:
+    """Flag the rows that are not finite, at a hook or at the end, and those whose norm is above a hook's limit (0: none)."""
+    for point, x_ND in acts.items():
+        batch.flags_N[~(np.isfinite(x_ND).all(axis=1) & np.isfinite(clean.log_z_N))] |= FLAG_NOT_FINITE
+        if limits.get(point, 0.0) > 0:
+            batch.flags_N[np.linalg.norm(x_ND, axis=1) > limits[point]] |= FLAG_OUTLIER
 
-    def read(rows: Rows) -> None:
-        received.append((batch.start_B[rows.seq_N] + rows.pos_N, rows.values_ND.copy()))
+
+def _clean_run(
+    session: Session, batch: _Batch, points: Sequence[HookPoint], piece: int, config: SpliceConfig
+) -> tuple[dict[HookPoint, np.ndarray], Reference]:
+    """The activations at the hook points and the logits of every row, nothing changed."""
+    n = len(batch.tokens_N)
+    received: dict[HookPoint, list[tuple[np.ndarray, np.ndarray]]] = {point: [] for point in points}
+
+    def reader(point: HookPoint) -> Callable[[Rows], None]:
+        def read(rows: Rows) -> None:
+            received[point].append((batch.start_B[rows.seq_N] + rows.pos_N, rows.values_ND.copy()))
+
+        return read
 
     logits_NV: np.ndarray | None = None
     log_z_N = np.empty(n)
-    for rows, piece_NV in _decode(session, batch, Hook(point=hook, read=read, edit=None), piece, ""):
+    for rows, piece_NV in _decode(session, batch, [Hook(point=p, read=reader(p)) for p in points], piece, ""):
         if logits_NV is None:
             logits_NV = _logits_buffer((n, piece_NV.shape[1]), config.logits_bytes)
         logits_NV[rows] = piece_NV
         log_z_N[rows] = log_normaliser(piece_NV)
-    order_N = np.concatenate([index for index, _ in received])
-    if logits_NV is None or not np.array_equal(np.sort(order_N), np.arange(n)):
-        raise ShapeError(f"expected {n} rows at {hook}, got {len(order_N)}; this is a fault of the hook's row mapping")
-    x_ND = np.empty((n, received[0][1].shape[1]), np.float32)
-    x_ND[order_N] = np.concatenate([values for _, values in received])
-    return x_ND, Reference(logits_NV=logits_NV, log_z_N=log_z_N)
+    assert logits_NV is not None
+    return {p: _in_order(p, parts, n) for p, parts in received.items()}, Reference(logits_NV=logits_NV, log_z_N=log_z_N)
+
+
+def _in_order(point: HookPoint, parts: list[tuple[np.ndarray, np.ndarray]], n: int) -> np.ndarray:
+    """What was received of a batch, as (n, width) in the batch's order."""
+    order_N = np.concatenate([index for index, _ in parts])
+    if not np.array_equal(np.sort(order_N), np.arange(n)):
+        raise ShapeError(f"expected {n} rows at {point}, got {len(order_N)}; this is a fault of the hook's row mapping")
+    x_ND = np.empty((n, parts[0][1].shape[1]), np.float32)
+    x_ND[order_N] = np.concatenate([values for _, values in parts])
+    return x_ND
 
 
 def _logits_buffer(shape: tuple[int, int], budget_bytes: int) -> np.ndarray:
@@ -251,13 +282,15 @@ def _logits_buffer(shape: tuple[int, int], budget_bytes: int) -> np.ndarray:
         return np.memmap(file, np.float32, "w+", shape=shape)
 
 
-def _decode(session: Session, batch: _Batch, hook: Hook, piece: int, key: str) -> Iterator[tuple[slice, np.ndarray]]:
+def _decode(
+    session: Session, batch: _Batch, hooks: Sequence[Hook], piece: int, key: str
+) -> Iterator[tuple[slice, np.ndarray]]:
     """Decodes the batch from an empty KV in pieces of `piece` rows; yields the rows and their logits."""
     session.clear()
     for start in range(0, len(batch.tokens_N), piece):
         rows = slice(start, min(start + piece, len(batch.tokens_N)))
         logits_NV = session.decode(
-            batch.tokens_N[rows], batch.seq_N[rows], batch.pos_N[rows], hooks=(hook,), logits="all", edits_key=key
+            batch.tokens_N[rows], batch.seq_N[rows], batch.pos_N[rows], hooks=hooks, logits="all", edits_key=key
         )
         assert logits_NV is not None
         yield rows, logits_NV
@@ -266,6 +299,23 @@ def _decode(session: Session, batch: _Batch, hook: Hook, piece: int, key: str) -
 def _writer(batch: _Batch, delta_ND: np.ndarray) -> Callable[[Rows], np.ndarray]:
     def edit(rows: Rows) -> np.ndarray:
         return delta_ND[batch.start_B[rows.seq_N] + rows.pos_N]
+
+    return edit
+
+
+def _live(
+    name: str, batch: _Batch, active_N: np.ndarray, reconstruct: Reconstruct
+) -> Callable[[Rows], np.ndarray | None]:
+    """Replaces the unflagged rows by the reconstruction of what they are in this very run."""
+
+    def edit(rows: Rows) -> np.ndarray | None:
+        free_N = active_N[batch.start_B[rows.seq_N] + rows.pos_N]
+        if not free_N.any():
+            return None
+        x_ND = rows.values_ND[free_N]
+        delta_ND = np.zeros_like(rows.values_ND)
+        delta_ND[free_N] = _checked(name, reconstruct(x_ND), x_ND) - x_ND
+        return delta_ND
 
     return edit
 

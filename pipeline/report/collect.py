@@ -55,6 +55,7 @@ class ReportInputs:
     weights: SAEWeights
     windows: WindowTable
     evaluation: Mapping[str, Any]
+    evaluation_picture: bytes = b""  # the PNG beside it
     config: ReportConfig = field(default_factory=ReportConfig)
     metrics_path: Path | None = None  # the metrics.jsonl of the training run
     dead_after_tokens: int = 0
@@ -101,6 +102,7 @@ def collect(inputs: ReportInputs, *, progress: Progress | None = None) -> Report
         summary=_summary(i),
         identity=list(i.identity) or _identity(i),
         evaluation=dict(i.evaluation),
+        evaluation_picture=i.evaluation_picture,
         training=(
             read_training_curve(i.metrics_path, i.weights.num_latents, i.dead_after_tokens) if i.metrics_path else None
         ),

@@ -92,6 +92,7 @@ class ReportData:
     summary: str
     identity: list[tuple[str, str]]
     evaluation: dict[str, Any]
+    evaluation_picture: bytes = b""  # a PNG
     training: TrainingCurve | None = None
     latents: list[LatentCard] = field(default_factory=list)
     latent_rows: int = 0  # rows searched for contexts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from importlib import resources
 
@@ -24,6 +25,7 @@ def render(data: ReportData) -> str:
         tiles(data.evaluation),
         f'<div class="two wide"><div>{evaluation_section(data.evaluation)}</div><div>{_training(data.training)}</div></div>',
         _explanations(data),
+        _evaluation_picture(data),
         _latents(data),
         _steering(data.steering, data.completions),
         _lens(data.lens),
@@ -88,6 +90,13 @@ def _explanations(data: ReportData) -> str:
     figure = density_figure(data.evaluation)
     body = f"<div><h3>What the numbers mean</h3><dl>{items}</dl></div><div>{figure}</div>"
     return f'<div class="two">{body}</div>'
+
+
+def _evaluation_picture(data: ReportData) -> str:
+    if not data.evaluation_picture:
+        return ""
+    encoded = b64encode(data.evaluation_picture).decode("ascii")
+    return f'<figure class="picture"><img src="data:image/png;base64,{encoded}" alt="The evaluation as a picture"></figure>'
 
 
 def _latents(data: ReportData) -> str:

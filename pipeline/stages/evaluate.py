@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from sae.errors import ConfigError, ModelMismatchError
+from sae.latent_statistics import LatentStatistics
 from sae.untrained import untrained_weights
 from sae.weights import SAEWeights
 
 from ..config import EvaluateConfig
 from ..corpus.windows import WindowTable
 from ..evaluation.baselines import Replacement, SAEReplacement, fit_pca
-from ..evaluation.evaluate import captured_rows, evaluate, reconstruction_on_store, store_rows
+from ..evaluation.evaluate import captured_rows, evaluate, json_safe, reconstruction_on_store, store_rows
+from ..evaluation.latents import dictionary_summary, latent_columns, save_columns
+from ..evaluation.picture import draw_evaluation
+from ..evaluation.saebench import core_metrics, sparse_probing_metrics
 from ..llama.hooks import HookPoint
 from ..llama.identity import check_same_model
 from ..llama.model import Model
@@ -25,6 +29,7 @@ from ..run import RunContext, runs_of, write_json
 from ..store.reader import ActivationStore
 from ..store.schema import DOCS_FILE
 from .corpora import window_table
+from .evaluate_extras import measure_extras, numbers_of_extras, open_extras, pool_texts
 from .inputs import (
     LABELS,
     check_host,
@@ -41,6 +46,9 @@ from .inputs import (
 )
 
 EVALUATION_NAME = "evaluation.json"
+LATENTS_NAME = "latents.npz"
+PICTURE_NAME = "evaluation.png"
+NOT_IN_MANIFEST = ("density_histogram", "dictionary", "saebench")
 PCA_ROWS = 200_000  # of the store, spread evenly
 STREAM_ROWS = 65_536  # of the training split, captured again where there was no store
 SAMPLE_ROWS = 4096  # for the untrained SAE's scale
@@ -51,35 +59,63 @@ RowSource = Callable[[int], Iterable[np.ndarray]]  # at most so many unflagged t
 def run(context: RunContext) -> None:
     config = context.config.evaluate
     path, weights = open_sae(context)
+    extras = open_extras(context, weights)
+    statistics = LatentStatistics(weights.W_dec_FD)
     streamed = weights.training.get("source") == "stream" and not context.config.store.path
     store = open_store(context, weights) if config.baselines and not streamed else None
     with open_model(context) as model:
-        check_host(context, weights, model)
+        for sae in (weights, *(further.weights for further in extras.also)):
+            check_host(context, sae, model)
         found = baselines(weights, training_rows(context, weights, model, store), config) if config.baselines else {}
         table = window_table(context, model, split="held_out", max_tokens=0)
         with context.progress("evaluating", config.tokens) as progress:
             result = evaluate(
-                model, weights, table, config=config, baselines=found,
+                model, weights, table, config=config, baselines=found, also=extras.also, statistics=statistics,
                 outlier_norm=outlier_norm(weights),
                 session=session_options(context.config.model),
                 progress=lambda what, done, total: progress(done, total, note=what),
             )  # fmt: skip
+        pooled = pool_texts(context, model, weights, extras) if extras.labelled else None
         given = f"{relative(path)} in {describe_model(model)}, {counted(len(table.documents), 'held-out document')}"
     if config.random_sae:
         result["random_model_own"] = own_quality(config.random_sae)
     result["sae_id"] = weights.training.get("id")
     trained_on = documents_of_training(weights) if streamed else store.iter_documents() if store is not None else ()
     result["documents_trained_on"] = seen_in_training(context, trained_on, table)
+    columns = latent_columns(
+        weights, statistics, result.pop("scatter"), searched=config.structure_latents, seed=config.seed
+    )
+    result["dictionary"] = json_safe(dictionary_summary(columns))
+    result["saebench"] = json_safe({"core": core_metrics(result, columns, weights.d_in)})
+    result |= json_safe(measure_extras(context, weights, extras, pooled))
+    if "probing" in result:
+        result["saebench"]["sparse_probing"] = sparse_probing_metrics(result["probing"])
+    write(context, result, columns, f"{weights.hook}, {counted(weights.num_latents, 'latent')}")
+    context.three_lines(given, numbers(result), relative(context.folder / EVALUATION_NAME))
+
+
+def write(context: RunContext, result: dict[str, Any], columns: dict[str, np.ndarray], title: str) -> None:
+    """The numbers as JSON, the latents as arrays, and a picture of both."""
+    names = {"evaluation": EVALUATION_NAME, "latents": LATENTS_NAME, "picture": PICTURE_NAME}
     write_json(context.folder / EVALUATION_NAME, result)
-    context.outputs["evaluation"] = str(context.folder / EVALUATION_NAME)
-    context.metrics = {key: value for key, value in result.items() if key != "density_histogram"}
+    save_columns(context.folder / LATENTS_NAME, columns)
+    draw_evaluation(context.folder / PICTURE_NAME, result, title)
+    context.outputs |= {output: str(context.folder / name) for output, name in names.items()}
+    context.metrics = {key: value for key, value in result.items() if key not in NOT_IN_MANIFEST}
+
+
+def numbers(result: dict[str, Any]) -> str:
+    """The line of numbers."""
     low, high = map(number, result["delta_ce_ci95"])
-    context.three_lines(
-        given,
-        f"FVU {number(result['fvu'])}, L0 {result['l0']:.1f}, dead {result['dead_share']:.2%} of {weights.num_latents} over {result['rows']:,} rows "
-        f"({result['flagged_share']:.2%} flagged, left out); CE recovered {number(result['ce_recovered'])}, delta CE {number(result['delta_ce_nats'])} "
-        f"nats [{low}, {high}], KL {number(result['kl'])} nats over {result['splice_rows']:,} rows; {beside(result)}",
-        relative(context.folder / EVALUATION_NAME),
+    return "; ".join(
+        [
+            f"FVU {number(result['fvu'])}, L0 {result['l0']:.1f}, dead {result['dead_share']:.2%} and dense {result['dense_share']:.2%} of "
+            f"{result['num_latents']} over {result['rows']:,} rows ({result['flagged_share']:.2%} flagged, left out)",
+            f"CE recovered {number(result['ce_recovered'])}, delta CE {number(result['delta_ce_nats'])} nats [{low}, {high}], "
+            f"KL {number(result['kl'])} nats over {result['splice_rows']:,} rows",
+            beside(result),
+            *numbers_of_extras(result),
+        ]
     )
 
 

@@ -30,6 +30,7 @@ from .inputs import (
 
 REPORT_NAME = "report.html"
 PICTURE_NAME = "summary.png"
+EVALUATION_PICTURE = "evaluation.png"
 
 
 def run(context: RunContext) -> None:
@@ -60,6 +61,7 @@ def run(context: RunContext) -> None:
             weights=weights,
             windows=table,
             evaluation=evaluation,
+            evaluation_picture=picture_beside(Path(context.inputs["evaluation"]["path"])),
             config=config,
             metrics_path=metrics,
             dead_after_tokens=dead_after,
@@ -96,6 +98,12 @@ def read_evaluation(context: RunContext, weights: SAEWeights) -> dict[str, Any]:
     if evaluation.get("sae_id") != weights.training.get("id"):
         raise ConfigError(f"{path} is the evaluation of another SAE; run `ggscope evaluate` on this one")
     return evaluation
+
+
+def picture_beside(evaluation: Path) -> bytes:
+    """The picture of the evaluation; nothing where there is none."""
+    picture = evaluation.with_name(EVALUATION_PICTURE)
+    return picture.read_bytes() if picture.is_file() else b""
 
 
 def corpus_name(config: CorpusConfig) -> str:

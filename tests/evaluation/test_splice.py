@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -32,15 +34,15 @@ def squash(x_ND):
     return (0.6 * x_ND + 0.3 * np.roll(x_ND, 7, axis=1) + 0.05).astype(np.float32)
 
 
-def hf_run(weights, cut, block, replace, flagged):
-    """Per counted token: (cross entropy, log-probabilities) with `replace` as block's output on unflagged rows."""
+def hf_run(weights, cut, replaced, flagged):
+    """Per counted token: (cross entropy, log-probabilities) with `replaced[block]` as block's output on unflagged rows."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = hf_model(weights)
 
-    def hook(_module, _inputs, output):
+    def hook(_module, _inputs, output, replace):
         hidden = (output if isinstance(output, torch.Tensor) else output[0]).clone()
         free = ~torch.from_numpy(state["flagged"])
         hidden[0, free] = torch.from_numpy(replace(hidden[0, free].numpy()))
@@ -48,7 +50,10 @@ def hf_run(weights, cut, block, replace, flagged):
 
     state = {}
     ce, log_p = [], []
-    handle = model.model.layers[block].register_forward_hook(hook)
+    handles = [
+        model.model.layers[block].register_forward_hook(partial(hook, replace=replace))
+        for block, replace in replaced.items()
+    ]
     with torch.no_grad():
         for window, state["flagged"] in zip(cut, flagged, strict=True):
             tokens = torch.from_numpy(window.tokens.astype(np.int64))
@@ -57,7 +62,8 @@ def hf_run(weights, cut, block, replace, flagged):
             counted = np.flatnonzero(~state["flagged"][:-1])
             ce.append(-logs[counted, window.tokens[counted + 1]])
             log_p.append(logs[counted])
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     torch.set_num_threads(threads)
     return np.concatenate(ce), np.concatenate(log_p)
 
@@ -67,8 +73,8 @@ def test_cross_entropy_and_kl_equal_transformers_with_the_same_replacement(tiny,
     model, weights, cut = tiny
     runs = {"squash": squash, "zero": np.zeros_like}
     flagged = [w.flags != 0 for w in cut]
-    clean_ce, clean_log = hf_run(weights, cut, block, lambda x: x, flagged)
-    expected = {name: hf_run(weights, cut, block, replace, flagged) for name, replace in runs.items()}
+    clean_ce, clean_log = hf_run(weights, cut, {}, flagged)
+    expected = {name: hf_run(weights, cut, {block: replace}, flagged) for name, replace in runs.items()}
     for batch_tokens in (16, 100):
         config = SpliceConfig(batch_tokens=batch_tokens, session=EXACT)
         result = splice(model, cut, runs, HookPoint("resid_post", block), config=config)
@@ -104,7 +110,7 @@ def test_flagged_rows_reach_no_replacement_and_no_metric(tiny):
 
     config = SpliceConfig(outlier_norm=limit, session=EXACT)
     result = splice(model, cut, {"squash": replace}, hook, config=config)
-    ce, _ = hf_run(weights, cut, 1, squash, flagged)
+    ce, _ = hf_run(weights, cut, {1: squash}, flagged)
     np.testing.assert_allclose(result.ce["squash"], ce, rtol=0, atol=3e-5)
     assert np.linalg.norm(np.concatenate(seen), axis=1).max() <= limit
     assert sum(map(len, seen)) == sum((~f).sum() for f in flagged)

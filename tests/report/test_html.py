@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 import re
@@ -107,6 +108,13 @@ def test_the_page_needs_no_network_and_forbids_it(data):
     assert "http" not in re.sub(r"http-equiv", "", render(data))
     policy = [v for t, n, v in page.attributes if n == "content" and "default-src" in v]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+
+
+def test_the_picture_of_the_evaluation_lies_in_the_page_itself(data):
+    png = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
+    page = render(dataclasses.replace(data, evaluation_picture=png))
+    assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}"' in page
+    assert "<img" not in render(data)
 
 
 def test_control_and_direction_characters_are_spelled_out(data):

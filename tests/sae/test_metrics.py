@@ -37,9 +37,13 @@ def oracle(x_ND, x_hat_ND, idx_NK, vals_NK):
         "mse": ((x - y) ** 2).mean(),
         "cosine": np.mean((x * y).sum(1) / (norm * norm_hat)),
         "l2_ratio": np.mean(norm_hat / norm),
-        "bias": (x * y).sum() / (y**2).sum(),
+        "relative_reconstruction_bias": (y**2).sum() / (x * y).sum(),
+        "l2_norm_in": norm.mean(),
+        "l2_norm_out": norm_hat.mean(),
         "l0": (dense_NF > 0).sum(1).mean(),
+        "l1": dense_NF.sum(1).mean(),
         "dead_share": (dense_NF.max(0) == 0).mean(),
+        "dense_share": ((dense_NF > 0).mean(0) > 0.1).mean(),
         "density_F": (dense_NF > 0).mean(0),
     }
 
