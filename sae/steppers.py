@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .errors import ConfigError
 from .kernels import FastStep
 from .losses import LossSettings, StepResult
 from .model import TopKSAE, apply_update_
@@ -60,6 +61,32 @@ class TorchStepper(Stepper):
         self._optimizer.load_state_dict(state)
 
 
-def make_stepper(model: TopKSAE, settings: LossSettings, config: TrainConfig) -> Stepper:
-    """The stepper for this model, device and configuration."""
-    return TorchStepper(model, settings, config)
+def pick_kernel(config: TrainConfig, device: torch.device) -> str:
+    """ "torch" or "native". "auto": native on a CPU where it can be built.
+
+    Raises:
+        ConfigError: native was asked for and cannot be had.
+    """
+    if config.kernel == "torch" or (config.kernel == "auto" and device.type != "cpu"):
+        return "torch"
+    if device.type != "cpu":
+        raise ConfigError(f"kernel=native runs on a CPU, the device is {device.type}; use kernel=auto or device=cpu")
+    from .native.library import native_library  # here: the compiler starts only where the kernels are wanted
+
+    if native_library() is not None:
+        return "native"
+    if config.kernel == "native":
+        raise ConfigError("kernel=native needs a C compiler that works (see the warning above); or use kernel=auto")
+    return "torch"
+
+
+def make_stepper(model: TopKSAE, settings: LossSettings, config: TrainConfig, kernel: str = "torch") -> Stepper:
+    """The stepper for this model and configuration; `kernel` is what `pick_kernel` said."""
+    if kernel == "torch":
+        return TorchStepper(model, settings, config)
+    from .native.library import native_library
+    from .native.stepper import NativeStepper  # it is a Stepper: not before this module is there
+
+    library = native_library()
+    assert library is not None, "pick_kernel looked"
+    return NativeStepper(model, settings, config, library)

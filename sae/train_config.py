@@ -7,7 +7,9 @@ import math
 
 from .errors import ConfigError
 
-FREE_KEYS = ("checkpoint_steps", "log_steps", "keep_last", "device", "prefetch_batches")  # may change on resume
+# may change on resume; of `kernel` only what it came to counts
+FREE_KEYS = ("checkpoint_steps", "log_steps", "keep_last", "device", "prefetch_batches", "kernel")
+KERNELS = ("auto", "torch", "native")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +34,7 @@ class TrainConfig:
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 10_000_000
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
+    kernel: str = "auto"  # auto | torch | native
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     checkpoint_steps: int = 500  # *
@@ -49,6 +52,7 @@ class TrainConfig:
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "above 0")
         self._check("eps", math.isfinite(self.eps) and self.eps > 0, "above 0")
         self._check("decay_share", 0 <= self.decay_share <= 1, "between 0 and 1")
+        self._check("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
         self._check("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
 

@@ -23,7 +23,8 @@ from .errors import ConfigError, DivergedError, FormatError, InterruptedRunError
 from .kernels import encoder_dtype
 from .losses import LossSettings, StepResult
 from .model import TopKSAE, input_scale
-from .steppers import make_stepper
+from .native.library import selects_in_int8
+from .steppers import make_stepper, pick_kernel
 from .train_config import FREE_KEYS, TrainConfig
 from .weights import SAEWeights
 
@@ -66,7 +67,9 @@ class Trainer:
         self.config, self.source, self.folder = config, source, Path(folder)
         self.mean_D, self.variance, self.hook, self.host = mean_D, float(variance), hook, host
         self.device = pick_device(config.device)
-        self.encoder_dtype = encoder_dtype(config.encoder_dtype, self.device)
+        kernel = pick_kernel(config, self.device)
+        exact = kernel == "native" and selects_in_int8(source.d_in, config.num_latents, config.k)
+        self.encoder_dtype = encoder_dtype(config.encoder_dtype, self.device, float32_is_fast=exact)
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self._log = log or (lambda _metrics: None)
@@ -87,7 +90,7 @@ class Trainer:
             auxk_coef=config.auxk_coef,
             encoder_dtype=self.encoder_dtype,
         )
-        self._stepper = make_stepper(self.model, self._settings, config)
+        self._stepper = make_stepper(self.model, self._settings, config, kernel)
         self._mean_u_D = torch.from_numpy(mean_D.astype(np.float32) / scale).to(self.device)
         self._idle_F = torch.zeros(config.num_latents, dtype=torch.int64, device=self.device)  # tokens since it fired
         self._fired_F = torch.zeros_like(self._idle_F)
