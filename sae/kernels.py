@@ -93,9 +93,7 @@ class FastStep:
         minus_error_ND = bag_ND - centred_ND
         grad_ND = minus_error_ND * scale
         grad_vals_NK = pull(grad_ND) * (vals_NK > 0)
-        W_enc_FD, W_dec_FD, b_enc_F = sparse_sums(
-            model.num_latents, centred_ND, grad_ND, idx_NK, vals_NK, grad_vals_NK
-        )
+        W_enc_FD, W_dec_FD, b_enc_F = sparse_sums(model.num_latents, centred_ND, grad_ND, idx_NK, vals_NK, grad_vals_NK)
         error = minus_error_ND.pow(2).sum()
         loss, auxk_loss = error / len(u_ND), torch.zeros_like(error)
         if dead_F is not None and bool(dead_F.any()):

@@ -106,7 +106,7 @@ DEFINE_TOPK(ggscope_topk_bf16, uint16_t, key_bf16)
    either side are taken as bounds; a latent whose upper bound is below the K-th largest lower bound is left out. */
 
 #define BLOCK 32 /* rows of one register tile */
-#define SIGMAS 6.0f
+#define SIGMAS 4.0f
 #define HALVINGS 10
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__GNUC__)
@@ -245,7 +245,7 @@ static int open_block(const struct step * s, struct block * b) {
     b->upper_FB = aligned_alloc(64, tiles * TILE * BLOCK * sizeof(float));
     b->lower_TB = aligned_alloc(64, tiles * BLOCK * sizeof(float));
     b->found_BF = malloc(BLOCK * s->F * sizeof(int32_t));
-    b->items = malloc((s->F + s->K) * sizeof(uint64_t));
+    b->items = malloc(2 * s->F * sizeof(uint64_t));
     b->row = malloc((s->D + LANES) * sizeof(float));
     return b->q && b->upper_FB && b->lower_TB && b->found_BF && b->items && b->row;
 }

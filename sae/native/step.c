@@ -2,6 +2,8 @@
    gradient of a latent's weights lives in cache from its sum to its use; it is never written to memory. */
 #include "vectors.h"
 
+#define AHEAD 4 /* rows of W_enc fetched before they are needed: they come from L3 or memory */
+
 /* u_hat - u of the row, in grad_ND until it is scaled */
 static void decode_row(const struct step * s, int64_t row) {
     const int32_t * idx = s->idx_NK + row * s->K;
@@ -30,24 +32,31 @@ void ggscope_row(const struct step * s, int64_t row, const int32_t * candidates,
     float *vals = s->vals_NK + row * K, *grad_vals = s->grad_vals_NK + row * K;
     const float * centred = s->centred_ND + row * D;
     for (int64_t c = 0; c < count; c++) {
-        if (c + 1 < count) prefetch_row(s->W_enc_FD + candidates[c + 1] * D, D);
+        if (c + AHEAD < count) prefetch_row(s->W_enc_FD + candidates[c + AHEAD] * D, D);
         float value = dot(s->W_enc_FD + candidates[c] * D, centred, D) + s->b_enc_F[candidates[c]];
         scratch[c] = ranked(order_key(value), (uint32_t) candidates[c]);
     }
-    int64_t taken = count < K ? count : K;
-    if (count > K) ggscope_take_largest(scratch, count, K);
-    for (int64_t k = 0; k < K; k++) {
-        float value = 0;
-        idx[k] = 0;
-        if (k < taken) {
-            uint32_t bits = (uint32_t) (scratch[k] >> 32) ^ 0x80000000u; /* back from the key; NaN stays NaN */
-            bits = bits & 0x80000000u ? bits ^ INT32_MAX : bits;
-            memcpy(&value, &bits, sizeof value);
-            idx[k] = ranked_index(scratch[k]);
-            value = value < 0 ? 0 : value;
-        }
-        vals[k] = value;
-        if (value != 0) prefetch_row(s->W_dec_FD + idx[k] * D, D < 256 ? D : 256);
+    uint64_t least = 0; /* of the items taken; an item holds its index, so no two are equal */
+    if (count > K) {
+        memcpy(scratch + count, scratch, count * sizeof *scratch);
+        ggscope_take_largest(scratch + count, count, K);
+        least = UINT64_MAX;
+        for (int64_t k = 0; k < K; k++) least = scratch[count + k] < least ? scratch[count + k] : least;
+    }
+    int64_t taken = 0;
+    for (int64_t c = 0; c < count; c++) { /* in the order of the candidates, whichever others there were */
+        if (scratch[c] < least) continue;
+        float value;
+        uint32_t bits = (uint32_t) (scratch[c] >> 32) ^ 0x80000000u; /* back from the key; NaN stays NaN */
+        bits = bits & 0x80000000u ? bits ^ INT32_MAX : bits;
+        memcpy(&value, &bits, sizeof value);
+        idx[taken] = ranked_index(scratch[c]);
+        vals[taken] = value < 0 ? 0 : value;
+        prefetch_row(s->W_dec_FD + idx[taken++] * D, D);
+    }
+    for (; taken < K; taken++) {
+        idx[taken] = 0;
+        vals[taken] = 0;
     }
     decode_row(s, row);
     float * grad = s->grad_ND + row * D;
@@ -69,7 +78,7 @@ int ggscope_rows(const struct step * s) {
     int failed = 0;
 #pragma omp parallel num_threads((int) s->threads)
     {
-        uint64_t * scratch = malloc(s->K * sizeof *scratch);
+        uint64_t * scratch = malloc(2 * s->K * sizeof *scratch);
         int32_t * chosen = malloc(s->K * sizeof *chosen);
         int opened = scratch && chosen;
         if (!opened) {

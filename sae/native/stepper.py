@@ -40,9 +40,7 @@ class NativeStepper(Stepper):
     def __init__(self, model: TopKSAE, settings: LossSettings, config: TrainConfig, library: Library) -> None:
         self.model, self.settings, self._library = model, settings, library
         self._betas, self._steps = config.betas, 0
-        self._int8 = settings.encoder_dtype == torch.float32 and selects_in_int8(
-            model.d_in, model.num_latents, model.k
-        )
+        self._int8 = settings.encoder_dtype == torch.float32 and selects_in_int8(model.d_in, model.num_latents, model.k)
         self._moments = {
             f"{name.rpartition('_')[0]}_{moment}": torch.zeros_like(getattr(model, name))
             for name in PARAMETERS

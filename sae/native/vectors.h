@@ -132,7 +132,8 @@ struct step {
     const float *extra_enc_MD, *extra_dec_MD, *extra_bias_M;
 };
 
-/* One row whose candidates are known: exact values, the K largest, reconstruction, residual and its gradients. */
+/* One row whose candidates are known: exact values, the K largest, reconstruction, residual and its gradients.
+   `scratch`: two items for each candidate. */
 void ggscope_row(const struct step * s, int64_t row, const int32_t * candidates, int64_t count, uint64_t * scratch);
 /* Refresh the copies of W_enc[i] that are in use; `scratch`: D floats. */
 void ggscope_refresh(const struct step * s, int64_t latent, float * scratch);

@@ -1,4 +1,4 @@
-"""Trains the toy SAE in a process of its own: `python -m tests.sae.train_toy FOLDER [resume] [limit=BYTES]`.
+"""Trains the toy SAE in a process of its own: `python -m tests.sae.train_toy FOLDER [resume] [limit=BYTES] [kernel=NAME]`.
 
 Prints one line per step and the hash of the final weights; user errors as `CLASS CODE MESSAGE`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from sae.trainer import TrainConfig, Trainer
 from .toy import Toy
 
 CONFIG = TrainConfig(
-    num_latents=256,
+    num_latents=320,
     k=6,
     batch_tokens=256,
     tokens=60 * 256,
@@ -42,8 +43,10 @@ def main() -> None:
                 size = int(word.removeprefix("limit="))
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
+    kernel = next((word.removeprefix("kernel=") for word in words if word.startswith("kernel=")), "auto")
+    config = replace(CONFIG, kernel=kernel)
     try:
-        weights = Trainer(CONFIG, toy, **toy.statistics(), folder=Path(folder), log=log).fit(resume="resume" in words)
+        weights = Trainer(config, toy, **toy.statistics(), folder=Path(folder), log=log).fit(resume="resume" in words)
     except SAEError as error:
         print(type(error).__name__, error.exit_code, error)
         return
