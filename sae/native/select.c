@@ -108,6 +108,7 @@ DEFINE_TOPK(ggscope_topk_bf16, uint16_t, key_bf16)
 #define BLOCK 32 /* rows of one register tile */
 #define SIGMAS 4.0f
 #define HALVINGS 10
+#define APART 24 /* items between the rows' lists: a power of two would put them all into one set of the cache */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__GNUC__)
 #define HAVE_INT8 1
@@ -116,9 +117,10 @@ struct block {
     uint8_t * q;       /* (D / 4, BLOCK, 4) */
     float * upper_FB;  /* upper bounds of the pre-activations, divided by the row's scale */
     float * lower_TB;  /* the largest lower bound of every tile */
-    int32_t * found_BF; /* candidates */
+    int32_t * hit_latent_F; /* candidates, and on which rows they are */
+    uint32_t * hit_rows_F;
+    uint64_t * items_BF; /* their exact values; room for twice F a row */
     int64_t found[BLOCK];
-    uint64_t * items;
     float inverse[BLOCK], ratio[BLOCK], least[BLOCK]; /* 1 / sx; ||x'|| / sx; the bound to reach */
     int finite[BLOCK];
     float * row;
@@ -170,7 +172,7 @@ static void bounds_of_tile(const struct step * s, struct block * b, int64_t tile
     }
     for (int64_t j = 0; j < quads; j++, x += 128, w += 4 * TILE) {
         __m512i x0 = _mm512_load_si512(x), x1 = _mm512_load_si512(x + 64);
-        _mm_prefetch((const char *) w + 1024, _MM_HINT_T0);
+        _mm_prefetch((const char *) w + 4096, _MM_HINT_T0);
         _Pragma("GCC unroll 12")
         for (int r = 0; r < TILE; r++) {
             int32_t four;
@@ -224,17 +226,35 @@ static void bounds_to_reach(const struct step * s, struct block * b, int half) {
     _mm512_storeu_ps(b->least + 16 * half, low);
 }
 
-static void find_candidates(const struct step * s, struct block * b) {
+/* Latents whose upper bound reaches what it has to on some row of the block, with those rows as a mask. */
+static int64_t find_candidates(const struct step * s, struct block * b) {
     __m512 least0 = _mm512_loadu_ps(b->least), least1 = _mm512_loadu_ps(b->least + 16);
-    memset(b->found, 0, sizeof b->found);
+    int64_t hits = 0;
     for (int64_t i = 0; i < s->F; i++) {
         const float * upper = b->upper_FB + i * BLOCK;
         /* "not less", so that a latent with NaN weights is looked at, and stops the run as it does elsewhere */
-        uint32_t hit = _mm512_cmp_ps_mask(_mm512_loadu_ps(upper), least0, _CMP_NLT_UQ);
-        hit |= (uint32_t) _mm512_cmp_ps_mask(_mm512_loadu_ps(upper + 16), least1, _CMP_NLT_UQ) << 16;
-        for (; hit; hit &= hit - 1) {
-            int r = __builtin_ctz(hit);
-            b->found_BF[r * s->F + b->found[r]++] = (int32_t) i;
+        uint32_t rows = _mm512_cmp_ps_mask(_mm512_loadu_ps(upper), least0, _CMP_NLT_UQ);
+        rows |= (uint32_t) _mm512_cmp_ps_mask(_mm512_loadu_ps(upper + 16), least1, _CMP_NLT_UQ) << 16;
+        b->hit_latent_F[hits] = (int32_t) i;
+        b->hit_rows_F[hits] = rows;
+        hits += rows != 0;
+    }
+    return hits;
+}
+
+static uint64_t * items_of(const struct step * s, struct block * b, int r) {
+    return b->items_BF + r * (2 * s->F + APART);
+}
+
+/* Exact values of the candidates, latent by latent: a row of W_enc is fetched once for the block, and in order. */
+static void exact_values(const struct step * s, struct block * b, int64_t first, int64_t rows, int64_t hits) {
+    uint32_t there = rows < BLOCK ? (1u << rows) - 1 : UINT32_MAX;
+    memset(b->found, 0, sizeof b->found);
+    for (int64_t h = 0; h < hits; h++) {
+        if (h + AHEAD < hits) prefetch_row(s->W_enc_FD + b->hit_latent_F[h + AHEAD] * s->D, s->D);
+        for (uint32_t left = b->hit_rows_F[h] & there; left; left &= left - 1) {
+            int r = __builtin_ctz(left);
+            items_of(s, b, r)[b->found[r]++] = exact_item(s, first + r, b->hit_latent_F[h]);
         }
     }
 }
@@ -244,18 +264,20 @@ static int open_block(const struct step * s, struct block * b) {
     b->q = aligned_alloc(64, quads * BLOCK * 4);
     b->upper_FB = aligned_alloc(64, tiles * TILE * BLOCK * sizeof(float));
     b->lower_TB = aligned_alloc(64, tiles * BLOCK * sizeof(float));
-    b->found_BF = malloc(BLOCK * s->F * sizeof(int32_t));
-    b->items = malloc(2 * s->F * sizeof(uint64_t));
+    b->hit_latent_F = malloc(s->F * sizeof(int32_t));
+    b->hit_rows_F = malloc(s->F * sizeof(uint32_t));
+    b->items_BF = malloc(BLOCK * (2 * s->F + APART) * sizeof(uint64_t)); /* little of it is ever touched */
     b->row = malloc((s->D + LANES) * sizeof(float));
-    return b->q && b->upper_FB && b->lower_TB && b->found_BF && b->items && b->row;
+    return b->q && b->upper_FB && b->lower_TB && b->hit_latent_F && b->hit_rows_F && b->items_BF && b->row;
 }
 
 static void close_block(struct block * b) {
     free(b->q);
     free(b->upper_FB);
     free(b->lower_TB);
-    free(b->found_BF);
-    free(b->items);
+    free(b->hit_latent_F);
+    free(b->hit_rows_F);
+    free(b->items_BF);
     free(b->row);
 }
 
@@ -275,10 +297,10 @@ static void block_of_rows(const struct step * s, struct block * b, int64_t first
     for (int r = 0; r < BLOCK; r++) {
         if (!b->finite[r]) b->least[r] = INFINITY; /* no latent will do; the row's error is not finite either */
     }
-    find_candidates(s, b);
+    exact_values(s, b, first, rows, find_candidates(s, b));
     for (int r = 0; r < rows; r++) {
         s->candidates_N[first + r] = b->found[r];
-        ggscope_row(s, first + r, b->found_BF + r * s->F, b->found[r], b->items);
+        ggscope_row(s, first + r, items_of(s, b, r), b->found[r]);
     }
 }
 

@@ -2,8 +2,6 @@
    gradient of a latent's weights lives in cache from its sum to its use; it is never written to memory. */
 #include "vectors.h"
 
-#define AHEAD 4 /* rows of W_enc fetched before they are needed: they come from L3 or memory */
-
 /* u_hat - u of the row, in grad_ND until it is scaled */
 static void decode_row(const struct step * s, int64_t row) {
     const int32_t * idx = s->idx_NK + row * s->K;
@@ -26,31 +24,25 @@ static void decode_row(const struct step * s, int64_t row) {
     for (int i = 0; i < held; i++) add_scaled(error, four[i], rows[i], s->D);
 }
 
-void ggscope_row(const struct step * s, int64_t row, const int32_t * candidates, int64_t count, uint64_t * scratch) {
+void ggscope_row(const struct step * s, int64_t row, uint64_t * items, int64_t count) {
     int64_t D = s->D, K = s->K;
     int32_t * idx = s->idx_NK + row * K;
     float *vals = s->vals_NK + row * K, *grad_vals = s->grad_vals_NK + row * K;
-    const float * centred = s->centred_ND + row * D;
-    for (int64_t c = 0; c < count; c++) {
-        if (c + AHEAD < count) prefetch_row(s->W_enc_FD + candidates[c + AHEAD] * D, D);
-        float value = dot(s->W_enc_FD + candidates[c] * D, centred, D) + s->b_enc_F[candidates[c]];
-        scratch[c] = ranked(order_key(value), (uint32_t) candidates[c]);
-    }
     uint64_t least = 0; /* of the items taken; an item holds its index, so no two are equal */
     if (count > K) {
-        memcpy(scratch + count, scratch, count * sizeof *scratch);
-        ggscope_take_largest(scratch + count, count, K);
+        memcpy(items + count, items, count * sizeof *items);
+        ggscope_take_largest(items + count, count, K);
         least = UINT64_MAX;
-        for (int64_t k = 0; k < K; k++) least = scratch[count + k] < least ? scratch[count + k] : least;
+        for (int64_t k = 0; k < K; k++) least = items[count + k] < least ? items[count + k] : least;
     }
     int64_t taken = 0;
     for (int64_t c = 0; c < count; c++) { /* in the order of the candidates, whichever others there were */
-        if (scratch[c] < least) continue;
+        if (items[c] < least) continue;
         float value;
-        uint32_t bits = (uint32_t) (scratch[c] >> 32) ^ 0x80000000u; /* back from the key; NaN stays NaN */
+        uint32_t bits = (uint32_t) (items[c] >> 32) ^ 0x80000000u; /* back from the key; NaN stays NaN */
         bits = bits & 0x80000000u ? bits ^ INT32_MAX : bits;
         memcpy(&value, &bits, sizeof value);
-        idx[taken] = ranked_index(scratch[c]);
+        idx[taken] = ranked_index(items[c]);
         vals[taken] = value < 0 ? 0 : value;
         prefetch_row(s->W_dec_FD + idx[taken++] * D, D);
     }
@@ -78,25 +70,26 @@ int ggscope_rows(const struct step * s) {
     int failed = 0;
 #pragma omp parallel num_threads((int) s->threads)
     {
-        uint64_t * scratch = malloc(2 * s->K * sizeof *scratch);
-        int32_t * chosen = malloc(s->K * sizeof *chosen);
-        int opened = scratch && chosen;
-        if (!opened) {
+        uint64_t * items = malloc(2 * s->K * sizeof *items);
+        if (!items) {
 #pragma omp atomic write
             failed = -1;
         }
 #pragma omp for schedule(dynamic, 16)
         for (int64_t row = 0; row < s->N; row++) {
-            if (!opened) continue;
+            if (!items) continue;
+            const int32_t * idx = s->idx_NK + row * s->K;
             const float * u = s->u_ND + row * s->D;
             float * centred = s->centred_ND + row * s->D;
             for (int64_t j = 0; j < s->D; j++) centred[j] = u[j] - s->b_dec_D[j];
-            memcpy(chosen, s->idx_NK + row * s->K, s->K * sizeof *chosen);
+            for (int64_t k = 0; k < s->K; k++) {
+                if (k + AHEAD < s->K) prefetch_row(s->W_enc_FD + idx[k + AHEAD] * s->D, s->D);
+                items[k] = exact_item(s, row, idx[k]);
+            }
             s->candidates_N[row] = s->K;
-            ggscope_row(s, row, chosen, s->K, scratch);
+            ggscope_row(s, row, items, s->K);
         }
-        free(scratch);
-        free(chosen);
+        free(items);
     }
     return failed;
 }

@@ -132,9 +132,17 @@ struct step {
     const float *extra_enc_MD, *extra_dec_MD, *extra_bias_M;
 };
 
-/* One row whose candidates are known: exact values, the K largest, reconstruction, residual and its gradients.
-   `scratch`: two items for each candidate. */
-void ggscope_row(const struct step * s, int64_t row, const int32_t * candidates, int64_t count, uint64_t * scratch);
+#define AHEAD 4 /* rows of W_enc fetched before they are needed: they come from L3 or memory */
+
+/* The exact pre-activation of a latent on a row, with its index. */
+static inline uint64_t exact_item(const struct step * s, int64_t row, int32_t latent) {
+    float value = dot(s->W_enc_FD + latent * s->D, s->centred_ND + row * s->D, s->D) + s->b_enc_F[latent];
+    return ranked(order_key(value), (uint32_t) latent);
+}
+
+/* One row whose candidates are known, `items` as above: the K largest, reconstruction, residual and its gradients.
+   There is room for as many items again behind them. */
+void ggscope_row(const struct step * s, int64_t row, uint64_t * items, int64_t count);
 /* Refresh the copies of W_enc[i] that are in use; `scratch`: D floats. */
 void ggscope_refresh(const struct step * s, int64_t latent, float * scratch);
 
