@@ -15,6 +15,7 @@ Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k, P = N K pairs,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -143,17 +144,24 @@ class AuxKGradients:
 
 
 def auxk_gradients(
-    model: TopKSAE, settings: LossSettings, centred_ND: torch.Tensor, error_ND: torch.Tensor, dead_F: torch.Tensor
+    model: TopKSAE,
+    settings: LossSettings,
+    centred_ND: torch.Tensor,
+    error_ND: torch.Tensor,
+    dead_F: torch.Tensor,
+    select: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] = select_topk,
 ) -> AuxKGradients:
     """Gradients of auxk_coef * v * L_aux (losses.py); `error_ND` = u - u_hat. At least one latent is dead."""
     dead_M = dead_F.nonzero().flatten()
     count = min(settings.auxk_k, len(dead_M))
     denominator = auxk_denominator(error_ND)
     scale = 2.0 * settings.auxk_coef * settings.variance / denominator
-    W_enc_MD, W_dec_MD = model.W_enc_FD[dead_M], model.W_dec_FD[dead_M]
-    pre_NM = torch.addmm(model.b_enc_F[dead_M], centred_ND, W_enc_MD.t())
+    W_dec_MD = model.W_dec_FD[dead_M]
+    # copies in the other order: on a CPU the products are a third faster than with a transposed view
+    W_enc_DM, W_dec_DM = model.W_enc_FD[dead_M].t().contiguous(), W_dec_MD.t().contiguous()
+    pre_NM = torch.addmm(model.b_enc_F[dead_M], centred_ND, W_enc_DM)
     if len(dead_M) > DENSE_DEAD_SHARE * settings.auxk_k:
-        vals_NA, at_NA = select_topk(pre_NM, count)
+        vals_NA, at_NA = select(pre_NM, count)
         vals_NA.relu_()
         bag_ND, pull = _decode_with_pull(at_NA, vals_NA, W_dec_MD)
         rest_ND = bag_ND - error_ND
@@ -162,11 +170,11 @@ def auxk_gradients(
     else:
         acts_NM = pre_NM.relu_()
         if len(dead_M) > count:
-            vals_NA, at_NA = select_topk(acts_NM, count)
+            vals_NA, at_NA = select(acts_NM, count)
             acts_NM = torch.zeros_like(acts_NM).scatter_(1, at_NA, vals_NA)
         rest_ND = torch.addmm(error_ND, acts_NM, W_dec_MD, beta=-1)
         grad_ND = rest_ND * scale
-        grad_acts_NM = (grad_ND @ W_dec_MD.t()).mul_(acts_NM > 0)
+        grad_acts_NM = (grad_ND @ W_dec_DM).mul_(acts_NM > 0)
         parts = grad_acts_NM.t() @ centred_ND, acts_NM.t() @ grad_ND, grad_acts_NM.sum(0)
     loss = rest_ND.pow(2).sum() / denominator
     return AuxKGradients(loss=loss, dead_M=dead_M, W_enc_MD=parts[0], W_dec_MD=parts[1], b_enc_M=parts[2])

@@ -152,10 +152,17 @@ class NativeStepper(Stepper):
             torch.addmm(bias_F, input_ND[part], weight_FD.t(), out=pre_NF)
             self._library.topk(pre_NF, model.k, self._batch["idx_NK"][part])
 
+    def _select(self, pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `select_topk`."""
+        idx_NK = torch.empty(len(pre_NF), k, dtype=torch.int32)
+        self._library.topk(pre_NF, k, idx_NK)
+        idx_NK = idx_NK.long()
+        return pre_NF.gather(1, idx_NK), idx_NK
+
     def _auxk(self, dead_F: torch.Tensor, rows: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """L_aux; its gradients are given to the pass over the latents, and returned so that they stay."""
         error_ND = self._batch["grad_ND"] * (-rows / 2)
-        auxk = auxk_gradients(self.model, self.settings, self._batch["centred_ND"], error_ND, dead_F)
+        auxk = auxk_gradients(self.model, self.settings, self._batch["centred_ND"], error_ND, dead_F, self._select)
         place_F = torch.full((self.model.num_latents,), -1, dtype=torch.int32)
         place_F[auxk.dead_M] = torch.arange(len(auxk.dead_M), dtype=torch.int32)
         extra = (place_F, auxk.W_enc_MD.contiguous(), auxk.W_dec_MD.contiguous(), auxk.b_enc_M.contiguous())
