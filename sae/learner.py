@@ -17,7 +17,7 @@ import torch
 from .errors import ConfigError, DivergedError
 from .losses import StepResult
 from .ranks import DataParallelStepper, Ranks
-from .steppers import make_stepper
+from .steppers import make_stepper, pick_kernel
 from .train_config import FREE_KEYS, TrainConfig
 from .variants.build import build
 from .variants.start import start_identity
@@ -77,7 +77,7 @@ class Learner:
         self.scale = self.model.scale  # one for all columns, or one for each
         self.encoder_dtype = settings.encoder_dtype
         self._stepper = (
-            make_stepper(self.model, settings, config)
+            make_stepper(self.model, settings, config, pick_kernel(self.model, config, device))
             if ranks.world == 1
             else DataParallelStepper(self.model, settings, config, ranks)
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .errors import ConfigError
 from .kernels import FastStep, has_fast_step
 from .losses import LossSettings, StepResult
 from .model import SparseCoder
@@ -66,8 +67,53 @@ class TorchStepper(Stepper):
         return self._optimizer.evaluation()
 
 
-def make_stepper(model: SparseCoder, settings: LossSettings, config: TrainConfig) -> Stepper:
-    """The stepper for this model, device and configuration."""
+def pick_kernel(model: SparseCoder, config: TrainConfig, device: torch.device) -> str:
+    """ "torch" or "native". "auto": native on a CPU where it can be built and has this model's step.
+
+    Raises:
+        ConfigError: native was asked for and cannot be had.
+    """
+    if config.kernel == "torch" or (config.kernel == "auto" and device.type != "cpu"):
+        return "torch"
+    if device.type != "cpu":
+        raise ConfigError(f"kernel=native runs on a CPU, the device is {device.type}; use kernel=auto or device=cpu")
+    if not runs_natively(model, config):
+        if config.kernel == "native":
+            raise ConfigError(
+                "kernel=native is for variant topk on one hook point with unit decoder rows, Adam, no layer norm and no "
+                "k annealing; use kernel=auto"
+            )
+        return "torch"
+    from .native.library import native_library  # here: the compiler starts only where the kernels are wanted
+
+    if native_library() is not None:
+        return "native"
+    if config.kernel == "native":
+        raise ConfigError("kernel=native needs a C compiler that works (see the warning above); or use kernel=auto")
+    return "torch"
+
+
+def runs_natively(model: SparseCoder, config: TrainConfig) -> bool:
+    """Whether the compiled step has this model's choice, loss and optimizer."""
+    return (
+        has_fast_step(model)
+        and model.selects == "topk"
+        and model.wiring.kind == "sae"
+        and config.optimizer == "adam"
+        and config.options.input_norm != "layer"
+        and not config.options.k_start
+    )
+
+
+def make_stepper(model: SparseCoder, settings: LossSettings, config: TrainConfig, kernel: str = "torch") -> Stepper:
+    """The stepper for this model and configuration; `kernel` is what `pick_kernel` said."""
+    if kernel == "native":
+        from .native.library import native_library
+        from .native.stepper import NativeStepper  # it is a Stepper: not before this module is there
+
+        library = native_library()
+        assert library is not None, "pick_kernel looked"
+        return NativeStepper(model, settings, config, library)
     if has_fast_step(model):
         return TorchStepper(model, settings, config)
     from .autograd_stepper import AutogradStepper  # it extends Stepper

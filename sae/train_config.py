@@ -16,8 +16,10 @@ FREE_KEYS = (
     "save_best",
     "device",
     "prefetch_batches",
+    "kernel",  # only what it came to counts
 )  # may change on resume
 SHARED_KEYS = ("batch_tokens", "tokens", *FREE_KEYS)  # the same for SAEs trained on the same batches
+KERNELS = ("auto", "torch", "native")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,7 @@ class TrainConfig:
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 10_000_000
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
+    kernel: str = "auto"  # auto | torch | native
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     optimizer: str = "adam"  # adam | signum | muon
@@ -64,6 +67,7 @@ class TrainConfig:
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "above 0")
         self._check("eps", math.isfinite(self.eps) and self.eps > 0, "above 0")
         self._check("decay_share", 0 <= self.decay_share <= 1, "between 0 and 1")
+        self._check("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
         self._check("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two in [0, 1)")
         self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._check("momentum", 0 <= self.momentum < 1, "in [0, 1)")

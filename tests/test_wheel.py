@@ -57,6 +57,8 @@ def test_the_wheel_holds_the_packages_the_configs_and_the_model(installed):
         "pipeline/store/rows.c",
         "pipeline/data/pylm.gguf",
         "sae/model.py",
+        "sae/native/step.c",
+        "sae/native/vectors.h",
         "convert/sae_gguf.py",
     ):
         assert (site / name).is_file(), name

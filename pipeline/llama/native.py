@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from sae.native.build import BuildError, build
 
 from .symbols import NAME_OFFSET
 
 SOURCE = Path(__file__).with_name("ask.c")
 NAME_BYTES, MAX_NAMES = 64, 256  # as in ask.c
 PYTHON_EVERY = 64  # nodes between two looks at Python, where signals are noticed
-BUILD_SECONDS = 60
 _P = ctypes.c_void_p
 
 
@@ -54,30 +50,12 @@ class AskFilter(ctypes.Structure):
 @functools.cache
 def ask_function() -> Any:
     """The compiled `ggscope_ask`, or None where it cannot be had."""
-    path = _built()
-    if path is None:
-        return None
     try:
-        return ctypes.CDLL(str(path)).ggscope_ask
-    except (OSError, AttributeError):
+        return ctypes.CDLL(str(_built())).ggscope_ask
+    except (BuildError, OSError, AttributeError):
         return None
 
 
-def _built() -> Path | None:
+def _built() -> Path:
     """The library, from the user's cache where it was built before."""
-    source = SOURCE.read_bytes()
-    stamp = hashlib.sha256(source + platform.platform().encode()).hexdigest()[:16]
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        library = base / "ggscope" / "native" / f"ask-{stamp}.so"
-        if library.exists():
-            return library
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            command = [os.environ.get("CC") or "cc", "-O2", "-shared", "-fPIC", "-o", str(made), str(SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
-            made.replace(library)  # whole or not at all, whoever else builds it
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home folder
-        return None
-    return library
+    return build("ask", [SOURCE], [("-O2",)])

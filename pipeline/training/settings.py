@@ -80,6 +80,7 @@ def train_config(config: Config) -> TrainConfig:
         auxk_k=t.auxk_k,
         dead_after_tokens=t.dead_after_tokens,
         encoder_dtype=t.encoder_dtype,
+        kernel=t.kernel,
         checkpoint_steps=t.checkpoint_steps,
         log_steps=t.log_steps,
         keep_last=t.keep_last,

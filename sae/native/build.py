@@ -61,7 +61,8 @@ def _compile(compiler: list[str], sources: Sequence[Path], variants: Sequence[Se
             raise BuildError(f"{compiler[0]} did not finish in {BUILD_SECONDS} s") from error
         if done.returncode == 0:
             return
-        said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        lines = done.stderr.strip().splitlines()
+        said = next((line for line in lines if "error" in line), lines[-1] if lines else f"exit {done.returncode}")
     raise BuildError(f"{compiler[0]} failed: {said}")
 
 

@@ -15,6 +15,8 @@ from ..errors import ConfigError
 from ..kernels import encoder_dtype, has_fast_step
 from ..losses import LossSettings
 from ..model import SparseCoder, input_scale, layer_normalise
+from ..native.library import selects_in_int8
+from ..steppers import pick_kernel
 from ..train_config import TrainConfig
 from ..weights import SAEWeights
 from ..wiring import SAME, Wiring
@@ -105,7 +107,9 @@ def scale_of(
 def dtype_of(config: TrainConfig, model: SparseCoder, device: torch.device) -> torch.dtype:
     """bfloat16 chooses latents only where the step has that choice; "auto" means float32 elsewhere."""
     if has_fast_step(model):
-        return encoder_dtype(config.encoder_dtype, device)
+        native = pick_kernel(model, config, device) == "native"
+        exact = native and selects_in_int8(model.d_in, model.num_latents, model.k)
+        return encoder_dtype(config.encoder_dtype, device, float32_is_fast=exact)
     found = encoder_dtype("float32" if config.encoder_dtype == "auto" else config.encoder_dtype, device)
     if found != torch.float32:
         raise ConfigError(

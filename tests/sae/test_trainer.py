@@ -56,11 +56,12 @@ def fvu(weights, x_ND):
 # ---- it learns ----
 
 
-def test_it_untangles_superposed_features_and_beats_pca_and_the_untrained_sae(tmp_path):
+@pytest.mark.parametrize("kernel", ["torch", "native"])
+def test_it_untangles_superposed_features_and_beats_pca_and_the_untrained_sae(tmp_path, kernel):
     toy, k = Toy(batch=1024), 8
     config = TrainConfig(
         num_latents=256, k=k, batch_tokens=1024, tokens=300 * 1024, lr=1e-2, warmup_steps=20, decay_share=0.3,
-        dead_after_tokens=20 * 1024, log_steps=50,
+        dead_after_tokens=20 * 1024, log_steps=50, kernel=kernel,
     )  # fmt: skip
     rows = []
     weights = trainer(tmp_path, config, toy, log=rows.append).fit()
@@ -81,10 +82,12 @@ def test_it_untangles_superposed_features_and_beats_pca_and_the_untrained_sae(tm
     np.testing.assert_allclose(weights.freq_F, result["density_F"], atol=0.02)
 
 
-def test_auxk_revives_latents_that_would_stay_dead(tmp_path):
+@pytest.mark.parametrize("kernel", ["torch", "native"])
+def test_auxk_revives_latents_that_would_stay_dead(tmp_path, kernel):
     dead = {}
     for coef in (0.0, 1 / 32):
-        config = replace(SMALL, num_latents=192, tokens=150 * 128, auxk_coef=coef, dead_after_tokens=10 * 128, lr=3e-3)
+        settings = {"num_latents": 192, "tokens": 150 * 128, "dead_after_tokens": 10 * 128, "lr": 3e-3}
+        config = replace(SMALL, auxk_coef=coef, kernel=kernel, **settings)
         rows = []
         run = trainer(tmp_path / str(coef), config, log=rows.append)
         with torch.no_grad():
@@ -189,20 +192,22 @@ def kill_at(folder, step, number, *arguments):
     return process.returncode, lines
 
 
-def test_killed_and_interrupted_runs_end_at_the_bits_of_an_undisturbed_one(tmp_path):
-    whole = finish(tmp_path / "whole")
+@pytest.mark.parametrize("kernel", ["torch", "native"])
+def test_killed_and_interrupted_runs_end_at_the_bits_of_an_undisturbed_one(tmp_path, kernel):
+    word = f"kernel={kernel}"
+    whole = finish(tmp_path / "whole", word)
     assert any(line.startswith("step") and not line.endswith(" 0") for line in whole)  # latents were dead: AuxK ran
     folder = tmp_path / "stopped"
-    code, lines = kill_at(folder, 17, signal.SIGKILL)
+    code, lines = kill_at(folder, 17, signal.SIGKILL, word)
     assert code == -signal.SIGKILL
     assert "weights" not in lines[-1]
-    code, lines = kill_at(folder, 40, signal.SIGTERM, "resume")
+    code, lines = kill_at(folder, 40, signal.SIGTERM, "resume", word)
     assert lines[0] == next(line for line in whole if line.startswith("step 15 "))  # from the checkpoint of step 14
     name, exit_code, message = lines[-1].split(" ", 2)
     assert (code, name, exit_code) == (0, "InterruptedRunError", "130")
     assert message.startswith("SIGTERM after step 4")
     assert "resume=latest continues" in message
-    last = finish(folder, "resume")
+    last = finish(folder, "resume", word)
     assert last[-1] == whole[-1]
     assert last[-1].startswith("weights ")
     assert [path.name for path in checkpoints(folder)] == [path.name for path in checkpoints(tmp_path / "whole")]

@@ -1,4 +1,5 @@
-"""Trains the toy SAE in a process of its own: `python -m tests.sae.train_toy FOLDER [resume] [limit=BYTES] [every=STEPS] [joint]`.
+"""Trains the toy SAE in a process of its own: `python -m tests.sae.train_toy FOLDER [resume] [limit=BYTES] [every=STEPS] [joint]
+[kernel=NAME]`.
 
 Prints one line per step and the hash of the final weights; user errors as `CLASS CODE MESSAGE`.
 """
@@ -9,6 +10,7 @@ import dataclasses
 import hashlib
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from sae.trainer import JointTrainer, TrainConfig, Trainer
 from .toy import Toy
 
 CONFIG = TrainConfig(
-    num_latents=256,
+    num_latents=320,
     k=6,
     batch_tokens=256,
     tokens=60 * 256,
@@ -45,6 +47,8 @@ def main() -> None:
                 size = int(word.removeprefix("limit="))
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
+    kernel = next((word.removeprefix("kernel=") for word in words if word.startswith("kernel=")), "auto")
+    config = replace(config, kernel=kernel)
     try:
         if "joint" in words:
             configs = {"a": config, "b": dataclasses.replace(config, k=3, seed=1)}

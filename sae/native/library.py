@@ -1,0 +1,109 @@
+"""The compiled step through ctypes: its one structure, its functions, whether it can be had.
+
+Shape letters: N rows, D d_in, F latents, K top-k.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch
+
+from .build import BuildError, build
+
+FOLDER = Path(__file__).parent
+TILE, UNIT = 12, 96  # as in vectors.h
+LATENTS_PER_K = 4 * TILE  # fewer latents than this for each of the k, and tiles tell too little about the k largest
+MOST_DIMENSIONS = 32768  # an 8-bit product of more would not fit 32 bits
+
+_COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+VARIANTS = (
+    (*_COMMON, "-march=native", "-fopenmp"),
+    (*_COMMON, "-march=native"),
+    (*_COMMON, "-mcpu=native"),
+    _COMMON,
+)
+_INTEGERS = ("N", "D", "F", "K", "threads")
+_FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction")
+_BEFORE = (
+    "W_enc_FD", "W_enc_m", "W_enc_v", "b_enc_F", "b_enc_m", "b_enc_v",
+    "W_dec_FD", "W_dec_m", "W_dec_v", "b_dec_D", "b_dec_m", "b_dec_v",
+)  # fmt: skip
+_AFTER = (
+    "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_offset_F", "balance_D",
+    "u_ND", "centred_ND", "grad_ND", "idx_NK", "vals_NK", "grad_vals_NK", "error_N", "candidates_N",
+    "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
+)  # fmt: skip
+
+_log = logging.getLogger(__name__)
+
+
+class Step(ctypes.Structure):
+    """`struct step` of vectors.h. It holds addresses: the tensors must outlive every call."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_void_p) for name in _BEFORE),
+        *((name, ctypes.c_float) for name in _FLOATS),
+        *((name, ctypes.c_void_p) for name in _AFTER),
+    )
+
+    def point(self, **tensors: torch.Tensor | None) -> None:
+        """Set addresses; None: not there."""
+        for name, tensor in tensors.items():
+            assert tensor is None or (tensor.is_contiguous() and tensor.device.type == "cpu"), name
+            setattr(self, name, None if tensor is None else tensor.data_ptr())
+
+
+class Library:
+    """The functions of select.c and step.c; MemoryError where they could not have their scratch memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self.has_int8 = bool(self._library.ggscope_has_int8())
+
+    def run(self, function: str, step: Step) -> None:
+        """`rows`, `rows_int8`, `latents` or `refresh_all` on the structure."""
+        self._check(function, getattr(self._library, f"ggscope_{function}")(ctypes.byref(step)))
+
+    def topk(self, pre_NF: torch.Tensor, k: int, idx_NK: torch.Tensor) -> None:
+        """idx_NK (int32) of the k largest entries of every row of float32 or bfloat16 pre-activations, in no order.
+
+        Equal entries at the edge: the lower index. NaN counts as the largest.
+        """
+        function = {torch.float32: "topk_f32", torch.bfloat16: "topk_bf16"}[pre_NF.dtype]
+        assert pre_NF.is_contiguous()
+        assert idx_NK.is_contiguous()
+        assert idx_NK.dtype == torch.int32
+        rows, latents = (ctypes.c_int64(size) for size in pre_NF.shape)
+        code = getattr(self._library, f"ggscope_{function}")(
+            ctypes.c_void_p(pre_NF.data_ptr()), rows, latents, ctypes.c_int64(k),
+            ctypes.c_void_p(idx_NK.data_ptr()), ctypes.c_int64(torch.get_num_threads()),
+        )  # fmt: skip
+        self._check(function, code)
+
+    @staticmethod
+    def _check(function: str, code: int) -> None:
+        if code != 0:
+            raise MemoryError(f"no memory for the scratch space of {function}")
+
+
+@functools.cache
+def native_library() -> Library | None:
+    """The library, built on first use; None, after one warning, where it cannot be had."""
+    try:
+        sources = [FOLDER / "select.c", FOLDER / "step.c"]
+        return Library(build("step", sources, VARIANTS, headers=[FOLDER / "vectors.h"]))
+    except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
+        _log.warning("training without compiled kernels, which is slower: %s", error)
+        return None
+
+
+def selects_in_int8(d_in: int, num_latents: int, k: int) -> bool:
+    """Whether the latents are found by 8-bit products, their exact float32 values deciding: faster than bfloat16."""
+    library = native_library()
+    fits = num_latents >= LATENTS_PER_K * k and d_in <= MOST_DIMENSIONS
+    return library is not None and library.has_int8 and fits

@@ -1,0 +1,332 @@
+/* Which latents a row takes: exact top-k of given pre-activations, and an 8-bit product that leaves so few candidates
+   that computing those exactly is cheap. */
+#include "vectors.h"
+
+void ggscope_take_largest(uint64_t * items, int64_t count, int64_t k) {
+    int64_t low = 0, high = count - 1;
+    while (low < high) {
+        uint64_t a = items[low], b = items[(low + high) / 2], c = items[high];
+        uint64_t pivot = a < b ? (b < c ? b : (a < c ? c : a)) : (a < c ? a : (b < c ? c : b));
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (items[i] > pivot) i++;
+            while (items[j] < pivot) j--;
+            if (i <= j) {
+                uint64_t t = items[i];
+                items[i++] = items[j];
+                items[j--] = t;
+            }
+        }
+        if (k - 1 <= j) {
+            high = j;
+        } else if (k - 1 >= i) {
+            low = i;
+        } else {
+            return;
+        }
+    }
+}
+
+/* ---- top-k of pre-activations that are there ---- */
+
+static inline int32_t key_f32(const float * p) { return order_key(*p); }
+static inline int32_t key_bf16(const uint16_t * p) {
+    uint32_t bits = (uint32_t) *p << 16;
+    int32_t key = (int32_t) bits ^ (((int32_t) bits >> 31) & INT32_MAX);
+    return (bits & INT32_MAX) > 0x7f800000 ? INT32_MAX : key;
+}
+
+/* The maxima of `groups` interleaved groups: the K-th largest of them is at most the K-th largest entry, so that only
+   entries from there on need to be looked at one by one. */
+#define DEFINE_TOPK(NAME, TYPE, KEY)                                                                                   \
+    static void NAME##_row(const TYPE * pre_F, int64_t F, int64_t K, int32_t * idx_K, uint64_t * items, int32_t * top) { \
+        int64_t groups = 32, count = 0;                                                                                \
+        while (groups < 4 * K) groups *= 2;                                                                            \
+        int32_t least = INT32_MIN;                                                                                     \
+        if (F >= 2 * groups) {                                                                                         \
+            for (int64_t j = 0; j < groups; j++) top[j] = KEY(pre_F + j);                                              \
+            for (int64_t i = groups; i + groups <= F; i += groups) {                                                   \
+                for (int64_t j = 0; j < groups; j++) {                                                                 \
+                    int32_t key = KEY(pre_F + i + j);                                                                  \
+                    top[j] = key > top[j] ? key : top[j];                                                              \
+                }                                                                                                      \
+            }                                                                                                          \
+            for (int64_t j = 0; j < groups; j++) items[j] = ranked(top[j], (uint32_t) j);                              \
+            ggscope_take_largest(items, groups, K);                                                                    \
+            least = INT32_MAX;                                                                                         \
+            for (int64_t j = 0; j < K; j++) {                                                                          \
+                int32_t key = (int32_t) ((uint32_t) (items[j] >> 32) ^ 0x80000000u);                                   \
+                least = key < least ? key : least;                                                                     \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int64_t i = 0; i < F; i += 32) {                                                                          \
+            int64_t stop = i + 32 < F ? i + 32 : F;                                                                    \
+            int32_t any = 0;                                                                                           \
+            if (stop == i + 32) {                                                                                      \
+                for (int64_t j = 0; j < 32; j++) any |= KEY(pre_F + i + j) >= least;                                   \
+            } else {                                                                                                   \
+                any = 1;                                                                                               \
+            }                                                                                                          \
+            for (int64_t j = i; any && j < stop; j++) {                                                                \
+                int32_t key = KEY(pre_F + j);                                                                          \
+                items[count] = ranked(key, (uint32_t) j);                                                              \
+                count += key >= least;                                                                                 \
+            }                                                                                                          \
+        }                                                                                                              \
+        ggscope_take_largest(items, count, K);                                                                         \
+        for (int64_t j = 0; j < K; j++) idx_K[j] = ranked_index(items[j]);                                             \
+    }                                                                                                                  \
+    /* idx_NK of the K largest entries of every row, in no order. 0: done, -1: no memory. */                           \
+    int NAME(const TYPE * pre_NF, int64_t N, int64_t F, int64_t K, int32_t * idx_NK, int64_t threads) {                \
+        int failed = 0;                                                                                                \
+        _Pragma("omp parallel num_threads((int) threads)")                                                             \
+        {                                                                                                              \
+            uint64_t * items = malloc((F + 8 * K + 32) * sizeof *items);                                               \
+            int32_t * top = malloc((8 * K + 32) * sizeof *top);                                                        \
+            _Pragma("omp for schedule(static)")                                                                        \
+            for (int64_t n = 0; n < N; n++) {                                                                          \
+                if (items && top) NAME##_row(pre_NF + n * F, F, K, idx_NK + n * K, items, top);                        \
+            }                                                                                                          \
+            if (!items || !top) {                                                                                      \
+                _Pragma("omp atomic write")                                                                            \
+                failed = -1;                                                                                           \
+            }                                                                                                          \
+            free(items);                                                                                               \
+            free(top);                                                                                                 \
+        }                                                                                                              \
+        return failed;                                                                                                 \
+    }
+
+DEFINE_TOPK(ggscope_topk_f32, float, key_f32)
+DEFINE_TOPK(ggscope_topk_bf16, uint16_t, key_bf16)
+
+/* ---- 8-bit candidates ----
+   With x' = x / balance and w' = w * balance rounded to sx qx and sw qw, the error of sx sw <qx, qw> is a sum of D
+   rounding errors of variance sx^2 / 12 times w'^2 and sw^2 / 12 times x'^2. SIGMAS standard deviations of it on
+   either side are taken as bounds; a latent whose upper bound is below the K-th largest lower bound is left out. */
+
+#define BLOCK 32 /* rows of one register tile */
+#define SIGMAS 4.0f
+#define HALVINGS 10
+#define APART 24 /* items between the rows' lists: a power of two would put them all into one set of the cache */
+
+#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__GNUC__)
+#define HAVE_INT8 1
+
+struct block {
+    uint8_t * q;       /* (D / 4, BLOCK, 4) */
+    float * upper_FB;  /* upper bounds of the pre-activations, divided by the row's scale */
+    float * lower_TB;  /* the largest lower bound of every tile */
+    int32_t * hit_latent_F; /* candidates, and on which rows they are */
+    uint32_t * hit_rows_F;
+    uint64_t * items_BF; /* their exact values; room for twice F a row */
+    int64_t found[BLOCK];
+    float inverse[BLOCK], ratio[BLOCK], least[BLOCK]; /* 1 / sx; ||x'|| / sx; the bound to reach */
+    int finite[BLOCK];
+    float * row;
+};
+
+int ggscope_has_int8(void) { return 1; }
+
+static void quantise_row(const struct step * s, struct block * b, int64_t n, int r) {
+    const float * restrict x = s->centred_ND + n * s->D;
+    float * restrict t = b->row;
+    int32_t largest = 0;
+    for (int64_t j = 0; j < s->D; j++) t[j] = x[j] / s->balance_D[j];
+    const int32_t * bits = (const int32_t *) (const void *) t;
+    for (int64_t j = 0; j < s->D; j++) {
+        int32_t size = bits[j] & INT32_MAX;
+        largest = size > largest ? size : largest;
+    }
+    float most, norm = sqrtf(dot(t, t, s->D));
+    memcpy(&most, &largest, sizeof most);
+    b->finite[r] = isfinite(norm) && isfinite(most);
+    float inverse = b->finite[r] && most > 1e-30f ? 127.0f / most : 0.0f;
+    b->inverse[r] = inverse > 0 ? inverse : 1.0f;
+    b->ratio[r] = b->finite[r] ? norm * b->inverse[r] : 0.0f;
+    int64_t quads = (s->D + 3) / 4;
+    for (int64_t j = s->D; j < 4 * quads; j++) t[j] = 0;
+    for (int64_t j = 0; j < 4 * quads && !b->finite[r]; j++) t[j] = 0;
+    int32_t * out = (int32_t *) (void *) b->q + r;
+    for (int64_t j = 0; j < quads; j += 4) { /* four dwords at a time: 16 values to 16 bytes */
+        int64_t left = quads - j < 4 ? quads - j : 4;
+        __m512 v = _mm512_maskz_loadu_ps((__mmask16) ((1u << (4 * left)) - 1), t + 4 * j);
+        __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse))), _mm512_set1_epi32(128));
+        int32_t four[4];
+        _mm_storeu_si128((__m128i *) four, _mm512_cvtepi32_epi8(q));
+        for (int64_t i = 0; i < left; i++) out[(j + i) * BLOCK] = four[i];
+    }
+}
+
+/* GCC's intrinsic copies the accumulators to the stack and back in this loop: half the speed */
+#define DOT4(acc, x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w))
+
+static void bounds_of_tile(const struct step * s, struct block * b, int64_t tile) {
+    int64_t quads = (s->D + 3) / 4, first = tile * TILE;
+    const int8_t * w = s->q_tiles + tile * quads * TILE * 4;
+    const uint8_t * x = b->q;
+    __m512i left[TILE], right[TILE];
+    _Pragma("GCC unroll 12")
+    for (int r = 0; r < TILE; r++) {
+        left[r] = right[r] = _mm512_set1_epi32(s->q_offset_F[first + r]);
+    }
+    for (int64_t j = 0; j < quads; j++, x += 128, w += 4 * TILE) {
+        __m512i x0 = _mm512_load_si512(x), x1 = _mm512_load_si512(x + 64);
+        _mm_prefetch((const char *) w + 4096, _MM_HINT_T0);
+        _Pragma("GCC unroll 12")
+        for (int r = 0; r < TILE; r++) {
+            int32_t four;
+            memcpy(&four, w + 4 * r, sizeof four);
+            __m512i w16 = _mm512_set1_epi32(four);
+            DOT4(left[r], x0, w16);
+            DOT4(right[r], x1, w16);
+        }
+    }
+    const float root12 = 3.4641016f;
+    __m512 inverse0 = _mm512_loadu_ps(b->inverse), inverse1 = _mm512_loadu_ps(b->inverse + 16);
+    __m512 ratio0 = _mm512_loadu_ps(b->ratio), ratio1 = _mm512_loadu_ps(b->ratio + 16);
+    __m512 top0 = _mm512_set1_ps(-INFINITY), top1 = top0;
+    _Pragma("GCC unroll 12")
+    for (int r = 0; r < TILE; r++) {
+        int64_t i = first + r;
+        if (i >= s->F) break;
+        __m512 scale = _mm512_set1_ps(s->q_scale_F[i]), bias = _mm512_set1_ps(s->b_enc_F[i]);
+        __m512 of_x = _mm512_set1_ps(SIGMAS / root12 * s->q_norm_F[i]), of_w = _mm512_set1_ps(SIGMAS / root12 * s->q_scale_F[i]);
+        __m512 value0 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(left[r]), scale, _mm512_mul_ps(bias, inverse0));
+        __m512 value1 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(right[r]), scale, _mm512_mul_ps(bias, inverse1));
+        __m512 error0 = _mm512_fmadd_ps(ratio0, of_w, of_x), error1 = _mm512_fmadd_ps(ratio1, of_w, of_x);
+        top0 = _mm512_max_ps(_mm512_sub_ps(value0, error0), top0); /* NaN leaves top as it is */
+        top1 = _mm512_max_ps(_mm512_sub_ps(value1, error1), top1);
+        _mm512_storeu_ps(b->upper_FB + i * BLOCK, _mm512_add_ps(value0, error0));
+        _mm512_storeu_ps(b->upper_FB + i * BLOCK + 16, _mm512_add_ps(value1, error1));
+    }
+    _mm512_storeu_ps(b->lower_TB + tile * BLOCK, top0);
+    _mm512_storeu_ps(b->lower_TB + tile * BLOCK + 16, top1);
+}
+
+/* A bound that the largest lower bounds of at least K tiles reach, by bisection for 16 rows at once; 0 where fewer
+   than K are positive: what is below zero makes no difference. */
+static void bounds_to_reach(const struct step * s, struct block * b, int half) {
+    int64_t tiles = (s->F + TILE - 1) / TILE;
+    const float * lower = b->lower_TB + 16 * half;
+    __m512 low = _mm512_setzero_ps(), high = low;
+    for (int64_t t = 0; t < tiles; t++) high = _mm512_max_ps(_mm512_loadu_ps(lower + t * BLOCK), high);
+    __m512i wanted = _mm512_set1_epi32((int) s->K), one = _mm512_set1_epi32(1);
+    for (int round = 0; round < HALVINGS; round++) {
+        __m512 middle = _mm512_mul_ps(_mm512_add_ps(low, high), _mm512_set1_ps(0.5f));
+        __m512i count = _mm512_setzero_si512();
+        for (int64_t t = 0; t < tiles; t++) {
+            __mmask16 reaches = _mm512_cmp_ps_mask(_mm512_loadu_ps(lower + t * BLOCK), middle, _CMP_GE_OQ);
+            count = _mm512_mask_add_epi32(count, reaches, count, one);
+        }
+        __mmask16 enough = _mm512_cmpge_epi32_mask(count, wanted);
+        low = _mm512_mask_mov_ps(low, enough, middle);
+        high = _mm512_mask_mov_ps(middle, enough, high);
+    }
+    _mm512_storeu_ps(b->least + 16 * half, low);
+}
+
+/* Latents whose upper bound reaches what it has to on some row of the block, with those rows as a mask. */
+static int64_t find_candidates(const struct step * s, struct block * b) {
+    __m512 least0 = _mm512_loadu_ps(b->least), least1 = _mm512_loadu_ps(b->least + 16);
+    int64_t hits = 0;
+    for (int64_t i = 0; i < s->F; i++) {
+        const float * upper = b->upper_FB + i * BLOCK;
+        /* "not less", so that a latent with NaN weights is looked at, and stops the run as it does elsewhere */
+        uint32_t rows = _mm512_cmp_ps_mask(_mm512_loadu_ps(upper), least0, _CMP_NLT_UQ);
+        rows |= (uint32_t) _mm512_cmp_ps_mask(_mm512_loadu_ps(upper + 16), least1, _CMP_NLT_UQ) << 16;
+        b->hit_latent_F[hits] = (int32_t) i;
+        b->hit_rows_F[hits] = rows;
+        hits += rows != 0;
+    }
+    return hits;
+}
+
+static uint64_t * items_of(const struct step * s, struct block * b, int r) {
+    return b->items_BF + r * (2 * s->F + APART);
+}
+
+/* Exact values of the candidates, latent by latent: a row of W_enc is fetched once for the block, and in order. */
+static void exact_values(const struct step * s, struct block * b, int64_t first, int64_t rows, int64_t hits) {
+    uint32_t there = rows < BLOCK ? (1u << rows) - 1 : UINT32_MAX;
+    memset(b->found, 0, sizeof b->found);
+    for (int64_t h = 0; h < hits; h++) {
+        if (h + AHEAD < hits) prefetch_row(s->W_enc_FD + b->hit_latent_F[h + AHEAD] * s->D, s->D);
+        for (uint32_t left = b->hit_rows_F[h] & there; left; left &= left - 1) {
+            int r = __builtin_ctz(left);
+            items_of(s, b, r)[b->found[r]++] = exact_item(s, first + r, b->hit_latent_F[h]);
+        }
+    }
+}
+
+static int open_block(const struct step * s, struct block * b) {
+    int64_t quads = (s->D + 3) / 4, tiles = (s->F + TILE - 1) / TILE;
+    b->q = aligned_alloc(64, quads * BLOCK * 4);
+    b->upper_FB = aligned_alloc(64, tiles * TILE * BLOCK * sizeof(float));
+    b->lower_TB = aligned_alloc(64, tiles * BLOCK * sizeof(float));
+    b->hit_latent_F = malloc(s->F * sizeof(int32_t));
+    b->hit_rows_F = malloc(s->F * sizeof(uint32_t));
+    b->items_BF = malloc(BLOCK * (2 * s->F + APART) * sizeof(uint64_t)); /* little of it is ever touched */
+    b->row = malloc((s->D + LANES) * sizeof(float));
+    return b->q && b->upper_FB && b->lower_TB && b->hit_latent_F && b->hit_rows_F && b->items_BF && b->row;
+}
+
+static void close_block(struct block * b) {
+    free(b->q);
+    free(b->upper_FB);
+    free(b->lower_TB);
+    free(b->hit_latent_F);
+    free(b->hit_rows_F);
+    free(b->items_BF);
+    free(b->row);
+}
+
+static void block_of_rows(const struct step * s, struct block * b, int64_t first) {
+    int64_t rows = s->N - first < BLOCK ? s->N - first : BLOCK, tiles = (s->F + TILE - 1) / TILE;
+    memset(b->q, 128, (s->D + 3) / 4 * BLOCK * 4);
+    for (int r = 0; r < BLOCK; r++) b->inverse[r] = b->ratio[r] = 1, b->finite[r] = 0;
+    for (int r = 0; r < rows; r++) {
+        const float * restrict u = s->u_ND + (first + r) * s->D;
+        float * restrict centred = s->centred_ND + (first + r) * s->D;
+        for (int64_t j = 0; j < s->D; j++) centred[j] = u[j] - s->b_dec_D[j];
+        quantise_row(s, b, first + r, r);
+    }
+    for (int64_t t = 0; t < tiles; t++) bounds_of_tile(s, b, t);
+    bounds_to_reach(s, b, 0);
+    bounds_to_reach(s, b, 1);
+    for (int r = 0; r < BLOCK; r++) {
+        if (!b->finite[r]) b->least[r] = INFINITY; /* no latent will do; the row's error is not finite either */
+    }
+    exact_values(s, b, first, rows, find_candidates(s, b));
+    for (int r = 0; r < rows; r++) {
+        s->candidates_N[first + r] = b->found[r];
+        ggscope_row(s, first + r, items_of(s, b, r), b->found[r]);
+    }
+}
+
+/* Everything that goes row by row, latents chosen by their exact float32 values. 0: done, -1: no memory. */
+int ggscope_rows_int8(const struct step * s) {
+    int failed = 0;
+#pragma omp parallel num_threads((int) s->threads)
+    {
+        struct block b = {0};
+        int opened = open_block(s, &b);
+        if (!opened) {
+#pragma omp atomic write
+            failed = -1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < s->N; first += BLOCK) {
+            if (opened) block_of_rows(s, &b, first);
+        }
+        close_block(&b);
+    }
+    return failed;
+}
+#else
+int ggscope_has_int8(void) { return 0; }
+int ggscope_rows_int8(const struct step * s) {
+    (void) s;
+    return -2;
+}
+#endif

@@ -1,0 +1,182 @@
+"""The training step of `kernels.FastStep` and torch's Adam as two compiled passes: over the rows, over the latents.
+
+Rows: choose k latents, their exact float32 values, reconstruction, residual, da. Latents: the gradient of a latent's
+weights is summed in cache, projected, taken up by Adam and the row normalised before the next latent's turn. Every
+sum has a fixed order: equal input gives equal bits, whatever the number of threads (with encoder_dtype=bfloat16, or
+where there are no 8-bit products, as far as torch's matrix product does).
+
+How the latents are chosen:
+- encoder_dtype=float32, processor with 8-bit dot products: candidates whose bound on the pre-activation, from an
+  8-bit product, reaches the k-th largest; their exact float32 pre-activations decide.
+- else: torch's matrix product in encoder_dtype and an exact top-k, on blocks of rows that stay in cache.
+
+Shape letters: N rows, D d_in, F latents, K top-k, M latents with AuxK gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..kernels import auxk_gradients
+from ..losses import LossSettings, StepResult
+from ..model import SparseCoder
+from ..steppers import Stepper
+from ..train_config import TrainConfig
+from .library import TILE, UNIT, Library, Step, selects_in_int8
+
+BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
+LEAST_BALANCE = 1e-6
+PARAMETERS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
+
+
+class NativeStepper(Stepper):
+    """CPU only. The state is Adam's, and the balance of the 8-bit products."""
+
+    name = "native"
+
+    def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig, library: Library) -> None:
+        self.model, self.settings, self._library = model, settings, library
+        self._betas, self._steps = config.betas, 0
+        self._int8 = settings.encoder_dtype == torch.float32 and selects_in_int8(model.d_in, model.num_latents, model.k)
+        self._moments = {
+            f"{name.rpartition('_')[0]}_{moment}": torch.zeros_like(getattr(model, name))
+            for name in PARAMETERS
+            for moment in "mv"
+        }
+        self._balance_D = torch.zeros(model.d_in)  # zeros: not measured yet
+        latents, d_in = model.num_latents, model.d_in
+        tiles, quads = -(-latents // TILE), -(-d_in // 4)
+        self._copies: dict[str, torch.Tensor] = {}
+        if self._int8:
+            self._copies = {
+                "q_tiles": torch.zeros(tiles * quads * TILE * 4, dtype=torch.int8),
+                "q_scale_F": torch.zeros(latents),
+                "q_norm_F": torch.zeros(latents),
+                "q_offset_F": torch.zeros(tiles * TILE, dtype=torch.int32),
+            }
+        elif settings.encoder_dtype == torch.bfloat16:
+            self._copies = {"bf16_FD": torch.empty(latents, d_in, dtype=torch.bfloat16)}
+        self._sums = {
+            "fired_F": torch.empty(latents, dtype=torch.int64),
+            "start_F1": torch.empty(latents + 1, dtype=torch.int32),
+        }
+        self._batch: dict[str, torch.Tensor] = {}
+        self._pre = torch.empty(0)
+        self._step = Step(D=d_in, F=latents, K=model.k, beta1=config.betas[0], beta2=config.betas[1], eps=config.eps)
+        self._step.point(**self._moments, **self._copies, **self._sums, balance_D=self._balance_D)
+        self._fresh = False  # whether the copies are those of the weights
+
+    @torch.no_grad()
+    def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
+        u_ND = u_ND.contiguous()
+        self._prepare(u_ND, lr)
+        if self._int8:
+            self._library.run("rows_int8", self._step)
+        else:
+            self._choose(u_ND)
+            self._library.run("rows", self._step)
+        error = self._batch["error_N"].sum().float()
+        loss, auxk_loss = error / len(u_ND), torch.zeros(())
+        extra: tuple[torch.Tensor, ...] = ()  # must live as long as the pass over the latents
+        if dead_F is not None and bool(dead_F.any()):
+            auxk_loss, extra = self._auxk(dead_F, len(u_ND))
+            loss = loss + self.settings.auxk_coef * self.settings.variance * auxk_loss
+        self._library.run("latents", self._step)
+        del extra
+        return StepResult(error=error, auxk_loss=auxk_loss, loss=loss, fired_F=self._sums["fired_F"].clone())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps, "balance_D": self._balance_D} | self._moments
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = int(state["steps"])
+        self._balance_D.copy_(state["balance_D"])
+        for name, moment in self._moments.items():
+            moment.copy_(state[name])
+        self._fresh = False
+
+    @property
+    def candidates_per_row(self) -> float:
+        """Latents whose exact value was computed in the last step, per row; k is the least."""
+        return float(self._batch["candidates_N"].double().mean())
+
+    def _prepare(self, u_ND: torch.Tensor, lr: float) -> None:
+        """Set everything of the structure that this batch decides."""
+        model, step, rows = self.model, self._step, len(u_ND)
+        if not self._batch or len(self._batch["error_N"]) != rows:
+            self._batch = self._batch_memory(rows)
+            step.point(**self._batch)
+        self._steps += 1
+        step.N, step.threads = rows, torch.get_num_threads()
+        step.step_size = lr / (1 - self._betas[0] ** self._steps)
+        step.root_correction = math.sqrt(1 - self._betas[1] ** self._steps)
+        step.point(
+            **{name: getattr(model, name) for name in PARAMETERS},
+            u_ND=u_ND, extra_of_F=None, extra_enc_MD=None, extra_dec_MD=None, extra_bias_M=None,
+        )  # fmt: skip
+        if not self._fresh:
+            if self._int8 and not bool(self._balance_D.any()):
+                self._balance_D.copy_(balance(u_ND - model.b_dec_D))
+            self._library.run("refresh_all", step)
+            self._fresh = True
+
+    def _batch_memory(self, rows: int) -> dict[str, torch.Tensor]:
+        model = self.model
+        pairs, parts = rows * model.k, -(-rows // UNIT) + -(-model.num_latents // UNIT)
+        return {
+            "centred_ND": torch.empty(rows, model.d_in),
+            "grad_ND": torch.empty(rows, model.d_in),
+            "idx_NK": torch.empty(rows, model.k, dtype=torch.int32),
+            "vals_NK": torch.empty(rows, model.k),
+            "grad_vals_NK": torch.empty(rows, model.k),
+            "error_N": torch.empty(rows, dtype=torch.float64),
+            "candidates_N": torch.empty(rows, dtype=torch.int64),
+            "pair_P": torch.empty(pairs, dtype=torch.int32),
+            "partial_D": torch.empty(parts, model.d_in),
+        }
+
+    def _choose(self, u_ND: torch.Tensor) -> None:
+        """idx_NK by a dense product on blocks of rows."""
+        model, dtype = self.model, self.settings.encoder_dtype
+        weight_FD = self._copies.get("bf16_FD", model.W_enc_FD)
+        input_ND, bias_F = (u_ND - model.b_dec_D).to(dtype), model.b_enc_F.to(dtype)
+        block = max(1, min(len(u_ND), BLOCK_BYTES // (model.num_latents * dtype.itemsize)))
+        if self._pre.shape != (block, model.num_latents):
+            self._pre = torch.empty(block, model.num_latents, dtype=dtype)
+        for start in range(0, len(u_ND), block):
+            part = slice(start, min(len(u_ND), start + block))
+            pre_NF = self._pre[: part.stop - start]
+            torch.addmm(bias_F, input_ND[part], weight_FD.t(), out=pre_NF)
+            self._library.topk(pre_NF, model.k, self._batch["idx_NK"][part])
+
+    def _select(self, pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `select_topk`."""
+        idx_NK = torch.empty(len(pre_NF), k, dtype=torch.int32)
+        self._library.topk(pre_NF, k, idx_NK)
+        idx_NK = idx_NK.long()
+        return pre_NF.gather(1, idx_NK), idx_NK
+
+    def _auxk(self, dead_F: torch.Tensor, rows: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """L_aux; its gradients are given to the pass over the latents, and returned so that they stay."""
+        error_ND = self._batch["grad_ND"] * (-rows / 2)
+        auxk = auxk_gradients(self.model, self.settings, self._batch["centred_ND"], error_ND, dead_F, self._select)
+        place_F = torch.full((self.model.num_latents,), -1, dtype=torch.int32)
+        place_F[auxk.dead_M] = torch.arange(len(auxk.dead_M), dtype=torch.int32)
+        extra = (place_F, auxk.W_enc_MD.contiguous(), auxk.W_dec_MD.contiguous(), auxk.b_enc_M.contiguous())
+        names = ("extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M")
+        self._step.point(**dict(zip(names, extra, strict=True)))
+        return auxk.loss, extra
+
+
+def balance(centred_ND: torch.Tensor) -> torch.Tensor:
+    """What input dimensions are divided by before they are rounded to 8 bits, and those of W_enc multiplied by.
+
+    The square root of their root mean square shares the spread of unequal dimensions between both sides (Xiao et al.
+    2023, SmoothQuant, with exponent 1/2); it changes the number of candidates, never which latents are taken.
+    """
+    rms_D = centred_ND.double().square().mean(0).sqrt()
+    finite_D = torch.where(rms_D.isfinite(), rms_D, 0.0)
+    return (finite_D + LEAST_BALANCE + 1e-3 * finite_D.mean()).sqrt().float()

@@ -1,0 +1,149 @@
+/* Vectors of 16 floats, whatever the machine's registers are (GCC and Clang lower them), and what both passes share.
+   Sums run in one fixed order, so equal input gives equal bits whatever the number of threads. */
+#ifndef GGSCOPE_VECTORS_H
+#define GGSCOPE_VECTORS_H
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define TILE 12        /* latents of one register tile of the 8-bit product */
+#define UNIT (8 * TILE) /* latents a thread takes at a time: whole tiles, so that no two threads write to one */
+
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+
+static inline v16 load16(const float * p) { return *(const v16 *) p; }
+static inline void store16(float * p, v16 x) { *(v16 *) p = x; }
+static inline v16 all16(float x) { return x - (v16){0}; }
+
+static inline float sum16(v16 x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512) x);
+#else
+    float t[LANES];
+    store16(t, x);
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; i++) {
+            t[i] += t[i + half];
+        }
+    }
+    return t[0];
+#endif
+}
+
+/* <a, b> */
+static inline float dot(const float * a, const float * b, int64_t d) {
+    v16 s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+    int64_t j = 0;
+    for (; j + 4 * LANES <= d; j += 4 * LANES) {
+        s0 += load16(a + j) * load16(b + j);
+        s1 += load16(a + j + 16) * load16(b + j + 16);
+        s2 += load16(a + j + 32) * load16(b + j + 32);
+        s3 += load16(a + j + 48) * load16(b + j + 48);
+    }
+    for (; j + LANES <= d; j += LANES) {
+        s0 += load16(a + j) * load16(b + j);
+    }
+    float sum = sum16((s0 + s1) + (s2 + s3));
+    for (; j < d; j++) {
+        sum += a[j] * b[j];
+    }
+    return sum;
+}
+
+/* y += a x */
+static inline void add_scaled(float * restrict y, float a, const float * restrict x, int64_t d) {
+    v16 a16 = all16(a);
+    int64_t j = 0;
+    for (; j + LANES <= d; j += LANES) {
+        store16(y + j, load16(y + j) + a16 * load16(x + j));
+    }
+    for (; j < d; j++) {
+        y[j] += a * x[j];
+    }
+}
+
+/* y += a0 x0 + a1 x1 + a2 x2 + a3 x3: y is read and written once */
+static inline void add_scaled4(float * restrict y, const float * a, const float * const * x, int64_t d) {
+    v16 a0 = all16(a[0]), a1 = all16(a[1]), a2 = all16(a[2]), a3 = all16(a[3]);
+    int64_t j = 0;
+    for (; j + LANES <= d; j += LANES) {
+        v16 left = load16(y + j) + a0 * load16(x[0] + j) + a1 * load16(x[1] + j);
+        store16(y + j, left + a2 * load16(x[2] + j) + a3 * load16(x[3] + j));
+    }
+    for (; j < d; j++) {
+        y[j] += a[0] * x[0][j] + a[1] * x[1][j] + a[2] * x[2][j] + a[3] * x[3][j];
+    }
+}
+
+static inline void prefetch_row(const float * row, int64_t d) {
+    for (int64_t j = 0; j < d; j += 16) {
+        __builtin_prefetch(row + j);
+    }
+}
+
+/* A key that orders like the value; NaN counts as the largest, as in torch.topk. */
+static inline int32_t order_key(float value) {
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    int32_t key = bits ^ ((bits >> 31) & INT32_MAX);
+    return (bits & INT32_MAX) > 0x7f800000 ? INT32_MAX : key;
+}
+
+/* Largest first; among equal values the lower index. */
+static inline uint64_t ranked(int32_t key, uint32_t index) {
+    return ((uint64_t) ((uint32_t) key ^ 0x80000000u) << 32) | (uint32_t) ~index;
+}
+static inline int32_t ranked_index(uint64_t item) { return (int32_t) ~(uint32_t) item; }
+
+/* Reorder so that the k largest of the items come first; 0 < k <= count. */
+void ggscope_take_largest(uint64_t * items, int64_t count, int64_t k);
+
+/* One training step; every pointer is to plain arrays in row-major order. N rows, D width, F latents, K per row. */
+struct step {
+    int64_t N, D, F, K, threads;
+    /* the model, and Adam's first and second moments */
+    float *W_enc_FD, *W_enc_m, *W_enc_v, *b_enc_F, *b_enc_m, *b_enc_v;
+    float *W_dec_FD, *W_dec_m, *W_dec_v, *b_dec_D, *b_dec_m, *b_dec_v;
+    float beta1, beta2, eps, step_size, root_correction; /* lr / (1 - beta1^t), sqrt(1 - beta2^t) */
+    /* copies of W_enc that choose the latents: bfloat16 (F, D), or 8 bits in tiles; NULL where not in use */
+    uint16_t * bf16_FD;
+    int8_t * q_tiles;         /* (F / TILE, D / 4, TILE, 4), zeros beyond F and D */
+    float *q_scale_F, *q_norm_F; /* W_enc[i] * balance ~ q_scale[i] * q[i]; norm of W_enc[i] * balance */
+    int32_t * q_offset_F;     /* -128 sum(q): the rows are stored with 128 added */
+    const float * balance_D;  /* input dimensions are divided by it, those of W_enc multiplied */
+    /* the batch */
+    const float * u_ND;
+    float *centred_ND, *grad_ND; /* u - b_dec, dL/du_hat */
+    int32_t * idx_NK;
+    float *vals_NK, *grad_vals_NK;
+    double * error_N; /* ||u - u_hat||^2 */
+    int64_t * candidates_N; /* latents whose exact value was computed */
+    /* sums over the rows of a latent */
+    int64_t * fired_F;
+    int32_t *start_F1, *pair_P;
+    float * partial_D; /* (ceil(N / UNIT) + ceil(F / UNIT), D): parts of db_dec */
+    /* gradients that come from elsewhere (AuxK): the row of latent i is extra_of_F[i], -1: none; NULL: none at all */
+    const int32_t * extra_of_F;
+    const float *extra_enc_MD, *extra_dec_MD, *extra_bias_M;
+};
+
+#define AHEAD 4 /* rows of W_enc fetched before they are needed: they come from L3 or memory */
+
+/* The exact pre-activation of a latent on a row, with its index. */
+static inline uint64_t exact_item(const struct step * s, int64_t row, int32_t latent) {
+    float value = dot(s->W_enc_FD + latent * s->D, s->centred_ND + row * s->D, s->D) + s->b_enc_F[latent];
+    return ranked(order_key(value), (uint32_t) latent);
+}
+
+/* One row whose candidates are known, `items` as above: the K largest, reconstruction, residual and its gradients.
+   There is room for as many items again behind them. */
+void ggscope_row(const struct step * s, int64_t row, uint64_t * items, int64_t count);
+/* Refresh the copies of W_enc[i] that are in use; `scratch`: D floats. */
+void ggscope_refresh(const struct step * s, int64_t latent, float * scratch);
+
+#endif

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from sae.losses import dense_step
+from sae.model import apply_update_
+from sae.native.library import native_library
+from sae.native.stepper import NativeStepper, balance
+from sae.steppers import TorchStepper
+from sae.train_config import TrainConfig
+from sae.trainer import Trainer
+
+from .test_model_and_kernels import NAMES, batch, loss_settings, make, relative
+from .toy import Toy
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def lib():
+    found = native_library()
+    assert found is not None, "the tests need a C compiler, as the project does"
+    return found
+
+
+def stepper(model, settings, lib):
+    return NativeStepper(model, settings, config_of(model), lib)
+
+
+def config_of(model):
+    return TrainConfig(num_latents=model.num_latents, k=model.k)
+
+
+def dead_mask(latents, count):
+    dead_F = torch.zeros(latents, dtype=torch.bool)
+    dead_F[torch.randperm(latents, generator=torch.Generator().manual_seed(1))[:count]] = True
+    return dead_F if count else None
+
+
+# ---- top-k ----
+
+
+def topk(lib, pre_NF, k):
+    idx_NK = torch.empty(len(pre_NF), k, dtype=torch.int32)
+    lib.topk(pre_NF.contiguous(), k, idx_NK)
+    return idx_NK.long()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(
+    ("latents", "k"),
+    [(1, 1), (7, 1), (7, 7), (100, 3), (257, 256), (1000, 32), (4096, 64), (4099, 5), (70001, 9), (512, 512)],
+)
+def test_top_k_is_that_of_torch_for_odd_shapes_and_negative_entries(lib, latents, k, dtype):
+    generator = torch.Generator().manual_seed(latents)
+    for shift in (0.0, -10.0):  # -10: nothing is positive
+        pre_NF = (torch.randn(13, latents, generator=generator) + shift).to(dtype)
+        idx_NK = topk(lib, pre_NF, k)
+        assert all(len(set(row)) == k for row in idx_NK.tolist())
+        expected_NK = pre_NF.float().topk(k).values
+        assert torch.equal(pre_NF.float().gather(1, idx_NK).sort(1, descending=True).values, expected_NK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_among_equal_entries_top_k_takes_the_lowest_indices(lib, dtype):
+    pre_NF = torch.randint(-3, 4, (20, 3000), generator=torch.Generator().manual_seed(0)).to(dtype)
+    order_NF = pre_NF.float().sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(topk(lib, pre_NF, 900).sort(1).values, order_NF[:, :900].sort(1).values)
+    assert torch.equal(topk(lib, torch.zeros(2, 3000, dtype=dtype), 4).sort(1).values, torch.arange(4).expand(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_infinities_are_ordered_and_nan_counts_as_the_largest(lib, dtype):
+    pre_NF = torch.randn(4, 2000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pre_NF[:, 11], pre_NF[:, 1500], pre_NF[:, 3] = torch.inf, torch.nan, -torch.inf
+    pre_NF[:, 1600] = torch.tensor(-torch.nan)  # the sign that x86 gives to 0 / 0
+    assert torch.equal(topk(lib, pre_NF, 3).sort(1).values, torch.tensor([11, 1500, 1600]).expand(4, 3))
+    assert not (topk(lib, pre_NF, 1999) == 3).any()
+
+
+# ---- the step ----
+
+SHAPES = [
+    # d, latents, k, rows: chosen from 8-bit candidates where latents >= 48 k
+    (24, 200, 6, 160),
+    (24, 400, 6, 160),
+    (33, 1501, 5, 100),
+    (7, 97, 1, 33),
+    (1, 60, 1, 5),
+    (130, 2000, 16, 47),
+    (16, 20, 20, 40),
+]
+
+
+@pytest.mark.parametrize(("d", "latents", "k", "rows"), SHAPES)
+@pytest.mark.parametrize("share", [0, 0.05, 0.6])
+def test_steps_equal_float64_autograd_over_all_latents_and_torchs_adam(lib, d, latents, k, rows, share):
+    dead_F = dead_mask(latents, int(share * latents))
+    model, settings = make(d=d, latents=latents, k=k), loss_settings(auxk_k=4)
+    oracle = copy.deepcopy(model).double()
+    native, adam = stepper(model, settings, lib), torch.optim.Adam(oracle.parameters(), lr=1e-3)
+    for number in range(6):
+        u_ND = batch(number, rows, d)
+        result = native.step(u_ND, lr=1e-3, dead_F=dead_F)
+        expected = dense_step(oracle, u_ND.double(), settings, dead_F)
+        apply_update_(oracle, adam)
+        assert torch.equal(result.fired_F, expected.fired_F), number
+        for name in ("error", "auxk_loss", "loss"):
+            assert float(getattr(result, name)) == pytest.approx(float(getattr(expected, name)), rel=2e-5), name
+    for name in NAMES:
+        assert relative(getattr(model, name).detach(), getattr(oracle, name).detach()) < 3e-6, name
+
+
+@pytest.mark.parametrize("dead", [0, 20])
+def test_one_step_equals_the_torch_stepper_to_a_millionth(lib, dead):
+    for d, latents, k, rows in SHAPES[:4]:
+        ours, theirs = make(d=d, latents=latents, k=k), make(d=d, latents=latents, k=k)
+        before = {name: getattr(ours, name).detach().clone() for name in NAMES}
+        settings, u_ND, dead_F = loss_settings(), batch(3, rows, d), dead_mask(latents, dead)
+        stepper(ours, settings, lib).step(u_ND, lr=1e-2, dead_F=dead_F)
+        TorchStepper(theirs, settings, config_of(theirs)).step(u_ND, lr=1e-2, dead_F=dead_F)
+        for name in NAMES:
+            assert relative(getattr(ours, name).detach(), getattr(theirs, name).detach()) < 1e-6, name
+            assert relative(getattr(ours, name).detach(), before[name]) > 1e-4, name
+
+
+def test_bfloat16_only_chooses_and_the_values_are_float32(lib):
+    model, u_ND = make(latents=600, k=8), batch()
+    settings, oracle = loss_settings(encoder_dtype=BF16), make(latents=600, k=8)
+    pre_NF = torch.nn.functional.linear(
+        (u_ND - model.b_dec_D).bfloat16(), model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16()
+    ).float()
+    native = stepper(model, settings, lib)
+    result = native.step(u_ND, lr=1e-3)
+    idx_NK = native._batch["idx_NK"].long()
+    edge_N = pre_NF.topk(8).values[:, -1:]
+    assert bool((pre_NF.gather(1, idx_NK) >= edge_N).all())  # the k largest; at ties any of the equal ones
+    with torch.no_grad():
+        vals_NK = torch.relu(oracle.double().pre_acts(u_ND.double()).gather(1, idx_NK))
+        error = (oracle.decode(vals_NK, idx_NK) - u_ND).pow(2).sum()
+    assert relative(native._batch["vals_NK"].double(), vals_NK) < 1e-6
+    assert float(result.error) == pytest.approx(float(error), rel=1e-6)
+    exact_NK = oracle.pre_acts(u_ND.double()).topk(8).indices
+    assert not torch.equal(idx_NK.sort(1).values, exact_NK.sort(1).values)  # the dtype was really used
+
+
+def test_the_bfloat16_copy_follows_the_weights(lib):
+    for settings in (loss_settings(encoder_dtype=BF16), loss_settings()):
+        model = make(latents=600, k=8)
+        native = stepper(model, settings, lib)
+        for number in range(3):
+            native.step(batch(number), lr=1e-2)
+        kept = {name: copy.clone() for name, copy in native._copies.items()}
+        native._library.run("refresh_all", native._step)
+        assert all(torch.equal(kept[name], now) for name, now in native._copies.items())
+    model = make(latents=600, k=8)
+    native = stepper(model, loss_settings(encoder_dtype=BF16), lib)
+    native.step(batch(), lr=1e-2)
+    assert torch.equal(native._copies["bf16_FD"], model.W_enc_FD.detach().bfloat16())
+
+
+def outliers(rows, d):
+    """A few dimensions a hundred times as large as the others, as in residual streams."""
+    u_ND = batch(5, rows, d)
+    u_ND[:, ::17] *= 100
+    return u_ND
+
+
+@pytest.mark.parametrize("data", [batch, outliers], ids=["even", "outliers"])
+def test_eight_bit_candidates_leave_the_choice_to_exact_values(lib, data):
+    if not lib.has_int8:
+        pytest.skip("this processor has no 8-bit dot products")
+    model = make(d=256, latents=4096, k=16)
+    u_ND = data(0, 300, 256) if data is batch else data(300, 256)
+    oracle = copy.deepcopy(model).double()
+    native = stepper(model, loss_settings(), lib)
+    assert native._int8
+    native.step(u_ND, lr=1e-3)
+    with torch.no_grad():
+        pre_NF = oracle.pre_acts(u_ND.double())
+    chosen_NK, best_NK = native._batch["idx_NK"].long(), pre_NF.topk(16).indices
+    assert torch.equal(chosen_NK.sort(1).values, best_NK.sort(1).values)
+    assert 16 < native.candidates_per_row < 400
+
+
+def test_balancing_the_dimensions_makes_fewer_candidates_of_data_with_outliers(lib):
+    if not lib.has_int8:
+        pytest.skip("this processor has no 8-bit dot products")
+    counts = []
+    for even in (False, True):
+        native = stepper(make(d=256, latents=4096, k=16), loss_settings(), lib)
+        if even:
+            native._balance_D.fill_(1.0)
+        native.step(outliers(300, 256), lr=1e-3)
+        counts.append(native.candidates_per_row)
+    assert counts[0] < 0.7 * counts[1]
+    assert bool((balance(torch.zeros(5, 3)) > 0).all())
+    assert bool(balance(torch.full((5, 3), torch.nan)).isfinite().all())
+
+
+def test_rows_without_a_positive_pre_activation_are_reconstructed_by_the_bias_alone(lib):
+    for latents in (200, 400):
+        model, u_ND = make(latents=latents), batch()
+        with torch.no_grad():
+            model.b_enc_F.fill_(-1e3)
+        error = float((u_ND - model.b_dec_D.detach()).pow(2).sum())
+        before_FD = model.W_enc_FD.detach().clone()
+        result = stepper(model, loss_settings(), lib).step(u_ND, lr=1e-2)
+        assert not result.fired_F.any()
+        assert float(result.error) == pytest.approx(error, rel=1e-6)
+        assert torch.equal(model.W_enc_FD.detach(), before_FD)
+
+
+@pytest.mark.parametrize("latents", [200, 400])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_reaches_the_loss(lib, latents, value):
+    u_ND = batch()
+    u_ND[5, 3] = value
+    assert not stepper(make(latents=latents), loss_settings(), lib).step(u_ND, lr=1e-3).loss.isfinite()
+    model = make(latents=latents)
+    with torch.no_grad():
+        model.W_enc_FD[7, 2] = value
+    assert not stepper(model, loss_settings(), lib).step(batch(), lr=1e-3).loss.isfinite()
+
+
+def bits(lib, threads, *, steps=4, stop=0, dtype=torch.float32, dead=30):
+    """The weights after some steps, as bytes; with `stop`, through a saved state in the middle."""
+    torch.set_num_threads(threads)
+    settings, model = loss_settings(encoder_dtype=dtype), make(d=40, latents=700, k=8)
+    native, dead_F = stepper(model, settings, lib), dead_mask(700, dead)
+    for number in range(steps):
+        if stop and number == stop:
+            saved, state = copy.deepcopy(model.state_dict()), copy.deepcopy(native.state_dict())
+            model = make(d=40, latents=700, k=8, seed=9)
+            model.load_state_dict(saved)
+            native = stepper(model, settings, lib)
+            native.load_state_dict(state)
+        native.step(batch(number, 333, 40), lr=1e-2, dead_F=dead_F if number % 2 else None)
+    return b"".join(getattr(model, name).detach().numpy().tobytes() for name in NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_runs_repeat_to_the_bit_and_go_on_from_a_saved_state(lib, dtype):
+    once = bits(lib, 2, dtype=dtype)
+    assert once == bits(lib, 2, dtype=dtype)
+    assert once == bits(lib, 2, stop=2, dtype=dtype)
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads(lib):
+    if not lib.has_int8:
+        pytest.skip("without 8-bit products torch's matrix product decides")
+    assert bits(lib, 1, dead=0) == bits(lib, 2, dead=0) == bits(lib, 3, dead=0)  # AuxK is torch's matrix products
+
+
+# ---- a whole training ----
+
+
+def curve_config(tokens, kernel="native", dtype="float32"):
+    return TrainConfig(
+        num_latents=256, k=4, batch_tokens=512, tokens=tokens, lr=3e-3, kernel=kernel, encoder_dtype=dtype,
+        log_steps=20, checkpoint_steps=0,
+    )  # fmt: skip
+
+
+def native_curve(config, toy, folder):
+    """FVU over 20 steps each."""
+    rows = []
+    Trainer(config, toy, **toy.statistics(), folder=folder, log=rows.append).fit()
+    return [row["fvu"] for row in rows]
+
+
+def dense_curve(config, toy):
+    """The same by autograd over all latents and torch's default Adam."""
+    trainer = Trainer(config, toy, **toy.statistics(), folder="unused")
+    model = trainer.model
+    adam = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps)
+    curve, error, scatter = [], 0.0, 0.0
+    for step in range(config.steps):
+        u_ND = torch.from_numpy(toy.next() / np.float32(model.scale))
+        for group in adam.param_groups:
+            group["lr"] = config.lr_at(step)
+        error += float(dense_step(model, u_ND, trainer._settings).error)
+        apply_update_(model, adam)
+        scatter += float((u_ND - trainer._mean_u_D).pow(2).sum())
+        if (step + 1) % 20 == 0:
+            curve.append(error / scatter)
+            error = scatter = 0.0
+    return curve
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [40_960, pytest.param(410_000 // 512 // 20 * 20 * 512, marks=pytest.mark.long)])
+def test_the_loss_curve_is_that_of_dense_autograd(lib, tmp_path, tokens, dtype):
+    native = native_curve(curve_config(tokens, dtype=dtype), Toy(batch=512), tmp_path)
+    dense = dense_curve(curve_config(tokens, kernel="torch"), Toy(batch=512))
+    np.testing.assert_allclose(native, dense, atol=0.005)
+    assert native[-1] < 0.8 * native[0]

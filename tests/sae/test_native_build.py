@@ -1,0 +1,161 @@
+"""Building the compiled step, and which kernel runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sae.errors import ConfigError
+from sae.kernels import encoder_dtype
+from sae.native import build, library
+from sae.native.build import BuildError
+from sae.native.library import native_library, selects_in_int8
+from sae.steppers import make_stepper, pick_kernel
+from sae.train_config import TrainConfig
+from sae.trainer import Trainer
+
+from .test_model_and_kernels import loss_settings, make
+from .test_native import BF16, bits, config_of
+from .toy import Toy
+
+BUILD = native_library.__wrapped__  # without the memory of earlier calls
+
+
+@pytest.fixture
+def lib():
+    return native_library()
+
+
+# ---- which kernel runs ----
+
+
+def fresh_library(monkeypatch, tmp_path, compiler=None):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if compiler is not None:
+        monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(library, "native_library", BUILD)
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_without_a_working_compiler_or_cache_torch_trains_after_one_warning(monkeypatch, tmp_path, caplog):
+    cpu, model = torch.device("cpu"), make()
+    (tmp_path / "file").write_text("")
+    broken = script(tmp_path / "broken-cc", "echo 'internal error: no luck' >&2; exit 1")
+    for cache, compiler, said in (
+        (tmp_path, "no-such-compiler", "no C compiler: no-such-compiler is not there"),
+        (tmp_path, broken, "internal error: no luck"),
+        (tmp_path / "file", None, "Not a directory"),
+    ):
+        fresh_library(monkeypatch, cache, compiler)
+        caplog.clear()
+        config = config_of(model)
+        assert pick_kernel(config, cpu) == "torch"
+        assert [said in record.getMessage() for record in caplog.records] == [True]
+        assert make_stepper(model, loss_settings(), config, "torch").name == "torch"
+        with pytest.raises(ConfigError, match="kernel=native needs a C compiler that works"):
+            pick_kernel(replace(config, kernel="native"), cpu)
+        monkeypatch.delenv("CC", raising=False)
+
+
+def test_a_library_that_does_not_load_counts_as_not_built(monkeypatch, tmp_path, caplog):
+    fake = script(tmp_path / "fake-cc", 'while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"')
+    fresh_library(monkeypatch, tmp_path, fake)
+    assert library.native_library() is None
+    assert "training without compiled kernels" in caplog.text
+
+
+def test_a_compiler_without_openmp_or_native_still_builds_and_the_bits_are_the_same(monkeypatch, tmp_path, lib):
+    plain = script(
+        tmp_path / "plain-cc",
+        'for flag in "$@"; do case "$flag" in -fopenmp) echo "no $flag" >&2; exit 1;; esac; done; exec cc "$@"',
+    )
+    fresh_library(monkeypatch, tmp_path, plain)
+    single = library.native_library()
+    assert single is not None
+    assert single.has_int8 == lib.has_int8
+    assert bits(single, 2, steps=2) == bits(lib, 2, steps=2)
+
+
+def test_a_processor_without_these_instructions_gives_the_same_weights_up_to_rounding(monkeypatch, tmp_path, lib):
+    portable = script(
+        tmp_path / "portable-cc",
+        'for flag in "$@"; do case "$flag" in *=native) echo "no $flag" >&2; exit 1;; esac; done; exec cc "$@"',
+    )
+    fresh_library(monkeypatch, tmp_path, portable)
+    general = library.native_library()
+    assert general is not None
+    assert not general.has_int8
+    monkeypatch.setattr(library, "native_library", lambda: general)
+    weights = [np.frombuffer(bits(each, 2, steps=2), np.float32) for each in (general, lib)]
+    assert np.linalg.norm(weights[0] - weights[1]) < 1e-6 * np.linalg.norm(weights[1])
+
+
+def test_processes_that_build_at_once_end_with_one_library(monkeypatch, tmp_path):
+    source = tmp_path / "one.c"
+    source.write_text("int one(void) { return 1; }\n")
+    monkeypatch.setenv("CC", str(script(tmp_path / "slow-cc", 'sleep 0.5; exec cc "$@"')))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = (
+        "from pathlib import Path; from sae.native.build import build\n"
+        f"build('slow', [Path({str(source)!r})], [('-O2',)])"
+    )
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(subprocess.run, [sys.executable, "-c", code], check=True, timeout=120) for _ in range(2)]
+    assert all(run.result().returncode == 0 for run in runs)
+    (built,) = (tmp_path / "ggscope" / "native").iterdir()
+    stamp = built.stat().st_mtime_ns
+    assert build.build("slow", [source], [("-O2",)]) == built
+    assert built.stat().st_mtime_ns == stamp
+
+
+def test_the_name_of_the_library_follows_source_flags_and_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "one.c"
+    source.write_text("int one(void) { return 1; }\n")
+    paths = [build.build("one", [source], [flags]) for flags in (("-O1",), ("-O2",))]
+    source.write_text("int one(void) { return 2; }\n")
+    paths.append(build.build("one", [source], [("-O1",)]))
+    monkeypatch.setenv("CC", str(script(tmp_path / "my-cc", 'exec cc "$@"')))
+    paths.append(build.build("one", [source], [("-O1",)]))
+    assert len(set(paths)) == 4
+    source.write_text("int one(void) {\n")
+    with pytest.raises(BuildError, match="error"):
+        build.build("one", [source], [("-O1",)])
+
+
+def test_auto_is_native_on_a_cpu_and_native_is_refused_elsewhere(lib):
+    config = config_of(make())
+    assert pick_kernel(config, torch.device("cpu")) == "native"
+    assert pick_kernel(config, torch.device("cuda")) == "torch"
+    assert pick_kernel(replace(config, kernel="torch"), torch.device("cpu")) == "torch"
+    with pytest.raises(ConfigError, match="runs on a CPU, the device is cuda"):
+        pick_kernel(replace(config, kernel="native"), torch.device("cuda"))
+    with pytest.raises(ConfigError, match="kernel must be one of auto, torch, native, got cython"):
+        replace(config, kernel="cython")
+
+
+def test_auto_chooses_by_float32_where_that_is_the_faster_way(lib):
+    cpu = torch.device("cpu")
+    assert encoder_dtype("auto", cpu, float32_is_fast=True) is torch.float32
+    assert encoder_dtype("bfloat16", cpu, float32_is_fast=True) is BF16
+    assert selects_in_int8(64, 4096, 32) == lib.has_int8
+    assert not selects_in_int8(64, 4096, 200)
+
+
+def test_a_run_of_one_kernel_is_not_resumed_with_the_other(lib, tmp_path):
+    toy = Toy(batch=128)
+    config = TrainConfig(num_latents=64, k=4, batch_tokens=128, tokens=512, encoder_dtype="float32", kernel="torch")
+    Trainer(config, toy, **toy.statistics(), folder=tmp_path).fit()
+    with pytest.raises(ConfigError, match="stepper: 'torch' there, 'native' now"):
+        Trainer(replace(config, kernel="native"), toy, **toy.statistics(), folder=tmp_path).fit(resume=True)
