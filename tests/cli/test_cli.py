@@ -78,7 +78,7 @@ def test_the_version_is_the_package_s(capsys):
     [
         (["trian"], "did you mean train?"),
         (["train", "sae.kk=3"], "did you mean sae.k"),
-        (["train", "k=3"], "did you mean sae.k?"),
+        (["train", "k=3"], "did you mean sae.k or together.k?"),
         (["train", "sae.k=abc"], "could not be converted to Integer"),
         (["train", "foo"], "expected key=value, got 'foo'"),
         (["train", "experiment=nope"], "demo_cpu"),

@@ -98,14 +98,14 @@ def test_a_grid_is_the_product_of_the_values():
 
 
 def test_what_a_search_may_choose_is_read_from_the_grammar():
-    swept = split(["a=x,y", "b=interval(1,8)", "c=tag(log,interval(1e-4,1.0))", "d=range(0,3)"])[1]
+    swept = split(["a=x,y", "b=int(interval(1,8))", "c=tag(log,interval(1e-4,1.0))", "d=range(0,3)"])[1]
     assert spaces(swept) == [
         Space(key="a", choices=("x", "y")),
         Space(key="b", low=1, high=8, whole=True),
         Space(key="c", low=1e-4, high=1.0, log=True),
         Space(key="d", choices=("0", "1", "2")),
     ]
-    with pytest.raises(ConfigError, match=r"b=interval\(1,8\): an interval has no list of values"):
+    with pytest.raises(ConfigError, match=r"b=int\(interval\(1,8\)\): an interval has no list of values"):
         grid(swept[1:2])
 
 
