@@ -25,6 +25,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+TRAIN_PEER_PYTHON = ROOT / ".venv-bench-train" / "bin" / "python"
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -166,9 +167,14 @@ def report(rows: Sequence[Row], facts: Mapping[str, Any], *, title: str, json_pa
     console.print(table)
     console.print("ratio > 1: ours is better; ! misses its target. " + json.dumps(dict(facts)))
     if json_path is not None:
-        json_path.write_text(
-            json.dumps({"rows": [asdict(row) for row in rows], "machine": dict(facts)}, indent=1) + "\n"
-        )
+        write_json(json_path, rows, facts)
+
+
+def write_json(path: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
+    """`{"rows": [...], "machine": {...}}`, whole or not at all: an interrupted run keeps what it had."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"rows": [asdict(row) for row in rows], "machine": dict(facts)}, indent=1) + "\n")
+    partial.replace(path)
 
 
 def cache_folder() -> Path:

@@ -112,6 +112,7 @@ class SAEConfig:
     path: str = ""  # a checkpoint folder or an SAE GGUF; empty: the newest
     num_latents: int = 4096
     k: int = 32
+    init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: the factor that reconstructs best
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -287,7 +288,7 @@ LEAST: dict[str, float] = {
     "extract.batch_tokens": 1, "extract.ubatch_tokens": 1, "extract.calibration_tokens": 1, "extract.outlier_factor": 1,
     "executor.workers": 0, "executor.threads_per_worker": 0, "executor.gpus_per_worker": 0, "executor.retries": 0,
     "executor.timeout_minutes": 1, "executor.memory_gb": 1, "trainer.queue_batches": 1,
-    "sae.num_latents": 1, "sae.k": 1,
+    "sae.num_latents": 1, "sae.k": 1, "sae.init_scale": 0,
     "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
     "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,

@@ -20,11 +20,12 @@ import torch
 from .batches import BatchSource, Prefetcher
 from .checkpoint_torch import checkpoints, load_checkpoint, save_checkpoint
 from .errors import ConfigError, DivergedError, FormatError, InterruptedRunError, ShapeError
+from .initial import scale_encoder_
 from .kernels import encoder_dtype
 from .losses import LossSettings, StepResult
 from .model import TopKSAE, input_scale
 from .native.library import selects_in_int8
-from .steppers import make_stepper, pick_kernel
+from .steppers import Stepper, make_stepper, pick_kernel
 from .train_config import FREE_KEYS, TrainConfig
 from .weights import SAEWeights
 
@@ -84,6 +85,7 @@ class Trainer:
             scale=scale,
             generator=self._generator,
         ).to(self.device)
+        scale_encoder_(self.model, config.init_scale)
         self._settings = LossSettings(
             variance=self.variance / scale**2,
             auxk_k=config.auxk_k or max(1, source.d_in // 2),
@@ -97,6 +99,11 @@ class Trainer:
         self._fired_rows = self._revived = 0
         self._data_state: dict[str, Any] = source.state()
         self._window = _Window(self.device)
+
+    @property
+    def stepper(self) -> Stepper:
+        """What changes the model, batch by batch; `fit` keeps the count of its steps."""
+        return self._stepper
 
     # ---- running ----
 

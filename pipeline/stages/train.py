@@ -97,6 +97,7 @@ def train_config(config: Config) -> TrainConfig:
     return TrainConfig(
         num_latents=config.sae.num_latents,
         k=config.sae.k,
+        init_scale=config.sae.init_scale,
         batch_tokens=t.batch_tokens,
         tokens=t.tokens,
         lr=t.lr,
