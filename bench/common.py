@@ -98,9 +98,16 @@ def peer_worker(threads: int) -> Worker:
 
 
 def in_turns(
-    sides: Mapping[str, Callable[[], float]], rounds: int, *, say: Callable[[str], None] = lambda text: None
+    sides: Mapping[str, Callable[[], float]],
+    rounds: int,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, list[float]]], None] = lambda speeds: None,
 ) -> dict[str, list[float]]:
-    """Speed of each side in each round. Every other round goes backwards, so that no side always follows another."""
+    """Speed of each side in each round. Every other round goes backwards, so that no side always follows another.
+
+    `keep` gets the speeds so far after every round.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         order = list(sides)[:: 1 if number % 2 == 0 else -1]
@@ -108,6 +115,7 @@ def in_turns(
             say(f"round {number + 1} of {rounds}: {name}")
             speeds[name].append(sides[name]())
             time.sleep(0.1)  # idle OpenMP threads spin for a while
+        keep(speeds)
     return speeds
 
 

@@ -26,7 +26,7 @@ from sae.train_config import TrainConfig
 from sae.trainer import Trainer
 from sae.weights import SAEWeights
 
-# name of a row -> fields of TrainConfig; ReLU with an L1 penalty belongs here once the trainer has it
+# name of a row -> fields of TrainConfig; ReLU with an L1 penalty is one entry more once the trainer has that variant
 VARIANTS: dict[str, dict[str, Any]] = {"topk": {}}
 
 

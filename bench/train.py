@@ -24,24 +24,36 @@ GROUPS = ("peers", "parts")
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    facts: dict[str, Any] = machine()
+    rows: list[Row] = []
+    rounds: dict[str, dict[str, list[float]]] = {}
+    started = time.monotonic()
+
+    def save() -> None:
+        facts["seconds"] = round(time.monotonic() - started)
+        if options.json is not None:
+            write_json(options.json, rows, facts | {"tokens_per_s of the rounds": rounds})
+
+    def keep(case: str, speeds: dict[str, list[float]]) -> None:
+        rounds[case] = speeds
+        save()
+
     settings = cases.Settings.quick() if options.quick else cases.Settings()
     shapes = tuple(SHAPES[name] for name in options.shapes)
-    settings = settings.changed(threads=options.threads, rounds=options.rounds, shapes=shapes)
-    facts: dict[str, Any] = machine() | {"threads": settings.threads, "rounds": settings.rounds}
+    settings = settings.changed(threads=options.threads, rounds=options.rounds, shapes=shapes, keep=keep)
+    facts["threads"] = settings.threads
     with_peers = TRAIN_PEER_PYTHON.exists()
     if not with_peers:
         facts["left out"] = "other trainers: run `make bench-env` first"
-    started, rows = time.monotonic(), []
     for name, found in _groups(options, settings, with_peers):
         try:
             for row in found:
                 rows.append(row)
-                facts["seconds"] = round(time.monotonic() - started)
-                if options.json is not None:
-                    write_json(options.json, rows, facts)
+                save()
         except BenchError as error:  # the other groups' rows are worth their time
             facts.setdefault("failed", []).append(f"{name}: {error}")
-    report(rows, facts, title="training", json_path=options.json)
+    save()
+    report(rows, facts, title="training")
     return 3 if "failed" in facts else 0
 
 

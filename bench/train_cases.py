@@ -11,6 +11,7 @@ from typing import Any, Self
 from bench.common import ROOT, TRAIN_PEER_PYTHON, BenchError, Row, Worker, compare, in_turns
 
 Say = Callable[[str], None]
+Keep = Callable[[str, dict[str, list[float]]], None]  # name of a case, tokens/s of every side in the rounds so far
 KERNELS = ("torch", "native")
 AUXK_TARGETS = {0.05: 0.8, 0.0: 0.98}  # at 5 % dead at most 20 % of the step, at none dead 2 %
 BATCHTOPK_TARGET = 1 / 1.15
@@ -84,14 +85,15 @@ class Settings:
     shapes: tuple[Shape, ...] = (MAIN, SMALL, LARGE)
     seed: int = 0
     short: bool = False
+    keep: Keep = lambda case, speeds: None  # after every round, so that a timeout loses nothing
 
     @classmethod
     def quick(cls) -> Self:
         return cls(rounds=5, seconds=0.5, short=True)
 
-    def changed(self, *, threads: int | None, rounds: int | None, shapes: tuple[Shape, ...]) -> Settings:
+    def changed(self, *, threads: int | None, rounds: int | None, shapes: tuple[Shape, ...], keep: Keep) -> Settings:
         """With what was given on the command line."""
-        return replace(self, threads=threads or self.threads, rounds=rounds or self.rounds, shapes=shapes)
+        return replace(self, threads=threads or self.threads, rounds=rounds or self.rounds, shapes=shapes, keep=keep)
 
     def peers(self, shape: Shape) -> tuple[Peer, ...]:
         """The large case holds gigabytes a side: its peer is sparsify's Adam alone."""
@@ -149,7 +151,7 @@ class Turns:
         if answer["checksum"] != self._checksum:
             raise BenchError(f"{name}: its toy rows differ from those of the other sides")
 
-    def speeds(self) -> dict[str, list[float]]:
+    def speeds(self, what: str = "") -> dict[str, list[float]]:
         """tokens/s of every side in every round. A first pass warms up and finds how many steps take the time given."""
         settings = self.settings
         sides: dict[str, Callable[[], float]] = {}
@@ -159,7 +161,13 @@ class Turns:
             per_step = self.shape.batch / worker.ask(op, steps=1)["tokens_per_s"]
             steps = max(1, round(settings.seconds / per_step))
             sides[name] = lambda worker=worker, op=op, steps=steps: worker.ask(op, steps=steps)["tokens_per_s"]
-        return in_turns(sides, settings.rounds, say=lambda text: self.say(f"{self.shape.name}: {text}"))
+        name = self.shape.name + what
+        return in_turns(
+            sides,
+            settings.rounds,
+            say=lambda text: self.say(f"{name}: {text}"),
+            keep=lambda speeds: settings.keep(name, speeds),
+        )
 
 
 def against_peers(shape: Shape, settings: Settings, say: Say, *, with_peers: bool) -> Iterator[Row]:
@@ -216,14 +224,16 @@ def own_parts(shape: Shape, settings: Settings, say: Say) -> Iterator[Row]:
         has_batchtopk = worker.ask("accepts", settings={"variant": "batchtopk"})["accepted"]
     for kernel in kernels:
         base = {"kernel": kernel}
-        changes = {f"auxk_dead{share:.0%}".rstrip("%"): ({"dead": share}, goal) for share, goal in AUXK_TARGETS.items()}
+        changes: dict[str, tuple[dict[str, Any], float]] = {
+            f"auxk_dead{100 * share:g}": ({"dead": share}, goal) for share, goal in AUXK_TARGETS.items()
+        }
         if has_batchtopk:
             changes["batchtopk"] = ({"variant": "batchtopk"}, BATCHTOPK_TARGET)
         with Turns(shape, settings, say) as turns:
             turns.add("step", ours_worker(settings.threads), "ours", base)
             for name, (options, _) in changes.items():
                 turns.add(name, ours_worker(settings.threads), "ours", base | options)
-            speeds = turns.speeds()
+            speeds = turns.speeds(f"_{kernel}_parts")
         for name, (_, target) in changes.items():
             row = compare(f"{shape.name}_{kernel}_{name}", "ours-without", "tokens/s", speeds[name], speeds["step"])
             yield replace(row, target=target, note=f"{1 / row.ratio - 1:+.1%} time")

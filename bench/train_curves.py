@@ -26,9 +26,9 @@ class Curves:
     steps: int = 200
     libraries: tuple[str, ...] = LIBRARIES
 
-    def peers(self) -> tuple[Peer, ...]:
-        """One peer a library with TopK and Adam in float32, and sparsify's signum."""
-        wanted = ("adam-f32", "signum-f32", "topk-f32")
+    def peers(self, lr: float) -> tuple[Peer, ...]:
+        """One peer a library with TopK and Adam in float32; at its own rate sparsify's default, signum, too."""
+        wanted = ("adam-f32", "topk-f32") if lr else ("adam-f32", "topk-f32", "signum-f32")
         return tuple(peer for peer in PEERS if peer.library in self.libraries and peer.name in wanted)
 
 
@@ -62,7 +62,7 @@ def rows(shape: Shape, settings: Settings, wanted: Curves, say: Say, *, with_pee
     for lr in wanted.lrs:
         with Turns(shape, settings, say, lr=lr or None, steps=wanted.steps) as turns:
             ours = _add_ours(turns, say)
-            for peer in wanted.peers() if with_peers else ():
+            for peer in wanted.peers(lr) if with_peers else ():
                 _add_peer(turns, peer)
             for name in turns.workers:
                 found.setdefault(name, {})[lr] = Curve()

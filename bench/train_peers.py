@@ -23,20 +23,17 @@ SPARSIFY_DEAD_AFTER = 10_000_000
 class Sparsify(TrainSide):
     """EleutherAI's SparseCoder with Adam or schedule-free signum (its default), AuxK and Multi-TopK off (its defaults)."""
 
-    def __init__(self, problem: Problem, optimizer: str = "adam", init_norm: float = 0.0) -> None:
+    def __init__(self, problem: Problem, optimizer: str = "adam") -> None:
         config = importlib.import_module("sparsify").SparseCoderConfig(num_latents=problem.num_latents, k=problem.k)
         coder = importlib.import_module("sparsify.sparse_coder").SparseCoder
         self.coder = coder(problem.d_in, config, "cpu", dtype=torch.float32)
         self.coder.b_dec.data = problem.mean_D.clone()
-        if init_norm:  # for the study: encoder rows of another length than nn.Linear's
-            weight_FD = self.coder.encoder.weight.data
-            weight_FD *= init_norm / weight_FD.norm(dim=1, keepdim=True)
         relative = (problem.num_latents / 2**14) ** 0.5
         self.signum = optimizer == "signum"
         if self.signum:
             sign = importlib.import_module("sparsify.sign_sgd").SignSGD
             base = sign(self.coder.parameters(), lr=problem.lr or 5e-3 / relative)
-            self.optimizer = importlib.import_module("schedulefree").ScheduleFreeWrapper(base, momentum=0.95)
+            self.optimizer: Any = importlib.import_module("schedulefree").ScheduleFreeWrapper(base, momentum=0.95)
             self.optimizer.train()
         else:
             self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=problem.lr or 2e-4 / relative)

@@ -116,18 +116,21 @@ def test_rows_are_on_disk_when_a_later_group_fails(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(train.SHAPES, "small", TINY)
     monkeypatch.setattr(train, "TRAIN_PEER_PYTHON", tmp_path / "nowhere")
     monkeypatch.setattr(cases, "Settings", lambda: SMALL)
+    target = tmp_path / "rows.json"
 
     def failing(*_arguments):
         yield Row(case="half", peer="p", unit="s", ours=1.0, theirs=1.0, ratio=1.0)
-        assert json.loads((tmp_path / "rows.json").read_text())["rows"][-1]["case"] == "half"
+        assert json.loads(target.read_text())["rows"][-1]["case"] == "half"
         raise BenchError("the other side went away")
 
     monkeypatch.setattr(cases, "own_parts", failing)
-    assert train.main(["--shapes", "small", "--json", str(tmp_path / "rows.json")]) == 3
-    written = json.loads((tmp_path / "rows.json").read_text())
+    assert train.main(["--shapes", "small", "--json", str(target)]) == 3
+    written = json.loads(target.read_text())
     assert [row["case"] for row in written["rows"]] == ["d32_n256_k4_b128_torch", "half"]
     assert written["machine"]["failed"] == ["d32_n256_k4_b128 parts: the other side went away"]
     assert written["machine"]["left out"].startswith("other trainers")
+    speeds = written["machine"]["tokens_per_s of the rounds"]["d32_n256_k4_b128"]
+    assert {name: len(values) for name, values in speeds.items()} == {"torch": 2, "floor": 2}
     assert "half" in capsys.readouterr().out
 
 
