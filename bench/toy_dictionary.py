@@ -124,8 +124,8 @@ def held_out_fvu(toy: Superposition, weights: SAEWeights, problem: Problem) -> f
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.toy_dictionary", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows there too")
-    parser.add_argument("--tokens", type=int, default=Problem.tokens)
-    parser.add_argument("--lr", type=float, default=Problem.lr)
+    parser.add_argument("--tokens", type=int, default=Problem().tokens)
+    parser.add_argument("--lr", type=float, default=Problem().lr)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
