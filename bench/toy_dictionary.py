@@ -71,7 +71,7 @@ def rows(problem: Problem, variants: dict[str, dict[str, Any]] = VARIANTS) -> It
         note = f"FVU {held_out_fvu(toy, after, problem):.4f}"
         start, end = (dictionary_recovery(weights.W_dec_FD, toy.truth_MD) for weights in (before, after))
         for measure in end:
-            ratio = end[measure] / start[measure] if start[measure] else float("inf")
+            ratio = end[measure] / max(start[measure], 1 / problem.truths)  # none recovered counts as less than one
             yield Row(
                 case=f"{case}_{name}",
                 peer="untrained",
@@ -79,7 +79,7 @@ def rows(problem: Problem, variants: dict[str, dict[str, Any]] = VARIANTS) -> It
                 ours=end[measure],
                 theirs=start[measure],
                 ratio=ratio,
-                note=note,
+                note=f"{end[measure]:.4f} from {start[measure]:.4f}; {note}",
             )
 
 

@@ -143,6 +143,13 @@ def test_the_toy_dictionary_is_found_by_training_and_not_by_chance():
     assert found["mean_max_cosine"].theirs == dictionary_recovery(before.W_dec_FD, toy.truth_MD)["mean_max_cosine"]
 
 
+def test_the_toy_dictionary_command_writes_numbers(tmp_path, capsys):
+    assert toy_dictionary.main(["--tokens", "4096", "--threads", "1", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert all(0 < row["ratio"] < 1000 for row in rows if row["unit"] == "mean_max_cosine")
+    assert "topk" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(not TRAIN_PEER_PYTHON.exists(), reason="the peers' environment is not there: make bench-env")
 @pytest.mark.parametrize("library", ["sparsify", "saelens", "dictionary_learning"])
 def test_a_peer_trains_on_the_same_rows(library):
