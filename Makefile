@@ -1,5 +1,5 @@
 # make demo | test | test-long | lint | clean     (all of them install what they need into .venv first)
-# make bench-env     (what `python -m bench.capture` compares with, in .venv-bench)
+# make bench-env     (what `python -m bench.capture` and `bench.train` compare with, in .venv-bench and .venv-bench-train)
 PYTHON ?= python3
 # Where torch comes from. Empty: the package index (on Linux the CUDA build, 3 GB). Without an NVIDIA GPU
 # give the CPU index that pytorch.org's install page names: make demo TORCH_INDEX=URL
@@ -51,12 +51,20 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[train,dev]'
 	@touch $@
 
-bench-env: .venv-bench/.installed
+bench-env: .venv-bench/.installed .venv-bench-train/.installed
 
 .venv-bench/.installed: bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== $<)"
 	.venv-bench/bin/python -m pip install --disable-pip-version-check -r $<
+	@touch $@
+
+# torchvision only comes along (nnsight, diffusers); a build of it that does not fit torch's breaks every import.
+.venv-bench-train/.installed: bench/requirements-train.txt
+	$(PYTHON) -m venv .venv-bench-train
+	.venv-bench-train/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== $<)"
+	.venv-bench-train/bin/python -m pip install --disable-pip-version-check -r $<
+	.venv-bench-train/bin/python -m pip uninstall -y torchvision
 	@touch $@
 
 clean:

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
                 facts.setdefault("failed", []).append(f"{name} {group}: {error}")
             facts["seconds"] = round(time.monotonic() - started)
             if options.json:
-                write_json(rows, facts, options.json)
+                write_json(options.json, rows, facts)
     report(rows, facts, title="capture", json_path=options.json)
     return 3 if "failed" in facts else 0
 

@@ -25,6 +25,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 PEER_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
+TRAIN_PEER_PYTHON = ROOT / ".venv-bench-train" / "bin" / "python"
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -97,9 +98,16 @@ def peer_worker(threads: int) -> Worker:
 
 
 def in_turns(
-    sides: Mapping[str, Callable[[], float]], rounds: int, *, say: Callable[[str], None] = lambda text: None
+    sides: Mapping[str, Callable[[], float]],
+    rounds: int,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, list[float]]], None] = lambda speeds: None,
 ) -> dict[str, list[float]]:
-    """Speed of each side in each round. Every other round goes backwards, so that no side always follows another."""
+    """Speed of each side in each round. Every other round goes backwards, so that no side always follows another.
+
+    `keep` gets the speeds so far after every round.
+    """
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
         order = list(sides)[:: 1 if number % 2 == 0 else -1]
@@ -107,6 +115,7 @@ def in_turns(
             say(f"round {number + 1} of {rounds}: {name}")
             speeds[name].append(sides[name]())
             time.sleep(0.1)  # idle OpenMP threads spin for a while
+        keep(speeds)
     return speeds
 
 
@@ -166,12 +175,14 @@ def report(rows: Sequence[Row], facts: Mapping[str, Any], *, title: str, json_pa
     console.print(table)
     console.print("ratio > 1: ours is better; ! misses its target. " + json.dumps(dict(facts)))
     if json_path is not None:
-        write_json(rows, facts, json_path)
+        write_json(json_path, rows, facts)
 
 
-def write_json(rows: Sequence[Row], facts: Mapping[str, Any], path: Path) -> None:
-    """`{"rows": [...], "machine": {...}}`; called after each part of a long run, so that a stopped one keeps its rows."""
-    path.write_text(json.dumps({"rows": [asdict(row) for row in rows], "machine": dict(facts)}, indent=1) + "\n")
+def write_json(path: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
+    """`{"rows": [...], "machine": {...}}`, whole or not at all: an interrupted run keeps what it had."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"rows": [asdict(row) for row in rows], "machine": dict(facts)}, indent=1) + "\n")
+    partial.replace(path)
 
 
 def cache_folder() -> Path:

@@ -136,6 +136,7 @@ class SAEConfig:
     sparsity_warmup_share: float = 0.05  # relu, gated, jumprelu: the penalty grows over this share of the steps
     threshold_start: float = 1e-3  # jumprelu, in units of sqrt(E||x - mean||^2)
     bandwidth: float = 1e-3  # jumprelu, in the same units
+    init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: the factor that reconstructs best
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -366,7 +367,7 @@ LEAST: dict[str, float] = {
     "extract.batch_tokens": 1, "extract.ubatch_tokens": 1, "extract.calibration_tokens": 1, "extract.outlier_factor": 1,
     "executor.workers": 0, "executor.threads_per_worker": 0, "executor.gpus_per_worker": 0, "executor.retries": 0,
     "executor.timeout_minutes": 1, "executor.memory_gb": 1, "trainer.queue_batches": 1,
-    "sae.num_latents": 1, "sae.k": 1, "sae.seed": -1, "trainer.lr_search_share": 0, "sae.k_start": 0, "sae.k_anneal_share": 0, "sae.multi_k": 0, "sae.multi_coef": 0,
+    "sae.num_latents": 1, "sae.k": 1, "sae.init_scale": 0, "sae.seed": -1, "trainer.lr_search_share": 0, "sae.k_start": 0, "sae.k_anneal_share": 0, "sae.multi_k": 0, "sae.multi_coef": 0,
     "sae.l1_coef": 0, "sae.l0_coef": 0, "sae.sparsity_warmup_share": 0, "sae.threshold_start": 0, "sae.bandwidth": 0,
     "trainer.momentum": 0,
     "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,

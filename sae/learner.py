@@ -17,7 +17,7 @@ import torch
 from .errors import ConfigError, DivergedError
 from .losses import StepResult
 from .ranks import DataParallelStepper, Ranks
-from .steppers import make_stepper, pick_kernel
+from .steppers import Stepper, make_stepper, pick_kernel
 from .train_config import FREE_KEYS, TrainConfig
 from .variants.build import build
 from .variants.start import start_identity
@@ -89,6 +89,11 @@ class Learner:
         self._fired_rows = self._revived = 0
         self._window = Window(device)
         self._span_2 = torch.zeros(2, dtype=torch.float64, device=device)  # error and scatter since `judge`
+
+    @property
+    def stepper(self) -> Stepper:
+        """What changes the model, batch by batch; `train` keeps the count of its steps."""
+        return self._stepper
 
     # ---- training ----
 

@@ -43,6 +43,7 @@ class TrainConfig:
     auxk_coef: float = 1 / 32
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 10_000_000
+    init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: what reconstructs best (sae/initial.py)
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
     kernel: str = "auto"  # auto | torch | native
     betas: tuple[float, float] = (0.9, 0.999)
@@ -65,6 +66,7 @@ class TrainConfig:
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("k", self.k <= self.num_latents, f"at most num_latents = {self.num_latents}")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "above 0")
+        self._check("init_scale", math.isfinite(self.init_scale) and self.init_scale >= 0, "0 or more")
         self._check("eps", math.isfinite(self.eps) and self.eps > 0, "above 0")
         self._check("decay_share", 0 <= self.decay_share <= 1, "between 0 and 1")
         self._check("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")

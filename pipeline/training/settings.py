@@ -66,6 +66,7 @@ def train_config(config: Config) -> TrainConfig:
     return TrainConfig(
         num_latents=s.num_latents,
         k=s.k,
+        init_scale=s.init_scale,
         variant=s.variant,
         options=SAEOptions(**options),
         optimizer=t.optimizer,

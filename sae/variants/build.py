@@ -12,16 +12,20 @@ import torch
 
 from ..centre import geometric_median
 from ..errors import ConfigError
+from ..initial import scale_encoder_
 from ..kernels import encoder_dtype, has_fast_step
 from ..losses import LossSettings
 from ..model import SparseCoder, input_scale, layer_normalise
 from ..native.library import selects_in_int8
+from ..options import TOP_K_FAMILY
 from ..steppers import pick_kernel
 from ..train_config import TrainConfig
 from ..weights import SAEWeights
 from ..wiring import SAME, Wiring
 from . import VARIANTS
 from .start import load_start_
+
+CHOOSES_K = (*TOP_K_FAMILY, "groupmax")  # what `initial.py` has a best scale for
 
 
 def needs_sample(config: TrainConfig) -> bool:
@@ -79,6 +83,8 @@ def build(
         torch.nn.init.zeros_(model.b_dec_D)
     if start is not None:
         load_start_(model, start)
+    elif config.init_scale or (not wiring.two_sided and config.variant in CHOOSES_K):
+        scale_encoder_(model, config.init_scale)
     model = model.to(device)
     settings = LossSettings(
         variance=target_variance,

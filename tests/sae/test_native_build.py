@@ -60,11 +60,11 @@ def test_without_a_working_compiler_or_cache_torch_trains_after_one_warning(monk
         fresh_library(monkeypatch, cache, compiler)
         caplog.clear()
         config = config_of(model)
-        assert pick_kernel(config, cpu) == "torch"
+        assert pick_kernel(model, config, cpu) == "torch"
         assert [said in record.getMessage() for record in caplog.records] == [True]
         assert make_stepper(model, loss_settings(), config, "torch").name == "torch"
         with pytest.raises(ConfigError, match="kernel=native needs a C compiler that works"):
-            pick_kernel(replace(config, kernel="native"), cpu)
+            pick_kernel(model, replace(config, kernel="native"), cpu)
         monkeypatch.delenv("CC", raising=False)
 
 
@@ -135,14 +135,23 @@ def test_the_name_of_the_library_follows_source_flags_and_compiler(monkeypatch, 
 
 
 def test_auto_is_native_on_a_cpu_and_native_is_refused_elsewhere(lib):
-    config = config_of(make())
-    assert pick_kernel(config, torch.device("cpu")) == "native"
-    assert pick_kernel(config, torch.device("cuda")) == "torch"
-    assert pick_kernel(replace(config, kernel="torch"), torch.device("cpu")) == "torch"
+    model = make()
+    config = config_of(model)
+    assert pick_kernel(model, config, torch.device("cpu")) == "native"
+    assert pick_kernel(model, config, torch.device("cuda")) == "torch"
+    assert pick_kernel(model, replace(config, kernel="torch"), torch.device("cpu")) == "torch"
     with pytest.raises(ConfigError, match="runs on a CPU, the device is cuda"):
-        pick_kernel(replace(config, kernel="native"), torch.device("cuda"))
+        pick_kernel(model, replace(config, kernel="native"), torch.device("cuda"))
     with pytest.raises(ConfigError, match="kernel must be one of auto, torch, native, got cython"):
         replace(config, kernel="cython")
+
+
+def test_what_the_compiled_step_cannot_do_goes_to_torch(lib):
+    model = make()
+    config = replace(config_of(model), optimizer="signum")
+    assert pick_kernel(model, config, torch.device("cpu")) == "torch"
+    with pytest.raises(ConfigError, match="kernel=native is for variant topk"):
+        pick_kernel(model, replace(config, kernel="native"), torch.device("cpu"))
 
 
 def test_auto_chooses_by_float32_where_that_is_the_faster_way(lib):

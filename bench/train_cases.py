@@ -1,0 +1,257 @@
+"""The cases of `bench.train`: what runs against what, at which sizes, and the targets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from bench.common import ROOT, TRAIN_PEER_PYTHON, BenchError, Row, Worker, compare, in_turns
+
+Say = Callable[[str], None]
+Keep = Callable[[str, dict[str, list[float]]], None]  # name of a case, tokens/s of every side in the rounds so far
+KERNELS = ("torch", "native")
+AUXK_TARGETS = {0.05: 0.8, 0.0: 0.98}  # at 5 % dead at most 20 % of the step, at none dead 2 %
+BATCHTOPK_TARGET = 1 / 1.15
+MEMORY_TARGET = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Sizes of one case."""
+
+    d_in: int
+    num_latents: int
+    k: int
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"d{self.d_in}_n{self.num_latents}_k{self.k}_b{self.batch}"
+
+    def request(self) -> dict[str, int]:
+        return {"d_in": self.d_in, "num_latents": self.num_latents, "k": self.k, "batch": self.batch}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peer:
+    """One trainer of a library, as `bench.train_peers` builds it; `name` is completed by the library's version."""
+
+    library: str
+    name: str
+    options: dict[str, Any]
+
+    def label(self, version: str) -> str:
+        short = version if self.library == "sparsify" else ".".join(version.split(".")[:2])
+        return f"{self.library}-{short}-{self.name}"
+
+
+MAIN, SMALL, LARGE = (
+    Shape(d_in=512, num_latents=8192, k=32, batch=2048),
+    Shape(d_in=256, num_latents=2048, k=32, batch=2048),
+    Shape(d_in=2048, num_latents=32768, k=64, batch=2048),
+)
+ADAM = Peer(library="sparsify", name="adam-f32", options={"optimizer": "adam"})
+PEERS = (
+    ADAM,
+    Peer(library="sparsify", name="signum-f32", options={"optimizer": "signum"}),
+    Peer(library="saelens", name="topk-f32", options={"kind": "topk"}),
+    Peer(library="saelens", name="topk-autocast-bf16", options={"kind": "topk", "autocast": True}),
+    Peer(library="saelens", name="batchtopk-f32", options={"kind": "batchtopk"}),
+    Peer(library="dictionary_learning", name="topk-f32", options={"kind": "topk"}),
+    Peer(library="dictionary_learning", name="batchtopk-f32", options={"kind": "batchtopk"}),
+)
+# (shape, kernel, library) -> least ratio; of the peers in float32 with TopK and Adam
+TARGETS = {
+    (MAIN, "torch", "sparsify"): 3.5,
+    (MAIN, "native", "sparsify"): 6.0,
+    (MAIN, "native", "saelens"): 20.0,
+    (MAIN, "native", "dictionary_learning"): 20.0,
+    (SMALL, "native", "sparsify"): 7.0,
+    (LARGE, "native", "sparsify"): 10.0,
+}
+FLOOR_TARGETS = {(MAIN, "native"): 0.8, (SMALL, "native"): 0.65}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """The defaults are the full run."""
+
+    threads: int = 2
+    rounds: int = 7
+    seconds: float = 2.0  # of one side in one round, about; at least one step
+    shapes: tuple[Shape, ...] = (MAIN, SMALL, LARGE)
+    seed: int = 0
+    short: bool = False
+    keep: Keep = lambda case, speeds: None  # after every round, so that a timeout loses nothing
+
+    @classmethod
+    def quick(cls) -> Self:
+        return cls(rounds=5, seconds=0.5, short=True)
+
+    def changed(self, *, threads: int | None, rounds: int | None, shapes: tuple[Shape, ...], keep: Keep) -> Settings:
+        """With what was given on the command line."""
+        return replace(self, threads=threads or self.threads, rounds=rounds or self.rounds, shapes=shapes, keep=keep)
+
+    def peers(self, shape: Shape) -> tuple[Peer, ...]:
+        """The large case holds gigabytes a side: its peer is sparsify's Adam alone."""
+        if shape.num_latents > MAIN.num_latents:
+            return (ADAM,)
+        return PEERS if shape == MAIN or not self.short else (ADAM, *(p for p in PEERS if p.name == "topk-f32"))
+
+
+def ours_worker(threads: int) -> Worker:
+    return Worker([sys.executable, "-m", "bench.train_ours"], threads=threads)
+
+
+def library_worker(library: str, threads: int) -> Worker:
+    return Worker([str(TRAIN_PEER_PYTHON), "-P", str(ROOT / "bench" / "train_peers.py"), library], threads=threads)
+
+
+def our_kernels(worker: Worker, say: Say) -> list[str]:
+    """The kernels that can be had on this machine."""
+    answers = {name: worker.ask("accepts", settings={"kernel": name}) for name in KERNELS}
+    for name, answer in answers.items():
+        if not answer["accepted"]:
+            say(f"left out: kernel {name}: {answer['why']}")
+    return [name for name, answer in answers.items() if answer["accepted"]]
+
+
+class Turns:
+    """Sides of one case in processes of their own, and their speeds in the same rounds."""
+
+    def __init__(self, shape: Shape, settings: Settings, say: Say, lr: float | None = 1e-3, steps: int = 10**6) -> None:
+        self.shape, self.settings, self.say, self.lr, self.steps = shape, settings, say, lr, steps
+        self._stack = ExitStack()
+        self.workers: dict[str, Worker] = {}
+        self._steps: dict[str, int] = {}
+        self._checksum: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def add(self, name: str, worker: Worker, side: str, options: dict[str, Any]) -> None:
+        """Start a side. BenchError when its rows are not those of the others."""
+        self.say(f"{self.shape.name}: {name}")
+        self.workers[name] = self._stack.enter_context(worker)
+        settings = self.settings
+        request = {
+            "shape": self.shape.request(),
+            "threads": settings.threads,
+            "steps": self.steps,
+            "seed": settings.seed,
+        }
+        answer = worker.ask("load", side=side, lr=self.lr, options=options, **request)
+        self._checksum = self._checksum or answer["checksum"]
+        if answer["checksum"] != self._checksum:
+            raise BenchError(f"{name}: its toy rows differ from those of the other sides")
+
+    def speeds(self, what: str = "") -> dict[str, list[float]]:
+        """tokens/s of every side in every round. A first pass warms up and finds how many steps take the time given."""
+        settings = self.settings
+        sides: dict[str, Callable[[], float]] = {}
+        for name, worker in self.workers.items():
+            op = "floor" if name == "floor" else "run"
+            worker.ask(op, steps=1)
+            per_step = self.shape.batch / worker.ask(op, steps=1)["tokens_per_s"]
+            steps = max(1, round(settings.seconds / per_step))
+            sides[name] = lambda worker=worker, op=op, steps=steps: worker.ask(op, steps=steps)["tokens_per_s"]
+        name = self.shape.name + what
+        return in_turns(
+            sides,
+            settings.rounds,
+            say=lambda text: self.say(f"{name}: {text}"),
+            keep=lambda speeds: settings.keep(name, speeds),
+        )
+
+
+def against_peers(shape: Shape, settings: Settings, say: Say, *, with_peers: bool) -> Iterator[Row]:
+    """Speed against every peer and the floor, and peak memory: all sides in the same rounds."""
+    with Turns(shape, settings, say) as turns:
+        kernels = _add_ours(turns, settings, say)
+        turns.add("floor", ours_worker(settings.threads), "floor", {})
+        peers = settings.peers(shape) if with_peers else ()
+        labels = dict(_add_peers(turns, peers, settings))
+        speeds = turns.speeds()
+        for kernel in kernels:
+            case = f"{shape.name}_{kernel}"
+            for label, peer in labels.items():
+                comparable = peer.name in ("adam-f32", "topk-f32")
+                target = TARGETS.get((shape, kernel, peer.library), 0.0) if comparable else 0.0
+                yield compare(case, label, "tokens/s", speeds[kernel], speeds[label], target=target)
+            target = FLOOR_TARGETS.get((shape, kernel), 0.0)
+            yield compare(case, "floor", "tokens/s", speeds[kernel], speeds["floor"], target=target)
+        peaks = {name: turns.workers[name].ask("memory")["bytes"] / 1e6 for name in (*kernels, *labels)}
+    for kernel in kernels:
+        for label in labels:
+            ratio = peaks[label] / peaks[kernel]
+            yield Row(
+                case=f"{shape.name}_{kernel}_memory",
+                peer=label,
+                unit="MB peak",
+                ours=peaks[kernel],
+                theirs=peaks[label],
+                ratio=ratio,
+                target=MEMORY_TARGET,
+            )
+
+
+def _add_ours(turns: Turns, settings: Settings, say: Say) -> list[str]:
+    with ours_worker(settings.threads) as worker:
+        kernels = our_kernels(worker, say)
+    for kernel in kernels:
+        turns.add(kernel, ours_worker(settings.threads), "ours", {"kernel": kernel})
+    return kernels
+
+
+def _add_peers(turns: Turns, peers: tuple[Peer, ...], settings: Settings) -> Iterator[tuple[str, Peer]]:
+    for peer in peers:
+        worker = library_worker(peer.library, settings.threads)
+        label = peer.label(worker.ask("version", library=peer.library)["version"])
+        turns.add(label, worker, peer.library, peer.options)
+        yield label, peer
+
+
+def own_parts(shape: Shape, settings: Settings, say: Say) -> Iterator[Row]:
+    """What AuxK, BatchTopK and the loop around the step cost: ours against ours without."""
+    with ours_worker(settings.threads) as worker:
+        kernels = our_kernels(worker, say)
+        has_batchtopk = worker.ask("accepts", settings={"variant": "batchtopk"})["accepted"]
+    for kernel in kernels:
+        base = {"kernel": kernel}
+        changes: dict[str, tuple[dict[str, Any], float]] = {
+            f"auxk_dead{100 * share:g}": ({"dead": share}, goal) for share, goal in AUXK_TARGETS.items()
+        }
+        if has_batchtopk:
+            changes["batchtopk"] = ({"variant": "batchtopk"}, BATCHTOPK_TARGET)
+        with Turns(shape, settings, say) as turns:
+            turns.add("step", ours_worker(settings.threads), "ours", base)
+            for name, (options, _) in changes.items():
+                turns.add(name, ours_worker(settings.threads), "ours", base | options)
+            speeds = turns.speeds(f"_{kernel}_parts")
+        for name, (_, target) in changes.items():
+            row = compare(f"{shape.name}_{kernel}_{name}", "ours-without", "tokens/s", speeds[name], speeds["step"])
+            yield replace(row, target=target, note=f"{1 / row.ratio - 1:+.1%} time")
+        yield _whole_trainer(shape, kernel, settings, say)
+
+
+def _whole_trainer(shape: Shape, kernel: str, settings: Settings, say: Say) -> Row:
+    """`Trainer.fit` on rows in memory, reading thread and counters included, against its step alone."""
+    base = {"kernel": kernel}
+    with Turns(shape, settings, say) as turns:
+        turns.add("step", ours_worker(settings.threads), "ours", base)
+        worker = turns.workers["step"]
+        per_step = shape.batch / worker.ask("run", steps=2)["tokens_per_s"]
+        steps = max(4, round(settings.seconds / per_step))
+        request = {"shape": shape.request(), "threads": settings.threads, "steps": steps, "options": base}
+        sides: dict[str, Callable[[], float]] = {
+            "trainer": lambda: worker.ask("fit", **request)["tokens_per_s"],
+            "step": lambda: worker.ask("run", steps=steps)["tokens_per_s"],
+        }
+        speeds = in_turns(sides, settings.rounds, say=lambda text: say(f"{shape.name}: {text}"))
+    return compare(f"{shape.name}_{kernel}_trainer", "step-alone", "tokens/s", speeds["trainer"], speeds["step"])
