@@ -95,7 +95,7 @@ class Ours(TrainSide):
         self.done = 0
 
     def step(self, x_ND: torch.Tensor) -> None:
-        u_ND = x_ND * (1 / self.model.scale)
+        u_ND = x_ND * torch.as_tensor(1 / self.model.scale, dtype=torch.float32)
         result = self.stepper.step(u_ND, lr=self.config.lr_at(self.done), dead_F=self._dead_F())
         self.idle_F += len(x_ND)
         self.idle_F.masked_fill_(result.fired_F > 0, 0)
