@@ -21,7 +21,7 @@ from .checks import parse_object
 from .commits import Commit, committed_shards, read_commit, read_shard_stats
 from .documents import document_of
 from .encode import ARRAY_METADATA, is_plain, plain_index, shard_key
-from .rows import RowBuffer
+from .rows import RowBuffer, will_read
 from .schema import DOCS_FILE, STORED_DTYPES, HookInfo, index_size, read_meta, to_float32
 from .shuffle import ShuffledBatches
 from .statistics import Fold, HookStats
@@ -157,7 +157,10 @@ class ActivationStore:
             if not self._plain_file(info.array_path, key, commit, row_bytes, is_hook=True):
                 return False
             with self.backend.descriptor(key) as file:
-                return file is not None and buffer.read(file, low * row_bytes, slots_n, rows_n, first)
+                if file is None:
+                    return False
+                will_read(file, low * row_bytes, int(rows_n[-1] + 1 - first) * row_bytes)
+                return buffer.read(file, low * row_bytes, slots_n, rows_n, first)
         except (ValueError, KeyError, OSError, EOFError) as error:
             raise self._damaged(commit, f"{info.array_path} cannot be read ({error})") from None
 
