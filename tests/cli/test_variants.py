@@ -10,8 +10,8 @@ import pytest
 from convert.sae_gguf import read_sae_gguf
 from pipeline.config import Config, SAEConfig, check_ranges
 from pipeline.stages.rows import wiring_of
-from pipeline.stages.train import train_config
 from pipeline.store.reader import ActivationStore
+from pipeline.training.settings import train_config
 from sae.checkpoint import load_weights
 from sae.errors import ConfigError
 from sae.runtime import decode, encode
