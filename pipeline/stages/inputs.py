@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from sae.errors import ConfigError, StoreError
 from sae.weights import SAEWeights
 
 from ..config import ModelConfig
+from ..cores import usable_cores
 from ..run import RunContext, file_sha256, newest_finished, read_manifest, runs_of
 from ..store.backends import as_location
 
@@ -250,7 +250,7 @@ def print_wide(table: Table) -> None:
 
 
 def threads(n: int) -> int:
-    return n if n > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return n if n > 0 else usable_cores()
 
 
 def check_host(context: RunContext, weights: SAEWeights, model: Model) -> None:
