@@ -44,7 +44,7 @@ class GemmaScope1:
         if release:
             size, kind, _ = release.groups()
             found.model_name = f"google/gemma-2-{size}" + ("-it" if kind == "it" else "")
-        if "embedding" in label:  # trained on embeddings before their scale sqrt(D), which the model applies
+        if "embedding/width_" in label:  # trained on embeddings before their scale sqrt(D), which the model applies
             found.input_scale = found.output_scale = 1 / float(np.sqrt(found.W_enc_FD.shape[1]))
             name = "blocks.0.hook_resid_pre"
         else:

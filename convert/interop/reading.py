@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -140,7 +141,9 @@ def read_torch(path: Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise FormatError(f"{path}: a torch file with packed records; torch writes none")
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of foreign files
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except FormatError:
         raise
     except _TORCH_ERRORS as error:

@@ -1,0 +1,203 @@
+"""Files that nobody vouches for: each is refused in one line, nothing in them runs, nothing outside is opened."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from convert.interop import reading
+from convert.interop.reading import read_arrays, read_json
+from sae.errors import FormatError, SAEError
+
+from .oracles import draw, imported, write
+from .test_saelens import config, folder, tensors
+
+
+def refused(path, said):
+    with pytest.raises(FormatError, match=said) as caught:
+        read_arrays(path)
+    assert "\n" not in str(caught.value)
+    assert path.name in str(caught.value)
+
+
+def header(entries, body=b"", length=None):
+    raw = json.dumps(entries).encode() if isinstance(entries, dict) else entries
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + body
+
+
+def tensor(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"t": {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}}
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (b"", "truncated"),
+    (b"abc", "truncated"),
+    (header(tensor(), b"\0" * 8, length=1 << 60), "header of 1152921504606846976 bytes"),
+    (header(b"[" * 100_000), "no JSON"),
+    (header(b"[1]    "), "no JSON object"),
+    (header(tensor(), b"\0" * 7), "does not fit"),
+    (header(tensor(shape=(1 << 40, 1 << 40)), b"\0" * 8), "does not fit"),
+    (header(tensor(offsets=(8, 0)), b"\0" * 8), "does not fit"),
+    (header(tensor(offsets=(-8, 0)), b"\0" * 8), "whole numbers"),
+    (header(tensor(shape=(True, 2)), b"\0" * 8), "whole numbers"),
+    (header(tensor(shape=(2.0,)), b"\0" * 8), "whole numbers"),
+    (header({"t": {"dtype": "F32"}}, b"\0" * 8), "whole numbers"),
+    (header({"t": 3}), "whole numbers"),
+    (header(tensor(dtype="F8_E4M3"), b"\0" * 8), "not read"),
+])  # fmt: skip
+def test_damaged_safetensors(tmp_path, data, said):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(data)
+    refused(path, said)
+
+
+def test_bfloat16_and_halves_are_read_exactly(tmp_path):
+    values = torch.randn(5, 7)
+    from safetensors.torch import save_file
+
+    kinds = {"b": torch.bfloat16, "h": torch.float16, "d": torch.float64, "i": torch.int32}
+    save_file({name: values.to(kind) for name, kind in kinds.items()}, tmp_path / "w.safetensors")
+    found = read_arrays(tmp_path / "w.safetensors")
+    for name, kind in kinds.items():
+        np.testing.assert_array_equal(found[name], values.to(kind).to(torch.float32).numpy())
+
+
+class Runs:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_torch_file_or_an_npz_runs(tmp_path):
+    mark = tmp_path / "it-ran"
+    torch.save({"encoder.weight": Runs(mark)}, tmp_path / "a.pt")
+    torch.save({"encoder.weight": Runs(mark)}, tmp_path / "b.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "c.pt").write_bytes(pickle.dumps(Runs(mark)))
+    np.savez(tmp_path / "params.npz", W_enc=np.array([Runs(mark)], dtype=object))
+    for name in ("a.pt", "b.pth", "c.pt", "params.npz"):
+        refused(tmp_path / name, "plain")
+    assert not mark.exists()
+
+
+def test_torch_files_that_are_not_dictionaries_of_tensors(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    refused(tmp_path / "tensor.pt", "dictionary")
+    torch.save({"w": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "huge.pt")
+    refused(tmp_path / "huge.pt", "larger than its bytes")
+    torch.save({"w": torch.zeros(3, dtype=torch.complex64)}, tmp_path / "complex.pt")
+    refused(tmp_path / "complex.pt", "no plain array")
+    torch.save({"w": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
+    refused(tmp_path / "sparse.pt", "plain")
+    good = tmp_path / "good.pt"
+    torch.save({"w": torch.randn(50, 50)}, good)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:4000])
+    refused(tmp_path / "cut.pt", "truncated")
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    refused(tmp_path / "packed.pt", "packed records")
+
+
+def test_archives_that_unpack_to_far_more_or_point_elsewhere(tmp_path):
+    raw = io.BytesIO()
+    np.save(raw, np.zeros(1 << 23, np.float32))
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("W_enc.npy", raw.getvalue())
+    refused(tmp_path / "bomb.npz", "would unpack to")
+    outside = tmp_path / "inside"
+    outside.mkdir()
+    with zipfile.ZipFile(outside / "tricks.npz", "w") as archive:
+        archive.writestr("../escaped.npy", raw.getvalue()[:400] + b"\0" * 10)
+    refused(outside / "tricks.npz", "truncated|no .npz")
+    assert not (tmp_path / "escaped.npy").exists()
+    (tmp_path / "text.npz").write_text("PK no zip")
+    refused(tmp_path / "text.npz", "no .npz")
+    np.savez(tmp_path / "strings.npz", W_enc=np.array(["a"]))
+    refused(tmp_path / "strings.npz", "expected numbers")
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (b"{", "not valid JSON"), (b"[1]", "holds a list"), (b"[" * 100_000, "not valid JSON"), (b"\xff\xfe{", "not valid JSON"),
+])  # fmt: skip
+def test_damaged_settings(tmp_path, data, said):
+    path = tmp_path / "cfg.json"
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=said):
+        read_json(path)
+
+
+def test_huge_settings_are_not_read(tmp_path, monkeypatch):
+    (tmp_path / "cfg.json").write_text(json.dumps({"a": "b" * 100}))
+    monkeypatch.setattr(reading, "MAX_JSON", 50)
+    with pytest.raises(FormatError, match="larger than"):
+        read_json(tmp_path / "cfg.json")
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("W_enc", np.full((12, 40), np.nan, "f4"), "W_enc_FD holds NaN"), ("b_dec", np.full(12, np.inf, "f4"), "b_dec_O holds NaN or infinity"),
+    ("b_enc", np.zeros(39, "f4"), "b_enc has shape"), ("W_dec", np.zeros((40, 11), "f4"), "decoder gives 11"),
+    ("W_dec", np.zeros((3, 12), "f4"), "W_dec has shape"), ("W_enc", np.zeros((12,), "f4"), "expected matrices"),
+    ("W_enc", np.zeros((0, 0), "f4"), "expected matrices"),
+])  # fmt: skip
+def test_arrays_that_do_not_fit_or_are_not_finite(tmp_path, name, value, said):
+    place = folder(tmp_path, config("standard"), tensors(draw()) | {name: value})
+    with pytest.raises(FormatError, match=said):
+        imported(place)
+
+
+def test_no_path_of_a_config_is_followed(tmp_path):
+    secret = tmp_path / "secret.safetensors"
+    place = folder(tmp_path, config("standard", sae_path=str(secret), weights="../secret.safetensors"), tensors(draw()))
+    secret.write_bytes(b"not read")
+    assert imported(place).weights.num_latents == 40
+
+
+def test_sae_settings_of_any_json_type_end_in_an_error_of_ours(tmp_path):
+    """Every value of every format's settings replaced by one of another type."""
+    a = draw()
+    base = config("topk", k=5)
+    for key in base:
+        for value in (None, [], {}, "x" * 300, -1, 1e400, True):
+            place = folder(tmp_path, base | {key: value}, tensors(a))
+            try:
+                imported(place)
+            except SAEError as error:
+                assert "\n" not in str(error)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bytes_are_read_or_refused(tmp_path, data):
+    """Bytes of a good file changed or cut at random places: an error of ours or arrays, never anything else."""
+    kind = data.draw(st.sampled_from(["pt", "npz", "safetensors"]))
+    good = tmp_path / f"good.{kind}"
+    if not good.exists():
+        if kind == "pt":
+            torch.save({"encoder.weight": torch.ones(3, 4), "k": torch.tensor(3), "activation": "TopK"}, good)
+        elif kind == "npz":
+            np.savez(good, W_enc=np.ones((3, 4), "f4"))
+        else:
+            write(tmp_path, "none", None, good.name, {"W_enc": np.ones((3, 4), "f4")})
+    raw = bytearray(good.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    bad = tmp_path / f"bad.{kind}"
+    bad.write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
+    try:
+        assert isinstance(read_arrays(bad), dict)
+    except FormatError as error:
+        assert "\n" not in str(error)
