@@ -38,7 +38,7 @@ def parse_address(address: str) -> tuple[str, str | None, str]:
     ConfigError for anything else, a path that leaves the repository included.
     """
     match = _ADDRESS.fullmatch(address)
-    path = (match[3] or "").strip("/") if match else ""
+    path = (match[3] or "").rstrip("/") if match else ""
     if not match or any(part in ("", ".", "..") for part in path.split("/") if path):
         raise ConfigError(f"{address[:120]!r}: expected hf://owner/repo, or hf://owner/repo/path")
     return match[1], match[2], path

@@ -47,7 +47,7 @@ def test_gemma_scope_1_takes_layer_and_site_from_the_name(tmp_path):
         w = imported(place, label=f"google/{repo}/layer_7/width_16k/average_l0_1").weights
         assert w.hook == f"blocks.7.{site}"
         assert ("n_embd" in w.host) == (site == "hook_mlp_out")  # heads side by side are not as wide as the model
-    with pytest.raises(FormatError, match="convert.hook="):
+    with pytest.raises(FormatError, match=r"convert\.hook="):
         imported(place, label="somebody/copy")
 
 

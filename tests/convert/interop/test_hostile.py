@@ -30,6 +30,15 @@ def refused(path, said):
     assert path.name in str(caught.value)
 
 
+def refusal(kind, call, path):
+    """The message of an error of this kind, "" where there was none; any other error comes through."""
+    try:
+        call(path)
+    except kind as error:
+        return str(error)
+    return ""
+
+
 def header(entries, body=b"", length=None):
     raw = json.dumps(entries).encode() if isinstance(entries, dict) else entries
     return struct.pack("<Q", len(raw) if length is None else length) + raw + body
@@ -173,10 +182,7 @@ def test_sae_settings_of_any_json_type_end_in_an_error_of_ours(tmp_path):
     for key in base:
         for value in (None, [], {}, "x" * 300, -1, 1e400, True):
             place = folder(tmp_path, base | {key: value}, tensors(a))
-            try:
-                imported(place)
-            except SAEError as error:
-                assert "\n" not in str(error)
+            assert "\n" not in refusal(SAEError, imported, place)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -197,7 +203,4 @@ def test_flipped_bytes_are_read_or_refused(tmp_path, data):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     bad = tmp_path / f"bad.{kind}"
     bad.write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
-    try:
-        assert isinstance(read_arrays(bad), dict)
-    except FormatError as error:
-        assert "\n" not in str(error)
+    assert "\n" not in refusal(FormatError, read_arrays, bad)
