@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import zipfile
 
 import numpy as np
@@ -100,6 +101,12 @@ def test_nothing_in_a_torch_file_or_an_npz_runs(tmp_path):
     for name in ("a.pt", "b.pth", "c.pt", "params.npz"):
         refused(tmp_path / name, "plain")
     assert not mark.exists()
+
+
+def test_without_torch_a_torch_file_is_one_line(tmp_path, monkeypatch):
+    torch.save({"w": torch.zeros(3)}, tmp_path / "w.pt")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused(tmp_path / "w.pt", "needs torch")
 
 
 def test_torch_files_that_are_not_dictionaries_of_tensors(tmp_path):

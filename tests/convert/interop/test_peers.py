@@ -14,6 +14,7 @@ import pytest
 
 from convert.interop.exporting import export_folder
 from convert.interop.registry import import_sae
+from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
 from .oracles import D, F, dense, draw, same
@@ -92,3 +93,15 @@ def test_an_export_is_read_back_equal(tmp_path, name):
     if target == "saelens":
         assert (import_sae(place).weights.hook, import_sae(place).weights.hook_out) == (w.hook, w.hook_out)
     assert len(back.weights.b_enc_F) == F
+
+
+@pytest.mark.parametrize(("fields", "target", "said"), [
+    ({"variant": "groupmax"}, "saelens", "no groupmax"), ({"norm_mode": "layer"}, "saelens", "divides by D - 1"),
+    ({"hook_out": "blocks.1.hook_mlp_out", "b_dec_subtracted": False}, "saelens", "no top-k transcoders"),
+    ({"variant": "threshold", "threshold_F": draw()["threshold"]}, "sparsify", "only topk and groupmax"),
+    ({"norm_mode": "layer"}, "sparsify", "no per-token layer norm"), ({}, "elsewhere", "expected one of saelens, sparsify"),
+])  # fmt: skip
+def test_what_a_library_has_no_equation_for_is_refused(tmp_path, fields, target, said):
+    with pytest.raises(ConfigError, match=said):
+        export_folder(tmp_path / "out", sae(**fields), target)
+    assert not (tmp_path / "out").exists()
