@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import struct
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -28,15 +29,9 @@ SAFETENSORS_TYPES = {
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "<u1",
 }  # fmt: skip
 _NPZ_ERRORS = (
-    ValueError,
-    OSError,
-    KeyError,
-    EOFError,
-    SyntaxError,
-    zipfile.BadZipFile,
-    zlib.error,
-    NotImplementedError,
-)
+    ValueError, OSError, KeyError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RuntimeError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _TORCH_ERRORS = (
     pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OSError,
     struct.error, AssertionError, UnicodeError, ImportError, MemoryError, zipfile.BadZipFile,

@@ -79,6 +79,19 @@ def test_a_saelens_folder_becomes_a_gguf_with_what_no_file_said_measured_on_the_
     )
 
 
+def test_a_transcoder_is_measured_on_what_it_reconstructs(tmp_path):
+    across = {"hook_name": "blocks.1.hook_resid_mid", "hook_name_out": "blocks.1.hook_mlp_out"}
+    published(tmp_path / "theirs", architecture="jumprelu_transcoder", **across)
+    ggscope("convert", "convert.source=theirs", "run_dir=out", *FEW, cwd=tmp_path)
+    transcoder = read_sae_gguf(tmp_path / "out" / "sae.gguf")
+    assert (transcoder.hook, transcoder.hook_out) == tuple(across.values())
+    published(tmp_path / "at_out", hook_name="blocks.1.hook_mlp_out")
+    ggscope("convert", "convert.source=at_out", "run_dir=out2", *FEW, cwd=tmp_path)
+    at_out = read_sae_gguf(tmp_path / "out2" / "sae.gguf")  # its own rows are the transcoder's targets
+    np.testing.assert_array_equal(transcoder.mean_D, at_out.mean_D)
+    assert transcoder.variance == at_out.variance > 0
+
+
 def test_an_sae_of_another_width_or_an_unknown_place_is_one_line(tmp_path):
     published(tmp_path / "narrow", d=128)
     done = ggscope("convert", "convert.source=narrow", *FEW, cwd=tmp_path, code=2)

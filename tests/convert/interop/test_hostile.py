@@ -140,6 +140,12 @@ def test_archives_that_unpack_to_far_more_or_point_elsewhere(tmp_path):
         archive.writestr("../escaped.npy", raw.getvalue()[:400] + b"\0" * 10)
     refused(outside / "tricks.npz", "truncated|no .npz")
     assert not (tmp_path / "escaped.npy").exists()
+    np.savez(tmp_path / "locked.npz", W_enc=np.zeros(3, np.float32))
+    raw = bytearray((tmp_path / "locked.npz").read_bytes())
+    raw[6] |= 1  # "encrypted", in the member's own header and in the directory
+    raw[raw.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "locked.npz").write_bytes(raw)
+    refused(tmp_path / "locked.npz", "encrypted")
     (tmp_path / "text.npz").write_text("PK no zip")
     refused(tmp_path / "text.npz", "no .npz")
     np.savez(tmp_path / "strings.npz", W_enc=np.array(["a"]))
@@ -182,14 +188,57 @@ def test_no_path_of_a_config_is_followed(tmp_path):
     assert imported(place).weights.num_latents == 40
 
 
-def test_sae_settings_of_any_json_type_end_in_an_error_of_ours(tmp_path):
-    """Every value of every format's settings replaced by one of another type."""
-    a = draw()
-    base = config("topk", k=5)
+def lines(a, b_dec="decoder.bias"):
+    return {
+        "encoder.weight": a["W_enc_FD"],
+        "encoder.bias": a["b_enc"],
+        "decoder.weight": a["W_dec_FD"].T,
+        b_dec: a["b_dec"],
+    }
+
+
+HOOK = "blocks.3.hook_resid_post"
+NORMS = {"dataset_average_activation_norm": {"in": 9.0, "out": 9.0}, "hook_point_in": HOOK, "hook_point_out": HOOK}
+SETTINGS = {
+    "saelens": ("cfg.json", "sae_weights.safetensors", config("topk", k=5), tensors),
+    "saelens_flat": ("cfg.json", "sae_weights.safetensors", {"d_sae": 40, "hook_point": HOOK, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}, "scaling_factor": 1}, tensors),
+    "sparsify": (
+        "cfg.json", "sae.safetensors", {"d_in": 12, "k": 5, "activation": "topk", "transcode": False, "num_latents": 0},
+        lambda a: {"encoder.weight": a["W_enc_FD"], "encoder.bias": a["b_enc"], "W_dec": a["W_dec_FD"], "b_dec": a["b_dec"]},
+    ),
+    "gemma_scope_2": (
+        "config.json", "params.safetensors", {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.7.output", "model_name": "g"},
+        lambda a: {"w_enc": a["W_enc_FD"].T, "w_dec": a["W_dec_FD"], **{k: a[k] for k in ("b_enc", "b_dec", "threshold")}},
+    ),
+    "llama_scope": ("hyperparams.json", "checkpoints/final.safetensors", NORMS | {"act_fn": "jumprelu", "jump_relu_threshold": 0.3}, lines),
+    "llamascopium": ("config.json", "sae_weights.safetensors", NORMS | {"act_fn": "topk", "top_k": 5, "norm_activation": "dataset-wise"}, lines),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", SETTINGS)
+def test_settings_of_any_json_type_end_in_an_error_of_ours(tmp_path, form):
+    config_name, weights_name, base, arrays = SETTINGS[form]
+    place = write(tmp_path / "layers.3", config_name, base, weights_name, arrays(draw()))
+    assert imported(place).weights.hook.startswith("blocks.")
     for key in base:
-        for value in (None, [], {}, "x" * 300, -1, 1e400, True):
-            place = folder(tmp_path, base | {key: value}, tensors(a))
-            assert "\n" not in refusal(SAEError, imported, place)
+        for value in (
+            None,
+            [],
+            {},
+            [[1]],
+            "x" * 300,
+            -1,
+            0,
+            1e400,
+            float("nan"),
+            True,
+            {"in": "a"},
+            {"in": -1, "out": 1},
+        ):
+            (place / config_name).write_text(json.dumps(base | {key: value}))
+            message = refusal(SAEError, imported, place)
+            assert "\n" not in message
+            assert len(message) < 700
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
