@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from convert.interop.exporting import TARGETS as EXPORT_TARGETS
+from convert.interop.registry import NAMES as FORMAT_NAMES
 from sae.errors import ConfigError
 from sae.options import B_DEC_INITS, DECODER_ROWS, INPUT_NORMS, OPTIMIZERS, VARIANT_NAMES
 from sae.thresholds import MODES as THRESHOLD_MODES
@@ -213,8 +215,14 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    source: str = ""  # checkpoint folder; empty: the newest train run
+    source: str = (
+        ""  # checkpoint folder, published SAE (folder, file, hf://owner/repo/path); empty: the newest train run
+    )
+    format: str = ""  # of a published SAE; empty: recognised by its files
+    hook: str = ""  # of a published SAE whose hook point is not said or not known here
+    hook_out: str = ""  # ... of a transcoder: what it reconstructs
     out: str = ""  # empty: in the run folder
+    export: str = ""  # also write it as a folder that another library loads
     encoder_type: str = "F16"
     decoder_type: str = "F16"
     thresholds: str = "none"  # of a top-k SAE, fitted on the probe rows: one for all, or one for each latent
@@ -347,6 +355,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
     "trainer.kernel": ("auto", "torch", "native"),
     "trainer.device": ("auto", "cpu", "cuda"),
+    "convert.format": ("", *FORMAT_NAMES),
+    "convert.export": ("", *EXPORT_TARGETS),
     "convert.encoder_type": ("F32", "F16", "Q8_0"),
     "convert.decoder_type": ("F32", "F16", "Q8_0"),
     "convert.thresholds": ("none", *THRESHOLD_MODES),

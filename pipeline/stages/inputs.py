@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..cores import usable_cores
 from ..run import RunContext, file_sha256, newest_finished, read_manifest, runs_of
 from ..store.backends import as_location
+from .hub import fetch_file
 
 if TYPE_CHECKING:
     from ..llama.model import Model
@@ -45,20 +46,8 @@ def model_path(config: ModelConfig) -> Path:
     if bool(config.repo) != bool(config.file):
         raise ConfigError("model.repo and model.file belong together, e.g. model.repo=owner/name model.file=name.gguf")
     if config.repo:
-        return from_hub(config.repo, config.file)
+        return fetch_file(config.repo, config.file, f"model.repo={config.repo} model.file={config.file}")
     return Path(str(resources.files("pipeline") / "data" / "pylm.gguf"))
-
-
-def from_hub(repo: str, file: str) -> Path:
-    """Download (or find in the cache) one file of a hub repository."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, file))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"model.repo={repo} model.file={file}: cannot be had from the hub ({reason})") from error
 
 
 def open_model(context: RunContext) -> Model:
