@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from sae.encoders import Encoder, encoder_of
 from sae.errors import ConfigError
-from sae.runtime import decode, encode
+from sae.runtime import decode
 from sae.weights import SAEWeights
 
 from .llama.hooks import HookPoint
@@ -91,11 +92,13 @@ class ReadoutEvent:
 class Reader:
     """Reads an SAE's latents at a hook point, the value before any edit of that point: the model's own."""
 
-    def __init__(self, weights: SAEWeights, *, point: HookPoint | None = None, top: int = 3) -> None:
-        """`point` defaults to the SAE's own hook; `top` is how many latents a reading lists."""
+    def __init__(
+        self, weights: SAEWeights, *, point: HookPoint | None = None, top: int = 3, encoder: Encoder | None = None
+    ) -> None:
+        """`point` defaults to the SAE's own hook; `top` is how many latents a reading lists; `encoder`: numpy if None."""
         if top < 0:
             raise ConfigError(f"top latents: expected a number of at least 0, got {top}")
-        self.weights, self.top = weights, top
+        self.weights, self.top, self.encoder = weights, top, encoder_of(weights, encoder)
         self.point = point if point is not None else HookPoint.parse(weights.hook)
         self._rows: dict[tuple[int, int], np.ndarray] = {}
 
@@ -113,7 +116,7 @@ class Reader:
         self._rows.clear()
         if x_ND is None:
             return []
-        idx_NK, vals_NK = encode(self.weights, x_ND)
+        idx_NK, vals_NK = self.encoder.encode(x_ND)
         gap_ND = x_ND.astype(np.float64) - decode(self.weights, idx_NK, vals_NK, x_ND)
         fvu_N = (gap_ND**2).sum(axis=1) / self.weights.variance
         return [self._reading(*row) for row in zip(idx_NK, vals_NK, fvu_N.tolist(), strict=True)]
