@@ -28,6 +28,7 @@ from sae.weights import SAEWeights
 from .ggml_graph import Affine, Backend
 from .switching import quick_switching
 
+MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0")
 _HALF = 65504.0  # the largest F16
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class GgmlEncoder(Encoder):
             stored = StoredMatrix(dtype="F32", shape=shape, raw=weights.W_enc_FD.view(np.uint8).reshape(-1))
         if stored.shape != shape:
             raise ShapeError(f"the stored encoder is {stored.shape}, the SAE's {shape}")
+        if stored.dtype not in MATRIX_TYPES:
+            raise LlamaError(f"no encoder of type {stored.dtype}; expected one of {', '.join(MATRIX_TYPES)}")
         self.dtype = stored.dtype
         kind = gguf.GGMLQuantizationType[stored.dtype]
         self._limit = _largest_input(kind)
