@@ -73,23 +73,34 @@ class GgmlEncoder(Encoder):
 
     def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         u_ND = encoder_input(self.weights, x_ND)
-        if not len(u_ND) or not max(u_ND.max(), -u_ND.min()) < self._limit:  # NaN too
-            if len(u_ND):
-                _log.info("rows beyond what a %s product holds: encoded by numpy", self.dtype)
+        rows, step = len(u_ND), self._step
+        if not rows or not self._holds(u_ND):
             return encode(self.weights, x_ND)
         with quick_switching():
-            return joined(
-                self.weights, (self._block(u_ND[i : i + self._step]) for i in range(0, len(u_ND), self._step))
-            )
+            if rows <= step:
+                return self._block(u_ND)
+            return joined(self.weights, (self._block(u_ND[i : i + step]) for i in range(0, rows, step)))
+
+    def _holds(self, u_ND: np.ndarray) -> bool:
+        """Whether ggml's rounding of these rows stays finite; NaN is not."""
+        flat_M = u_ND.reshape(-1)
+        if float(np.dot(flat_M, flat_M)) < self._limit**2:  # one cheap pass says yes for all but rare rows
+            return True
+        if max(u_ND.max(), -u_ND.min()) < self._limit:
+            return True
+        _log.info("rows beyond what a %s product holds: encoded by numpy", self.dtype)
+        return False
 
     def _block(self, u_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not self._affine.selects:
             return select(self.weights, self._affine.pre_acts(u_ND))
-        idx_NK, pre_NK = self._affine.largest(u_ND)
-        order_NK = np.lexsort((idx_NK, -pre_NK))
-        idx_NK, vals_NK = np.take_along_axis(idx_NK, order_NK, axis=1), np.take_along_axis(pre_NK, order_NK, axis=1)
-        silent_NK = ~(vals_NK > 0)
-        idx_NK[silent_NK], vals_NK[silent_NK] = 0, 0.0
+        idx_NK, vals_NK = self._affine.largest(u_ND)
+        order_NK = np.lexsort((idx_NK, -vals_NK))
+        row_N1 = np.arange(len(u_ND))[:, None]
+        idx_NK, vals_NK = idx_NK[row_N1, order_NK], vals_NK[row_N1, order_NK]
+        if not vals_NK[:, -1].min() > 0:
+            silent_NK = ~(vals_NK > 0)
+            idx_NK[silent_NK], vals_NK[silent_NK] = 0, 0.0
         return idx_NK, vals_NK
 
 
