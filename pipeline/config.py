@@ -251,6 +251,7 @@ class ApplyConfig:
     max_tokens: int = 48
     temperature: float = 0.0
     top_latents: int = 3
+    encoder: str = "auto"
     seed: int = 0
     chat: bool = False
     allow_model_mismatch: bool = False
@@ -362,6 +363,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "convert.thresholds": ("none", *THRESHOLD_MODES),
     "intervention.kind": ("none", "steer", "clamp", "ablate"),
     "intervention.phase": ("all", "prompt", "response"),
+    "apply.encoder": ("auto", "ggml", "numpy"),
     "apply.format": ("text", "jsonl"),
     "lens.format": FORMATS,
     "patch.format": FORMATS,

@@ -21,6 +21,8 @@ from ..store.backends import as_location
 from .hub import fetch_file
 
 if TYPE_CHECKING:
+    from sae.encoders import Encoder
+
     from ..llama.model import Model
     from ..store.reader import ActivationStore
 
@@ -195,6 +197,21 @@ def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
         )
     context.add_input("sae", path, sae_sha256(path))
     return path, weights
+
+
+def encoder_for(context: RunContext, path: Path, weights: SAEWeights, model: Model) -> Encoder | None:
+    """The encoder `apply.encoder` names, on the model's device; None: numpy. A GGUF's W_enc in its stored type."""
+    from convert.sae_gguf import read_stored_encoder
+
+    from ..llama.encoder import open_encoder
+
+    return open_encoder(
+        weights,
+        context.config.apply.encoder,
+        n_threads=threads(context.config.model.n_threads),
+        stored=read_stored_encoder(path) if path.suffix == ".gguf" else None,
+        gpu=model.offloads,
+    )
 
 
 def sae_sha256(path: Path) -> str:
