@@ -157,6 +157,7 @@ class TrainerConfig:
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 10_000_000
     encoder_dtype: str = "auto"
+    auxk_dtype: str = "auto"  # of AuxK's matrix products
     kernel: str = "auto"
     buffer_rows: int = 131_072  # mixing buffer of the shuffled reader
     checkpoint_steps: int = 500
@@ -345,6 +346,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.optimizer": OPTIMIZERS,
     "trainer.source": ("store", "stream"),
     "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
+    "trainer.auxk_dtype": ("auto", "float32", "bfloat16"),
     "trainer.kernel": ("auto", "torch", "native"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "convert.encoder_type": ("F32", "F16", "Q8_0"),

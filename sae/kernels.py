@@ -36,10 +36,12 @@ DENSE_DEAD_SHARE = 4  # up to this multiple of auxk_k, dead latents go through p
 ENCODER_DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
-def encoder_dtype(name: str, device: torch.device, *, float32_is_fast: bool = False) -> torch.dtype:
+def encoder_dtype(
+    name: str, device: torch.device, *, float32_is_fast: bool = False, key: str = "encoder_dtype"
+) -> torch.dtype:
     """The dtype that chooses the latents. "auto": bfloat16 on CUDA and on CPUs with bfloat16 matrix instructions.
 
-    `float32_is_fast`: a kernel runs that chooses by exact float32 values in less time than that.
+    `float32_is_fast`: a kernel runs that chooses by exact float32 values in less time than that. `key`: the setting.
 
     Raises:
         ConfigError: an unknown name.
@@ -47,7 +49,7 @@ def encoder_dtype(name: str, device: torch.device, *, float32_is_fast: bool = Fa
     if name in ENCODER_DTYPES:
         return ENCODER_DTYPES[name]
     if name != "auto":
-        raise ConfigError(f"encoder_dtype must be auto, float32 or bfloat16, got {name!r}")
+        raise ConfigError(f"{key} must be auto, float32 or bfloat16, got {name!r}")
     if float32_is_fast:
         return torch.float32
     if device.type == "cuda":
@@ -214,31 +216,41 @@ def auxk_gradients(
     select: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] = select_topk,
     denominator: Callable[[torch.Tensor], torch.Tensor] = auxk_denominator,
 ) -> AuxKGradients:
-    """Gradients of auxk_coef * v * L_aux (losses.py); `error_ND` = u - u_hat. At least one latent is dead."""
+    """Gradients of auxk_coef * v * L_aux (losses.py); `error_ND` = u - u_hat. At least one latent is dead.
+
+    With settings.auxk_dtype bfloat16 the products read and give bfloat16, and choose by it; the error that is left,
+    its square and the sums of L_aux are float32.
+    """
     dead_M = dead_F.nonzero().flatten()
     count = min(settings.auxk_k, len(dead_M))
     scatter = denominator(error_ND)
     scale = 2.0 * settings.auxk_coef * settings.variance / scatter
-    W_dec_MD = model.W_dec_FD[dead_M]
+    low = settings.auxk_dtype == torch.bfloat16
+    input_ND = centred_ND.bfloat16() if low else centred_ND
+    W_enc_MD, W_dec_MD = (W_FD[dead_M].to(input_ND.dtype) for W_FD in (model.W_enc_FD, model.W_dec_FD))
     # copies in the other order: on a CPU the products are a third faster than with a transposed view
-    W_enc_DM, W_dec_DM = model.W_enc_FD[dead_M].t().contiguous(), W_dec_MD.t().contiguous()
-    pre_NM = torch.addmm(model.b_enc_F[dead_M], centred_ND, W_enc_DM)
+    W_enc_DM, W_dec_DM = W_enc_MD.t().contiguous(), W_dec_MD.t().contiguous()
+    pre_NM = torch.addmm(model.b_enc_F[dead_M].to(input_ND.dtype), input_ND, W_enc_DM)
     if len(dead_M) > DENSE_DEAD_SHARE * settings.auxk_k:
         vals_NA, at_NA = select(pre_NM, count)
-        vals_NA.relu_()
-        bag_ND, pull = _decode_with_pull(at_NA, vals_NA, W_dec_MD)
+        vals_NA = vals_NA.to(centred_ND.dtype).relu_()
+        bag_ND, pull = _decode_with_pull(at_NA, vals_NA, model.W_dec_FD[dead_M])
         rest_ND = bag_ND - error_ND
         grad_ND = rest_ND * scale
         parts = sparse_sums(len(dead_M), centred_ND, grad_ND, Chosen(at_NA), vals_NA, pull(grad_ND) * (vals_NA > 0))
     else:
         acts_NM = pre_NM.relu_()
-        if len(dead_M) > count:
+        active_NM = acts_NM > 0
+        # a choice takes as long as a product, and about half of the entries are zero: often all the others are chosen
+        if len(dead_M) > count and int(active_NM.sum(1, dtype=torch.int32).max()) > count:
             vals_NA, at_NA = select(acts_NM, count)
             acts_NM = torch.zeros_like(acts_NM).scatter_(1, at_NA, vals_NA)
-        rest_ND = torch.addmm(error_ND, acts_NM, W_dec_MD, beta=-1)
-        grad_ND = rest_ND * scale
-        grad_acts_NM = (grad_ND @ W_dec_DM).mul_(acts_NM > 0)
-        parts = grad_acts_NM.t() @ centred_ND, acts_NM.t() @ grad_ND, grad_acts_NM.sum(0)
+            active_NM = acts_NM > 0
+        rest_ND = acts_NM @ W_dec_MD - error_ND
+        grad_ND = (rest_ND * scale).to(input_ND.dtype)
+        grad_acts_NM = (grad_ND @ W_dec_DM).mul_(active_NM)
+        sums = grad_acts_NM.t() @ input_ND, acts_NM.t() @ grad_ND, grad_acts_NM.sum(0, dtype=centred_ND.dtype)
+        parts = tuple(part.to(centred_ND.dtype) for part in sums)
     loss = rest_ND.pow(2).sum() / scatter
     return AuxKGradients(loss=loss, dead_M=dead_M, W_enc_MD=parts[0], W_dec_MD=parts[1], b_enc_M=parts[2])
 

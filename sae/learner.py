@@ -75,7 +75,7 @@ class Learner:
             variances=subject.variances,
         )
         self.scale = self.model.scale  # one for all columns, or one for each
-        self.encoder_dtype = settings.encoder_dtype
+        self.encoder_dtype, self.auxk_dtype = settings.encoder_dtype, settings.auxk_dtype
         self._stepper = (
             make_stepper(self.model, settings, config, pick_kernel(self.model, config, device))
             if ranks.world == 1
@@ -196,6 +196,7 @@ class Learner:
         mean = np.ascontiguousarray(self.subject.mean_D, np.float32).tobytes()
         return config | {
             "encoder_dtype": dtype_name(self.encoder_dtype),
+            "auxk_dtype": dtype_name(self.auxk_dtype),
             "stepper": self._stepper.name,
             "d_in": self.subject.d_in,
             "hook": self.subject.hook,

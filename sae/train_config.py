@@ -45,6 +45,7 @@ class TrainConfig:
     dead_after_tokens: int = 10_000_000
     init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: what reconstructs best (sae/initial.py)
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
+    auxk_dtype: str = "auto"  # auto | float32 | bfloat16
     kernel: str = "auto"  # auto | torch | native
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8

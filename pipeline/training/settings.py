@@ -81,6 +81,7 @@ def train_config(config: Config) -> TrainConfig:
         auxk_k=t.auxk_k,
         dead_after_tokens=t.dead_after_tokens,
         encoder_dtype=t.encoder_dtype,
+        auxk_dtype=t.auxk_dtype,
         kernel=t.kernel,
         checkpoint_steps=t.checkpoint_steps,
         log_steps=t.log_steps,

@@ -91,6 +91,7 @@ def build(
         auxk_k=config.auxk_k or max(1, model.W_dec_FD.shape[1] // 2),
         auxk_coef=config.auxk_coef,
         encoder_dtype=dtype_of(config, model, device),
+        auxk_dtype=auxk_dtype_of(config, model, device),
     )
     return model, settings
 
@@ -121,4 +122,14 @@ def dtype_of(config: TrainConfig, model: SparseCoder, device: torch.device) -> t
         raise ConfigError(
             f"this {config.variant} SAE trains by autograd, in float32; use encoder_dtype=auto or float32"
         )
+    return found
+
+
+def auxk_dtype_of(config: TrainConfig, model: SparseCoder, device: torch.device) -> torch.dtype:
+    """Like `dtype_of`, of AuxK's matrix products; there "auto" is bfloat16 wherever that is fast."""
+    sparse = has_fast_step(model)
+    name = "float32" if config.auxk_dtype == "auto" and not sparse else config.auxk_dtype
+    found = encoder_dtype(name, device, key="auxk_dtype")
+    if found != torch.float32 and not sparse:
+        raise ConfigError(f"this {config.variant} SAE trains by autograd, in float32; use auxk_dtype=auto or float32")
     return found

@@ -33,6 +33,7 @@ SMALL = TrainConfig(
     log_steps=3,
     lr=1e-3,
     encoder_dtype="float32",
+    auxk_dtype="float32",
 )
 
 

@@ -24,7 +24,7 @@ from .toy import Toy
 
 CONFIG = TrainConfig(
     num_latents=256, k=6, batch_tokens=256, tokens=24 * 256, lr=2e-3, warmup_steps=5, dead_after_tokens=512,
-    checkpoint_steps=8, log_steps=4, encoder_dtype="float32",
+    checkpoint_steps=8, log_steps=4, encoder_dtype="float32", auxk_dtype="float32",
 )  # fmt: skip
 CONFIGS = {"a": CONFIG, "b": dataclasses.replace(CONFIG, k=3, seed=1, auxk_coef=0.0)}
 FIELDS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D", "freq_F")
