@@ -159,6 +159,7 @@ class TrainerConfig:
     encoder_dtype: str = "auto"
     auxk_dtype: str = "auto"  # of AuxK's matrix products
     kernel: str = "auto"
+    parallel: str = "data"  # under torchrun: ranks share the rows of a batch (data) or the latents (latent)
     buffer_rows: int = 131_072  # mixing buffer of the shuffled reader
     checkpoint_steps: int = 500
     keep_last: int = 2
@@ -348,6 +349,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
     "trainer.auxk_dtype": ("auto", "float32", "bfloat16"),
     "trainer.kernel": ("auto", "torch", "native"),
+    "trainer.parallel": ("data", "latent"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "convert.encoder_type": ("F32", "F16", "Q8_0"),
     "convert.decoder_type": ("F32", "F16", "Q8_0"),

@@ -83,6 +83,7 @@ def train_config(config: Config) -> TrainConfig:
         encoder_dtype=t.encoder_dtype,
         auxk_dtype=t.auxk_dtype,
         kernel=t.kernel,
+        parallel=t.parallel,
         checkpoint_steps=t.checkpoint_steps,
         log_steps=t.log_steps,
         keep_last=t.keep_last,

@@ -5,6 +5,7 @@ Shape letters: N rows, W columns of a batch, D d_in, F latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,11 +46,12 @@ def build(
     start: SAEWeights | None = None,
     wiring: Wiring = SAME,
     variances: tuple[float, ...] = (),
+    shard_: Callable[[SparseCoder], None] | None = None,
 ) -> tuple[SparseCoder, LossSettings]:
     """The model, where its weights start, and the settings of its loss.
 
     `sample_ND`: raw rows, for `needs_sample`. `start`: an SAE to go on from. With several hook points: the wiring, and
-    E||x - mean||^2 at each of its ports.
+    E||x - mean||^2 at each of its ports. `shard_` leaves some of the latents, before the model goes to the device.
 
     Raises:
         ConfigError: settings that do not go together; a start that does not fit.
@@ -85,6 +87,8 @@ def build(
         load_start_(model, start)
     elif config.init_scale or (not wiring.two_sided and config.variant in CHOOSES_K):
         scale_encoder_(model, config.init_scale)
+    if shard_ is not None:
+        shard_(model)
     model = model.to(device)
     settings = LossSettings(
         variance=target_variance,
