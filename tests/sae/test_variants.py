@@ -398,5 +398,3 @@ def test_settings_that_a_variant_would_ignore_are_refused():
     toy = Toy()
     with pytest.raises(ConfigError, match="trains by autograd, in float32"):
         Trainer(replace(SMALL, variant="relu", encoder_dtype="bfloat16"), toy, **toy.statistics(), folder="x")
-    with pytest.raises(ConfigError, match="use auxk_dtype=auto or float32"):
-        Trainer(replace(SMALL, variant="relu", auxk_dtype="bfloat16"), toy, **toy.statistics(), folder="x")
