@@ -2,9 +2,9 @@
 
 A rank has F / W latents: rows of W_enc and W_dec, b_enc, and the optimizer's state of them; b_dec is the same on all.
 Of a row each rank offers its k largest latents, and every rank takes the k largest of all offers, so the choice is
-that of one process but for ties. Three things are sent in a step: the offers (N W k numbers), the sum of the partial
-reconstructions (N D), and a vector for b_dec (D); with dead latents the first two again. Gradients of a latent are
-made where it lives. With encoder_dtype bfloat16 the offers are chosen by it, and the k among them by exact values.
+that of one process but for ties. Sent in a step: the offers (N W k numbers), the sum of the partial reconstructions
+(N D), a vector for b_dec (D), how often latents fired (F); with dead latents the first two again. Gradients of a latent
+are made where it lives. With encoder_dtype bfloat16 the offers are chosen by it, and the k among them by exact values.
 
 Shape letters: N rows, D d_in, F latents of all ranks, L = F / W those of this one, K top-k, C candidates, P pairs.
 """
