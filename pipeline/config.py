@@ -159,7 +159,9 @@ class TrainerConfig:
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 10_000_000
     encoder_dtype: str = "auto"
+    auxk_dtype: str = "auto"  # of AuxK's matrix products
     kernel: str = "auto"
+    parallel: str = "data"  # under torchrun: ranks share the rows of a batch (data) or the latents (latent)
     buffer_rows: int = 131_072  # mixing buffer of the shuffled reader
     checkpoint_steps: int = 500
     keep_last: int = 2
@@ -354,7 +356,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.optimizer": OPTIMIZERS,
     "trainer.source": ("store", "stream"),
     "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
+    "trainer.auxk_dtype": ("auto", "float32", "bfloat16"),
     "trainer.kernel": ("auto", "torch", "native"),
+    "trainer.parallel": ("data", "latent"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "convert.format": ("", *FORMAT_NAMES),
     "convert.export": ("", *EXPORT_TARGETS),

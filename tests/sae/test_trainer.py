@@ -25,15 +25,9 @@ from .toy import D, Toy
 
 # float32: what encoder_dtype=auto means depends on the chip, and bfloat16 may choose other latents near ties
 SMALL = TrainConfig(
-    num_latents=64,
-    k=4,
-    batch_tokens=128,
-    tokens=12 * 128,
-    checkpoint_steps=4,
-    log_steps=3,
-    lr=1e-3,
-    encoder_dtype="float32",
-)
+    num_latents=64, k=4, batch_tokens=128, tokens=12 * 128, checkpoint_steps=4, log_steps=3, lr=1e-3,
+    encoder_dtype="float32", auxk_dtype="float32",
+)  # fmt: skip
 
 
 def trainer(folder, config=SMALL, toy=None, **extra):
