@@ -65,12 +65,13 @@ def test_two_ranks_of_torchrun_share_a_run_folder(folder, tmp_path):
         "-m",
         "pipeline.cli",
     ]
-    starts = [(f"trainer.parallel={kind}", f"run_dir={run}", 0) for kind, run in runs.items()]
+    said, starts = "", [(f"trainer.parallel={kind}", f"run_dir={run}", 0) for kind, run in runs.items()]
     for kind, where, code in (*starts, ("trainer.parallel=data", "trainer.seed=1", 1)):
         command = [*torchrun, "train", *TRAIN, kind, where]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == code, done.stderr
-    assert "under torchrun: expected `train` with run_dir=FOLDER" in done.stderr
+        said = done.stderr
+        assert done.returncode == code, said
+    assert "under torchrun: expected `train` with run_dir=FOLDER" in said
     one = tmp_path / "one"
     ggscope("train", *TRAIN, f"run_dir={one}", cwd=folder)
     expected = json.loads((one / "manifest.json").read_text())["metrics"]
