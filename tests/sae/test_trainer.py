@@ -54,7 +54,7 @@ def fvu(weights, x_ND):
 def test_it_untangles_superposed_features_and_beats_pca_and_the_untrained_sae(tmp_path, kernel):
     toy, k = Toy(batch=1024), 8
     config = TrainConfig(
-        num_latents=256, k=k, batch_tokens=1024, tokens=300 * 1024, lr=1e-2, warmup_steps=20, decay_share=0.3,
+        num_latents=256, k=k, batch_tokens=1024, tokens=300 * 1024, lr=5e-3, warmup_steps=20, decay_share=0.3,
         dead_after_tokens=20 * 1024, log_steps=50, kernel=kernel,
     )  # fmt: skip
     rows = []
