@@ -46,10 +46,14 @@ class GGUFFile:
     tensors: dict[str, TensorEntry]
     buffer: memoryview
 
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor's bytes as they are stored, uint8, a view of the file."""
+        found = self.tensors[name]
+        return np.frombuffer(self.buffer[found.start : found.start + found.n_bytes], dtype=np.uint8)
+
     def tensor(self, name: str) -> np.ndarray:
         """The tensor as float32 in numpy order, copied out of the file."""
-        found = self.tensors[name]
-        raw = np.frombuffer(self.buffer[found.start : found.start + found.n_bytes], dtype=np.uint8)
+        found, raw = self.tensors[name], self.raw(name)
         if found.dtype == "Q8_0":
             blocks = raw.reshape(*found.shape[:-1], found.shape[-1] // 32 * 34)
             return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0).astype(np.float32, copy=False)

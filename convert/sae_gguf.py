@@ -36,6 +36,15 @@ class SAEFileInfo:
     n_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredMatrix:
+    """A matrix as a file has it: GGUF's name of the type, numpy shape, bytes (uint8, a view of the file)."""
+
+    dtype: str
+    shape: tuple[int, int]
+    raw: np.ndarray
+
+
 def write_sae_gguf(
     path: str | Path,
     weights: SAEWeights,
@@ -189,6 +198,17 @@ def read_sae_gguf(path: str | Path) -> SAEWeights:
         raise
     except SAEError as error:  # what SAEWeights itself refuses
         raise header.fail(str(error)) from None
+
+
+def read_stored_encoder(path: str | Path) -> StoredMatrix:
+    """W_enc of entry 0 in the type it is stored in. Raises FormatError like `read_sae_gguf`."""
+    file = read_gguf(path)
+    header = _Header(file)
+    header.check_file()
+    shape = header.integer("num_latents", 1), header.integer("d_in", 1)
+    return StoredMatrix(
+        dtype=header.entry_of("enc.weight", shape).dtype, shape=shape, raw=file.raw(keys.entry(0, "enc.weight"))
+    )
 
 
 def sae_file_info(path: str | Path) -> SAEFileInfo:

@@ -23,8 +23,9 @@ from typing import Any
 from sae.errors import ConfigError, SAEError
 
 from .commands import COMMANDS
-from .config import Config, check_ranges
+from .config import Config
 from .help import help_of, overview, takes_several
+from .ranges import check_ranges
 
 # numpy's BLAS threads spin for a while after each product and then take the cores from llama.cpp's threads, which
 # wait for each other: evaluate took 1.5 times as long. Must be set before numpy is loaded; 2**4 cycles is the least.

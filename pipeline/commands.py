@@ -72,10 +72,10 @@ COMMANDS: dict[str, Command] = {
         examples=("ggscope evaluate", "ggscope evaluate sae.path=runs/train/2026-01-31_12-00-00/sae evaluate.splice_tokens=8192", "ggscope evaluate sae.path=block3/sae evaluate.also=[block1/sae,block5/sae]", "ggscope evaluate evaluate.against=other_seed/sae evaluate.probe=labelled.csv"),
     ),
     "convert": Command(
-        summary="write an SAE as GGUF and verify it; a latent as a control vector",
+        summary="write an SAE, ours or a published one, as GGUF and verify it; a latent as a control vector",
         groups=("model", "corpus", "sae", "convert"),
         not_read=(*NOT_READ, *TRAINING),
-        examples=("ggscope convert convert.encoder_type=Q8_0", "ggscope convert convert.latent=123 convert.coeff=4"),
+        examples=("ggscope convert convert.encoder_type=Q8_0", "ggscope convert convert.source=hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 model.path=gemma-2-2b.gguf", "ggscope convert convert.latent=123 convert.coeff=4"),
     ),
     "apply": Command(
         summary="generate with live features per token; steer, clamp or ablate latents",

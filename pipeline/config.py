@@ -1,16 +1,11 @@
 """Every setting of every command, typed and frozen. Domain code sees these classes, never a DictConfig.
 
-The yaml files of `conf/` give the defaults people read; the classes check types and names, CHOICES and LEAST below the values.
+The yaml files of `conf/` give the defaults people read; the classes check types and names, `ranges.py` the values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from sae.errors import ConfigError
-from sae.options import B_DEC_INITS, DECODER_ROWS, INPUT_NORMS, OPTIMIZERS, VARIANT_NAMES
-from sae.thresholds import MODES as THRESHOLD_MODES
-from sae.wiring import KINDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +152,9 @@ class TrainerConfig:
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 10_000_000
     encoder_dtype: str = "auto"
+    auxk_dtype: str = "auto"  # of AuxK's matrix products
     kernel: str = "auto"
+    parallel: str = "data"  # under torchrun: ranks share the rows of a batch (data) or the latents (latent)
     buffer_rows: int = 131_072  # mixing buffer of the shuffled reader
     checkpoint_steps: int = 500
     keep_last: int = 2
@@ -213,8 +210,14 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    source: str = ""  # checkpoint folder; empty: the newest train run
+    source: str = (
+        ""  # checkpoint folder, published SAE (folder, file, hf://owner/repo/path); empty: the newest train run
+    )
+    format: str = ""  # of a published SAE; empty: recognised by its files
+    hook: str = ""  # of a published SAE whose hook point is not said or not known here
+    hook_out: str = ""  # ... of a transcoder: what it reconstructs
     out: str = ""  # empty: in the run folder
+    export: str = ""  # also write it as a folder that another library loads
     encoder_type: str = "F16"
     decoder_type: str = "F16"
     thresholds: str = "none"  # of a top-k SAE, fitted on the probe rows: one for all, or one for each latent
@@ -243,6 +246,7 @@ class ApplyConfig:
     max_tokens: int = 48
     temperature: float = 0.0
     top_latents: int = 3
+    encoder: str = "auto"
     seed: int = 0
     chat: bool = False
     allow_model_mismatch: bool = False
@@ -322,83 +326,3 @@ class Config:
 
 
 # settings that take one of a few values; help shows them
-FORMATS = ("text", "json")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.kv_type": ("f16", "f32"),
-    "model.flash_attn": ("auto", "on", "off"),
-    "corpus.kind": ("stdlib", "text", "stdin", "jsonl", "parquet", "datasets", "tokens"),
-    "corpus.token_dtype": ("uint16", "uint32", "int32"),
-    "corpus.split": ("train", "held_out", "all"),
-    "corpus.packing": ("documents", "concat"),
-    "corpus.bos": ("auto", "always", "never"),
-    "store.format": FORMATS,
-    "extract.dtype": ("auto", "float16", "bfloat16", "float32"),
-    "extract.backend": ("auto", "callback", "layer_inp"),
-    "executor.kind": ("local", "pool", "ray", "submitit"),
-    "executor.cluster": ("slurm", "local", ""),
-    "inspect.format": FORMATS,
-    "sae.variant": VARIANT_NAMES,
-    "sae.kind": KINDS,
-    "sae.decoder_rows": DECODER_ROWS,
-    "sae.input_norm": INPUT_NORMS,
-    "sae.b_dec_init": B_DEC_INITS,
-    "trainer.optimizer": OPTIMIZERS,
-    "trainer.source": ("store", "stream"),
-    "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
-    "trainer.kernel": ("auto", "torch", "native"),
-    "trainer.device": ("auto", "cpu", "cuda"),
-    "convert.encoder_type": ("F32", "F16", "Q8_0"),
-    "convert.decoder_type": ("F32", "F16", "Q8_0"),
-    "convert.thresholds": ("none", *THRESHOLD_MODES),
-    "intervention.kind": ("none", "steer", "clamp", "ablate"),
-    "intervention.phase": ("all", "prompt", "response"),
-    "apply.format": ("text", "jsonl"),
-    "lens.format": FORMATS,
-    "patch.format": FORMATS,
-    "compare.format": FORMATS,
-}
-
-# settings with a least value; counts whose 0 means "all" or "chosen" start at 0
-LEAST: dict[str, float] = {
-    "model.n_threads": 0, "model.n_gpu_layers": -1, "model.n_ctx": 0,
-    "corpus.context_tokens": 2, "corpus.max_tokens": 0, "corpus.max_documents": 0, "corpus.seed": -1,
-    "corpus.generate_tokens": 0, "corpus.generate_temperature": 0,
-    "store.buffer_bytes": 1, "store.chunk_bytes": 1, "store.shard_rows": 0,
-    "extract.batch_tokens": 1, "extract.ubatch_tokens": 1, "extract.calibration_tokens": 1, "extract.outlier_factor": 1,
-    "executor.workers": 0, "executor.threads_per_worker": 0, "executor.gpus_per_worker": 0, "executor.retries": 0,
-    "executor.timeout_minutes": 1, "executor.memory_gb": 1, "trainer.queue_batches": 1,
-    "sae.num_latents": 1, "sae.k": 1, "sae.init_scale": 0, "sae.seed": -1, "trainer.lr_search_share": 0, "sae.k_start": 0, "sae.k_anneal_share": 0, "sae.multi_k": 0, "sae.multi_coef": 0,
-    "sae.l1_coef": 0, "sae.l0_coef": 0, "sae.sparsity_warmup_share": 0, "sae.threshold_start": 0, "sae.bandwidth": 0,
-    "trainer.momentum": 0,
-    "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
-    "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
-    "evaluate.probe_test_share": 0, "evaluate.structure_latents": 0,
-    "convert.latent": -1, "convert.probe_tokens": 1,
-    "apply.max_tokens": 0, "apply.temperature": 0, "apply.top_latents": 0, "apply.seed": 0,
-    "lens.top": 1, "sweep.trials": 0, "sweep.seed": 0,
-    "report.top_latents": 0, "report.contexts": 1, "report.tokens": 1, "report.steer_latent": -1,
-}  # fmt: skip
-
-
-def check_ranges(config: Config) -> None:
-    """ConfigError for a value that is none of its choices, a number too small or not finite, a hook point named twice."""
-    for key, choices in CHOICES.items():
-        group, item = key.split(".")
-        value = getattr(getattr(config, group), item)
-        if value not in choices:
-            raise ConfigError(f"{key}={value!r}; expected {', '.join(choice or 'nothing' for choice in choices)}")
-    for key, least in LEAST.items():
-        group, item = key.split(".")
-        value = getattr(getattr(config, group), item)
-        if not least <= value < float("inf"):
-            raise ConfigError(f"{key}={value}: expected a number of at least {least}")
-    ks, share = config.evaluate.probe_k, config.evaluate.probe_test_share
-    if not ks or min(ks) < 1 or share >= 1:
-        raise ConfigError(
-            f"evaluate.probe_k={ks} evaluate.probe_test_share={share}: expected numbers of at least 1, and a share below 1"
-        )
-    points = config.hooks.points
-    if len(set(points)) != len(points):
-        raise ConfigError(f"hooks.points names a point twice: {', '.join(points)}")
-    if config.intervention.latents and config.intervention.kind == "none":
-        raise ConfigError("intervention.latents without a kind does nothing: add intervention=steer, clamp or ablate")

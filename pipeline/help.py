@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .commands import COMMANDS
-from .config import CHOICES, Config
+from .config import Config
+from .ranges import CHOICES
 
 INTRO = "ggscope: train k-sparse autoencoders on what llama.cpp computes, and run them back inside it."
 WIDTH = 36  # of `key=default`, beside which the choices stand

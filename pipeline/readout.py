@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from sae.encoders import Encoder, encoder_of
 from sae.errors import ConfigError
-from sae.runtime import decode, encode
+from sae.runtime import decode
 from sae.weights import SAEWeights
 
 from .llama.hooks import HookPoint
@@ -91,12 +92,15 @@ class ReadoutEvent:
 class Reader:
     """Reads an SAE's latents at a hook point, the value before any edit of that point: the model's own."""
 
-    def __init__(self, weights: SAEWeights, *, point: HookPoint | None = None, top: int = 3) -> None:
-        """`point` defaults to the SAE's own hook; `top` is how many latents a reading lists."""
+    def __init__(
+        self, weights: SAEWeights, *, point: HookPoint | None = None, top: int = 3, encoder: Encoder | None = None
+    ) -> None:
+        """`point` defaults to the SAE's own hook; `top` is how many latents a reading lists; `encoder`: numpy if None."""
         if top < 0:
             raise ConfigError(f"top latents: expected a number of at least 0, got {top}")
-        self.weights, self.top = weights, top
+        self.weights, self.top, self.encoder = weights, top, encoder_of(weights, encoder)
         self.point = point if point is not None else HookPoint.parse(weights.hook)
+        self._name = str(self.point)
         self._rows: dict[tuple[int, int], np.ndarray] = {}
 
     def hook(self) -> Hook:
@@ -109,18 +113,21 @@ class Reader:
 
     def take(self, seq: int, positions: list[int]) -> list[Reading]:
         """Readings of the positions just decoded, in that order; forgets all captured rows."""
-        x_ND = np.stack([self._rows[seq, pos] for pos in positions]) if positions else None
+        rows = [self._rows[seq, pos] for pos in positions]
         self._rows.clear()
-        if x_ND is None:
+        if not rows:
             return []
-        idx_NK, vals_NK = encode(self.weights, x_ND)
-        gap_ND = x_ND.astype(np.float64) - decode(self.weights, idx_NK, vals_NK, x_ND)
-        fvu_N = (gap_ND**2).sum(axis=1) / self.weights.variance
+        x_ND = np.array(rows)
+        idx_NK, vals_NK = self.encoder.encode(x_ND)
+        gap_ND = np.subtract(x_ND, decode(self.weights, idx_NK, vals_NK, x_ND), dtype=np.float64)
+        fvu_N = np.einsum("nd,nd->n", gap_ND, gap_ND) / self.weights.variance
         return [self._reading(*row) for row in zip(idx_NK, vals_NK, fvu_N.tolist(), strict=True)]
 
     def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, fvu: float) -> Reading:
-        active = [(int(latent), float(value)) for latent, value in zip(idx_K, vals_K, strict=True) if value > 0]
-        return Reading(hook=str(self.point), latents=tuple(active[: self.top]), l0=len(active), fvu=fvu)
+        l0 = int(np.count_nonzero(vals_K > 0))  # sorted: these come first
+        shown = min(l0, self.top)
+        pairs = zip(idx_K[:shown].tolist(), vals_K[:shown].tolist(), strict=True)
+        return Reading(hook=self._name, latents=tuple(pairs), l0=l0, fvu=fvu)
 
 
 class TextPieces:

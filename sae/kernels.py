@@ -36,10 +36,12 @@ DENSE_DEAD_SHARE = 4  # up to this multiple of auxk_k, dead latents go through p
 ENCODER_DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
 
-def encoder_dtype(name: str, device: torch.device, *, float32_is_fast: bool = False) -> torch.dtype:
+def encoder_dtype(
+    name: str, device: torch.device, *, float32_is_fast: bool = False, key: str = "encoder_dtype"
+) -> torch.dtype:
     """The dtype that chooses the latents. "auto": bfloat16 on CUDA and on CPUs with bfloat16 matrix instructions.
 
-    `float32_is_fast`: a kernel runs that chooses by exact float32 values in less time than that.
+    `float32_is_fast`: a kernel runs that chooses by exact float32 values in less time than that. `key`: the setting.
 
     Raises:
         ConfigError: an unknown name.
@@ -47,7 +49,7 @@ def encoder_dtype(name: str, device: torch.device, *, float32_is_fast: bool = Fa
     if name in ENCODER_DTYPES:
         return ENCODER_DTYPES[name]
     if name != "auto":
-        raise ConfigError(f"encoder_dtype must be auto, float32 or bfloat16, got {name!r}")
+        raise ConfigError(f"{key} must be auto, float32 or bfloat16, got {name!r}")
     if float32_is_fast:
         return torch.float32
     if device.type == "cuda":
@@ -92,7 +94,7 @@ class Chosen(NamedTuple):
     row_P: torch.Tensor | None = None
 
 
-def _offsets(row_P: torch.Tensor, rows: int) -> torch.Tensor:
+def offsets_of(row_P: torch.Tensor, rows: int) -> torch.Tensor:
     """Where the pairs of every row begin; rows ascend."""
     return torch.searchsorted(row_P, torch.arange(rows, device=row_P.device))
 
@@ -115,31 +117,39 @@ class FastStep:
         centred_ND = batch.input_ND - model.b_dec_D
         chosen, vals = self._encode(centred_ND)
         scale = 2.0 / len(u_ND)
-        bag_ND, pull = _decode_with_pull(chosen.idx, vals, model.W_dec_FD, chosen.offsets_N)
-        minus_error_ND = bag_ND - centred_ND
+        bag_ND, pull = decode_with_pull(chosen.idx, vals, model.W_dec_FD, chosen.offsets_N)
+        minus_error_ND = self._total(bag_ND) - centred_ND
         grad_ND = minus_error_ND * scale
         grad_vals = pull(grad_ND) * (vals > 0)
         W_enc_FD, W_dec_FD, b_enc_F = sparse_sums(model.num_latents, centred_ND, grad_ND, chosen, vals, grad_vals)
         error = minus_error_ND.pow(2).sum()
         loss, auxk_loss = error / len(u_ND), torch.zeros_like(error)
         if dead_F is not None and bool(dead_F.any()):
-            auxk = auxk_gradients(
-                model, self.settings, centred_ND, -minus_error_ND, dead_F, denominator=self.denominator
-            )
+            auxk = self._auxk(centred_ND, -minus_error_ND, dead_F)
             W_enc_FD[auxk.dead_M] += auxk.W_enc_MD
             W_dec_FD[auxk.dead_M] += auxk.W_dec_MD
             b_enc_F[auxk.dead_M] += auxk.b_enc_M
             auxk_loss = auxk.loss
             loss = loss + self.settings.auxk_coef * self.settings.variance * auxk_loss
         model.W_enc_FD.grad, model.W_dec_FD.grad, model.b_enc_F.grad = W_enc_FD, W_dec_FD, b_enc_F
-        model.b_dec_D.grad = grad_ND.sum(0) - b_enc_F @ model.W_enc_FD
+        model.b_dec_D.grad = grad_ND.sum(0) - self._total(b_enc_F @ model.W_enc_FD)
         if model.selects == "batchtopk":
             model.observe_(vals)
         if batch.sigma_N1 is not None:
             error = (minus_error_ND * batch.sigma_N1).pow(2).sum()
-        fired_F = torch.zeros(model.num_latents, dtype=torch.int64, device=u_ND.device)
-        fired_F.scatter_add_(0, chosen.idx.flatten(), (vals > 0).flatten().long())
-        return StepResult(error=error, auxk_loss=auxk_loss, loss=loss, fired_F=fired_F)
+        return StepResult(error=error, auxk_loss=auxk_loss, loss=loss, fired_F=self._fired(chosen, vals))
+
+    def _total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over the latents, of what was summed over those of `model`: there are no others."""
+        return part
+
+    def _fired(self, chosen: Chosen, vals: torch.Tensor) -> torch.Tensor:
+        """Rows on which each latent was above zero."""
+        fired_F = torch.zeros(self.model.num_latents, dtype=torch.int64, device=vals.device)
+        return fired_F.scatter_add_(0, chosen.idx.flatten(), (vals > 0).flatten().long())
+
+    def _auxk(self, centred_ND: torch.Tensor, error_ND: torch.Tensor, dead_F: torch.Tensor) -> AuxKGradients:
+        return auxk_gradients(self.model, self.settings, centred_ND, error_ND, dead_F, denominator=self.denominator)
 
     def _encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
         """The latents of the rows and their values after ReLU."""
@@ -172,11 +182,11 @@ class FastStep:
         if low:
             edge = edge_of(found.value_P.float(), count) * (1 - margin)
             found = take(found, found.value_P.float() >= edge)
-            latent_P, offsets_N = found.latent_P, _offsets(found.row_P, rows)
+            latent_P, offsets_N = found.latent_P, offsets_of(found.row_P, rows)
             exact_P = sampled_products(centred_ND, model.W_enc_FD, latent_P, offsets_N) + model.b_enc_F[latent_P]
             found = found._replace(value_P=exact_P)
         found = take(found, largest(found, count, model.num_latents))
-        return Chosen(found.latent_P, _offsets(found.row_P, rows), found.row_P), found.value_P
+        return Chosen(found.latent_P, offsets_of(found.row_P, rows), found.row_P), found.value_P
 
     def _pre_acts(self, centred_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows, pre_NF) block by block, in the encoder's dtype; the array is reused for the next block."""
@@ -214,31 +224,41 @@ def auxk_gradients(
     select: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] = select_topk,
     denominator: Callable[[torch.Tensor], torch.Tensor] = auxk_denominator,
 ) -> AuxKGradients:
-    """Gradients of auxk_coef * v * L_aux (losses.py); `error_ND` = u - u_hat. At least one latent is dead."""
+    """Gradients of auxk_coef * v * L_aux (losses.py); `error_ND` = u - u_hat. At least one latent is dead.
+
+    With settings.auxk_dtype bfloat16 the products read and give bfloat16, and choose by it; the error that is left,
+    its square and the sums of L_aux are float32.
+    """
     dead_M = dead_F.nonzero().flatten()
     count = min(settings.auxk_k, len(dead_M))
     scatter = denominator(error_ND)
     scale = 2.0 * settings.auxk_coef * settings.variance / scatter
-    W_dec_MD = model.W_dec_FD[dead_M]
+    low = settings.auxk_dtype == torch.bfloat16
+    input_ND = centred_ND.bfloat16() if low else centred_ND
+    W_enc_MD, W_dec_MD = (W_FD[dead_M].to(input_ND.dtype) for W_FD in (model.W_enc_FD, model.W_dec_FD))
     # copies in the other order: on a CPU the products are a third faster than with a transposed view
-    W_enc_DM, W_dec_DM = model.W_enc_FD[dead_M].t().contiguous(), W_dec_MD.t().contiguous()
-    pre_NM = torch.addmm(model.b_enc_F[dead_M], centred_ND, W_enc_DM)
+    W_enc_DM, W_dec_DM = W_enc_MD.t().contiguous(), W_dec_MD.t().contiguous()
+    pre_NM = torch.addmm(model.b_enc_F[dead_M].to(input_ND.dtype), input_ND, W_enc_DM)
     if len(dead_M) > DENSE_DEAD_SHARE * settings.auxk_k:
         vals_NA, at_NA = select(pre_NM, count)
-        vals_NA.relu_()
-        bag_ND, pull = _decode_with_pull(at_NA, vals_NA, W_dec_MD)
+        vals_NA = vals_NA.to(centred_ND.dtype).relu_()
+        bag_ND, pull = decode_with_pull(at_NA, vals_NA, model.W_dec_FD[dead_M])
         rest_ND = bag_ND - error_ND
         grad_ND = rest_ND * scale
         parts = sparse_sums(len(dead_M), centred_ND, grad_ND, Chosen(at_NA), vals_NA, pull(grad_ND) * (vals_NA > 0))
     else:
         acts_NM = pre_NM.relu_()
-        if len(dead_M) > count:
+        active_NM = acts_NM > 0
+        # a choice takes as long as a product, and about half of the entries are zero: often all the others are chosen
+        if len(dead_M) > count and int(active_NM.sum(1, dtype=torch.int32).max()) > count:
             vals_NA, at_NA = select(acts_NM, count)
             acts_NM = torch.zeros_like(acts_NM).scatter_(1, at_NA, vals_NA)
-        rest_ND = torch.addmm(error_ND, acts_NM, W_dec_MD, beta=-1)
-        grad_ND = rest_ND * scale
-        grad_acts_NM = (grad_ND @ W_dec_DM).mul_(acts_NM > 0)
-        parts = grad_acts_NM.t() @ centred_ND, acts_NM.t() @ grad_ND, grad_acts_NM.sum(0)
+            active_NM = acts_NM > 0
+        rest_ND = acts_NM @ W_dec_MD - error_ND
+        grad_ND = (rest_ND * scale).to(input_ND.dtype)
+        grad_acts_NM = (grad_ND @ W_dec_DM).mul_(active_NM)
+        sums = grad_acts_NM.t() @ input_ND, acts_NM.t() @ grad_ND, grad_acts_NM.sum(0, dtype=centred_ND.dtype)
+        parts = tuple(part.to(centred_ND.dtype) for part in sums)
     loss = rest_ND.pow(2).sum() / scatter
     return AuxKGradients(loss=loss, dead_M=dead_M, W_enc_MD=parts[0], W_dec_MD=parts[1], b_enc_M=parts[2])
 
@@ -269,11 +289,11 @@ def sampled_products(
 ) -> torch.Tensor:
     """<a_n, table[idx_nk]>, (N, K) or (P,), without gathering the rows."""
     zeros = torch.zeros(idx.shape, dtype=a_ND.dtype, device=a_ND.device)
-    _, pull = _decode_with_pull(idx, zeros, table_FD, offsets_N)
+    _, pull = decode_with_pull(idx, zeros, table_FD, offsets_N)
     return pull(a_ND)
 
 
-class _Pull:
+class Pull:
     """grad_ND -> <grad_n, table[idx_nk]>: embedding_bag's own backward for its weights, through the public API."""
 
     def __init__(self, bag_ND: torch.Tensor, vals: torch.Tensor) -> None:
@@ -283,11 +303,11 @@ class _Pull:
         return torch.autograd.grad(self.bag_ND, self.vals, grad_ND)[0]
 
 
-def _decode_with_pull(
+def decode_with_pull(
     idx: torch.Tensor, vals: torch.Tensor, table_FD: torch.Tensor, offsets_N: torch.Tensor | None = None
-) -> tuple[torch.Tensor, _Pull]:
+) -> tuple[torch.Tensor, Pull]:
     """(sum_k vals_nk table[idx_nk], its pull-back to vals)."""
     with torch.enable_grad():
         leaf = vals.detach().requires_grad_()
         bag_ND = functional.embedding_bag(idx, table_FD.detach(), offsets_N, per_sample_weights=leaf, mode="sum")
-    return bag_ND.detach(), _Pull(bag_ND, leaf)
+    return bag_ND.detach(), Pull(bag_ND, leaf)

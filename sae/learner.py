@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from .errors import ConfigError, DivergedError
+from .latent_ranks import LatentParallelStepper, shard_
 from .losses import StepResult
 from .ranks import DataParallelStepper, Ranks
 from .steppers import Stepper, make_stepper, pick_kernel
@@ -52,8 +54,9 @@ class Learner:
 
     def __init__(self, config: TrainConfig, subject: Subject, device: torch.device, ranks: Ranks | None = None) -> None:
         self.config, self.subject, self.device = config, subject, device
-        ranks = ranks or Ranks()
-        self._ranks, self._world = ranks, ranks.world
+        self._all_ranks = ranks = ranks or Ranks()
+        split = config.parallel == "latent" and ranks.world > 1
+        self._ranks = Ranks() if split else ranks  # that share the rows of a batch
         self.step = 0
         self.metrics: dict[str, Any] = {}
         self.diverged = ""  # why it is trained no further
@@ -73,14 +76,19 @@ class Learner:
             start=subject.start,
             wiring=subject.wiring,
             variances=subject.variances,
+            shard_=partial(shard_, config=config, ranks=ranks) if split else None,
         )
+        if split:  # its products are sparse
+            settings = dataclasses.replace(settings, auxk_dtype=torch.float32)
         self.scale = self.model.scale  # one for all columns, or one for each
-        self.encoder_dtype = settings.encoder_dtype
-        self._stepper = (
-            make_stepper(self.model, settings, config, pick_kernel(self.model, config, device))
-            if ranks.world == 1
-            else DataParallelStepper(self.model, settings, config, ranks)
-        )
+        self.encoder_dtype, self.auxk_dtype = settings.encoder_dtype, settings.auxk_dtype
+        self._stepper: Stepper
+        if ranks.world == 1:
+            self._stepper = make_stepper(self.model, settings, config, pick_kernel(self.model, config, device))
+        else:
+            kind = LatentParallelStepper if split else DataParallelStepper
+            self._stepper = kind(self.model, settings, config, ranks)
+        self._exported: SAEWeights | None = None
         self._target = subject.wiring.target
         mean_u_W = (subject.mean_D / self.scale)[self._target].astype(np.float32)
         self._mean_u_O = torch.from_numpy(mean_u_W).to(device)
@@ -108,7 +116,7 @@ class Learner:
         """One step on a batch (this rank's part of it) as `prepare` gives it."""
         dead_F = self._dead() if self.config.auxk_coef > 0 and self.model.uses_auxk else None
         self.model.schedule_(self.step, self.config.steps)
-        rows = len(u_BD) * self._world
+        rows = len(u_BD) * self._ranks.world
         result = self._stepper.step(u_BD, lr=self.config.lr_at(self.step), dead_F=dead_F)
         fired_F = result.fired_F > 0
         if dead_F is not None:
@@ -167,7 +175,12 @@ class Learner:
         return True
 
     def weights(self) -> SAEWeights:
-        """The SAE as it is now, in raw model units."""
+        """The SAE as it is now, in raw model units.
+
+        Where each rank has only some latents all must ask for it; the same again needs no other rank.
+        """
+        if self._exported is not None and self._exported.training["step"] == self.step:
+            return self._exported
         training = {
             "step": self.step,
             "tokens": self.step * self.config.batch_tokens,
@@ -179,7 +192,7 @@ class Learner:
         freq_F = (self._fired_F.double() / self._fired_rows).cpu().numpy() if self._fired_rows else None
         subject = self.subject
         with self._stepper.evaluation():
-            return self.model.to_weights(
+            found = self.model.to_weights(
                 mean_D=subject.mean_D,
                 variance=subject.variance,
                 hook=subject.hook,
@@ -187,6 +200,19 @@ class Learner:
                 training=training,
                 freq_F=freq_F,
             )
+        if isinstance(self._stepper, LatentParallelStepper):
+            self._exported = found
+        return found
+
+    def alone(self) -> Learner:
+        """A new learner of the same settings in this process alone, which takes the checkpoints of this one."""
+        ranks = self._all_ranks
+        if ranks.world == 1:
+            return Learner(self.config, self.subject, self.device)
+        device = torch.device("cpu") if self._ranks.world == 1 else self.device  # one device may not hold all latents
+        found = Learner(dataclasses.replace(self.config, kernel="torch"), self.subject, device)
+        found.config, found.encoder_dtype = self.config, self.encoder_dtype
+        return found
 
     # ---- its part of a checkpoint ----
 
@@ -196,6 +222,7 @@ class Learner:
         mean = np.ascontiguousarray(self.subject.mean_D, np.float32).tobytes()
         return config | {
             "encoder_dtype": dtype_name(self.encoder_dtype),
+            "auxk_dtype": dtype_name(self.auxk_dtype),
             "stepper": self._stepper.name,
             "d_in": self.subject.d_in,
             "hook": self.subject.hook,
@@ -205,9 +232,10 @@ class Learner:
 
     def check_finite(self) -> None:
         """DivergedError where a parameter is not finite."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise DivergedError(f"{name} holds NaN or infinity at step {self.step}; earlier checkpoints are good")
+        bad = [name for name, parameter in self.model.named_parameters() if not bool(parameter.isfinite().all())]
+        if self._all_ranks.any(bool(bad), self.device):  # all stop, whoever has the latents
+            where = bad[0] if bad else "a parameter on another rank"
+            raise DivergedError(f"{where} holds NaN or infinity at step {self.step}; earlier checkpoints are good")
 
     def facts(self) -> dict[str, Any]:
         """The plain values of its state; `tensors` are the rest."""
@@ -225,8 +253,8 @@ class Learner:
         """Parameters, optimizer, counters and generator, as `load` takes them; views, not copies."""
         return {
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self._stepper.state_dict(),
+            "model": self._stepper.whole(self.model.state_dict()),
+            "optimizer": self._stepper.whole(self._stepper.state_dict()),
             "idle_F": self._idle_F,
             "fired_F": self._fired_F,
             "generator": self._generator.get_state(),
@@ -246,8 +274,8 @@ class Learner:
     def load(self, facts: dict[str, Any], tensors: dict[str, Any]) -> None:
         """Go on from what `facts` and `tensors` gave. KeyError, RuntimeError, TypeError, ValueError: they do not fit."""
         self.step = int(tensors["step"])
-        self.model.load_state_dict(tensors["model"])
-        self._stepper.load_state_dict(tensors["optimizer"])
+        self.model.load_state_dict(self._stepper.own(tensors["model"]))
+        self._stepper.load_state_dict(self._stepper.own(tensors["optimizer"]))
         self._idle_F.copy_(tensors["idle_F"])
         self._fired_F.copy_(tensors["fired_F"])
         self._generator.set_state(tensors["generator"])

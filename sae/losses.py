@@ -29,6 +29,7 @@ class LossSettings:
     auxk_k: int
     auxk_coef: float
     encoder_dtype: torch.dtype = torch.float32  # bfloat16 chooses the latents; their values are always float32
+    auxk_dtype: torch.dtype = torch.float32  # bfloat16: that of AuxK's products in `kernels.py`; here they are exact
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,6 +64,23 @@ class Ranks:
         """Whether the flag is set on some rank."""
         return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag), device=device)))
 
+    def gather(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """The tensors of all ranks, of one shape, one after another along `dim`."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, dim)
+
+    def gather_to_cpu(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same along the first dimension, on the CPU; the device holds the part of one other rank at a time."""
+        parts = []
+        for rank in range(self.world):
+            part = tensor.detach().clone() if rank == self.rank else torch.empty_like(tensor)
+            distributed.broadcast(part, rank)
+            parts.append(part.cpu())
+        return torch.cat(parts)
+
     def meet(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
@@ -81,7 +98,8 @@ def torchrun_ranks(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(distributed.get_rank(), world)
+        yield (ranks := Ranks(distributed.get_rank(), world))
+        ranks.meet()  # a process that ends right after it sent tensors aborts now and then: gloo's thread still has them
     finally:
         distributed.destroy_process_group()
 

@@ -9,7 +9,7 @@ Shape letters: N rows, D d_in, O d_out, F latents, K slots for active latents (k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -30,13 +30,41 @@ def encode(w: SAEWeights, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ShapeError: x is not (N, D).
     """
     x_ND = normalised(w, _rows(w, x_ND))
+    return joined(w, (select(w, pre_NF) for pre_NF in _pre_act_blocks(w, x_ND)))
+
+
+def encoder_input(w: SAEWeights, x_ND: np.ndarray) -> np.ndarray:
+    """What W_enc multiplies, float32 (N, D): the row, normalised with layer norm, less b_dec where it is subtracted.
+
+    Raises:
+        ShapeError: x is not (N, D).
+    """
+    x_ND = normalised(w, _rows(w, x_ND))
+    return x_ND - w.b_dec_D if w.b_dec_subtracted else x_ND
+
+
+def select(w: SAEWeights, pre_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The latents that fire given the pre-activations, as `encode` returns them."""
     if w.variant == "threshold":
-        return _encode_threshold(w, x_ND)
-    idx_NK = np.empty((len(x_ND), w.k), np.int32)
-    vals_NK = np.empty((len(x_ND), w.k), np.float32)
-    for rows, pre_NF in _pre_act_blocks(w, x_ND):
-        fires_NF = _leads_its_group(pre_NF, w.k) if w.variant == "groupmax" else pre_NF >= _edge(pre_NF, w.k)
-        idx_NK[rows], vals_NK[rows] = _gather(pre_NF, fires_NF, w.k)
+        assert w.threshold_F is not None
+        return _gather(pre_NF, pre_NF > w.threshold_F, None)
+    fires_NF = _leads_its_group(pre_NF, w.k) if w.variant == "groupmax" else pre_NF >= _edge(pre_NF, w.k)
+    return _gather(pre_NF, fires_NF, w.k)
+
+
+def joined(w: SAEWeights, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """(idx, vals) of blocks of rows one below the other, padded with empty slots to the widest."""
+    found = list(blocks)
+    if len(found) == 1:
+        return found[0]
+    rows = sum(len(idx) for idx, _ in found)
+    width = max((idx.shape[1] for idx, _ in found), default=1 if w.variant == "threshold" else w.k)
+    idx_NK, vals_NK = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
+    start = 0
+    for idx, vals in found:
+        idx_NK[start : start + len(idx), : idx.shape[1]] = idx
+        vals_NK[start : start + len(idx), : idx.shape[1]] = vals
+        start += len(idx)
     return idx_NK, vals_NK
 
 
@@ -93,8 +121,16 @@ def _decode(w: SAEWeights, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarra
     return x_hat_ND
 
 
-def latent_values(w: SAEWeights, x_ND: np.ndarray, latents: Sequence[int] | np.ndarray) -> np.ndarray:
+def latent_values(
+    w: SAEWeights,
+    x_ND: np.ndarray,
+    latents: Sequence[int] | np.ndarray,
+    *,
+    encoded: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
     """a_f of the named latents after ReLU and top-k: float32 (N, len(latents)).
+
+    `encoded`: what an encoder gave for these rows, where that is known already.
 
     Raises:
         ShapeError: x is not (N, D), or a latent the SAE does not have.
@@ -106,7 +142,7 @@ def latent_values(w: SAEWeights, x_ND: np.ndarray, latents: Sequence[int] | np.n
     slot_F = np.full(w.num_latents, -1, np.int64)
     slot_F[wanted] = np.arange(wanted.size)  # a latent named twice is filled from its last slot below
     out_NL = np.zeros((len(x_ND), wanted.size), np.float32)
-    idx_NK, vals_NK = encode(w, x_ND)
+    idx_NK, vals_NK = encode(w, x_ND) if encoded is None else encoded
     slots_NK = slot_F[idx_NK]
     row, slot = np.nonzero((slots_NK >= 0) & (vals_NK > 0))
     out_NL[row, slots_NK[row, slot]] = vals_NK[row, slot]
@@ -125,14 +161,14 @@ def _row_blocks(w: SAEWeights, rows: int) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def _pre_act_blocks(w: SAEWeights, x_ND: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """(rows, pre_NF) block by block; the array is reused, so it is valid until the next block."""
+def _pre_act_blocks(w: SAEWeights, x_ND: np.ndarray) -> Iterator[np.ndarray]:
+    """pre_NF of some rows at a time; the array is reused, so it is valid until the next block."""
     buffer = np.empty((max(1, PRE_ACT_BYTES // (4 * w.num_latents)), w.num_latents), np.float32)
     for rows in _row_blocks(w, len(x_ND)):
         block_ND = x_ND[rows] - w.b_dec_D if w.b_dec_subtracted else x_ND[rows]
         pre_NF = np.matmul(block_ND, w.W_enc_FD.T, out=buffer[: len(block_ND)])
         pre_NF += w.b_enc_F
-        yield rows, pre_NF
+        yield pre_NF
 
 
 def _leads_its_group(pre_NF: np.ndarray, k: int) -> np.ndarray:
@@ -172,16 +208,3 @@ def _gather(pre_NF: np.ndarray, fires_NF: np.ndarray, k: int | None) -> tuple[np
     # stable: a row's entries lie in the order of their latents, so equal values keep the lower latent first
     order_NK = np.argsort(-vals_NW, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(idx_NW, order_NK, axis=1), np.take_along_axis(vals_NW, order_NK, axis=1)
-
-
-def _encode_threshold(w: SAEWeights, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    assert w.threshold_F is not None
-    blocks = [_gather(pre_NF, pre_NF > w.threshold_F, None) for _, pre_NF in _pre_act_blocks(w, x_ND)]
-    width = max((idx_NK.shape[1] for idx_NK, _ in blocks), default=1)
-    idx_NK, vals_NK = np.zeros((len(x_ND), width), np.int32), np.zeros((len(x_ND), width), np.float32)
-    start = 0
-    for idx, vals in blocks:
-        idx_NK[start : start + len(idx), : idx.shape[1]] = idx
-        vals_NK[start : start + len(idx), : idx.shape[1]] = vals
-        start += len(idx)
-    return idx_NK, vals_NK

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,11 @@ class Saves:
         written = self.folder
         for name, learner in alive.items():
             best = scheduled and learner.judge()
+            tensors = learner.tensors()  # on all ranks: each may have only some of the latents
             if not self.writes:
                 continue
             meta = json.dumps(learner.facts() | {"data_state": data_state})
-            written = save_checkpoint(self.folder / name, step, learner.tensors() | {"meta": meta})
+            written = save_checkpoint(self.folder / name, step, tensors | {"meta": meta})
             if best and self.save_best:
                 keep_as(written, written.with_name(BEST))
         for name in alive if self.writes else ():
@@ -114,8 +115,9 @@ def keep_as(path: Path, copy: Path) -> None:
         raise DiskError(f"could not write {copy}: {error.strerror or error}; free space there, then resume") from error
 
 
-def restored(learner: Learner, path: Path) -> dict[str, Any]:
-    """Put the learner where the checkpoint was made; returns the state of the data there.
+def restored(learner: Learner, path: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Put the learner where the checkpoint was made; returns the state of the data there. `check` replaces its own
+    `check_identity`.
 
     Raises:
         ConfigError: made with other settings.
@@ -128,7 +130,7 @@ def restored(learner: Learner, path: Path) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError) as error:
         raise FormatError(f"{path} is incomplete ({error}); delete it to resume from the one before") from error
     try:
-        learner.check_identity(identity)
+        (check or learner.check_identity)(identity)
     except ConfigError as error:
         raise ConfigError(
             f"{path} was made with other settings ({error}); resume with its own, or start a new run"

@@ -40,6 +40,14 @@ class Stepper(ABC):
         """While it is entered the model holds the weights to export, where those are not the ones being trained."""
         return nullcontext()
 
+    def whole(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state of the model or of this stepper with the latents of all ranks, where each has only some."""
+        return state
+
+    def own(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The reverse of `whole`: the part of this rank."""
+        return state
+
 
 class TorchStepper(Stepper):
     """The sparse gradients of `kernels.FastStep`, then torch's own fused Adam (or another optimizer). Any device, no

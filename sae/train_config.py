@@ -17,9 +17,11 @@ FREE_KEYS = (
     "device",
     "prefetch_batches",
     "kernel",  # only what it came to counts
+    "parallel",  # the same
 )  # may change on resume
 SHARED_KEYS = ("batch_tokens", "tokens", *FREE_KEYS)  # the same for SAEs trained on the same batches
 KERNELS = ("auto", "torch", "native")
+PARALLEL = ("data", "latent")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,7 @@ class TrainConfig:
     dead_after_tokens: int = 10_000_000
     init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: what reconstructs best (sae/initial.py)
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
+    auxk_dtype: str = "auto"  # auto | float32 | bfloat16
     kernel: str = "auto"  # auto | torch | native
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -57,6 +60,7 @@ class TrainConfig:
     keep_last: int = 2  # *
     save_best: bool = False  # * keep the checkpoint of the lowest FVU too, over the steps since the one before
     device: str = "auto"  # * auto | cpu | cuda
+    parallel: str = "data"  # * on several ranks: data | latent
     prefetch_batches: int = 2  # * read ahead in a thread; 0: no thread
 
     def __post_init__(self) -> None:
@@ -70,6 +74,7 @@ class TrainConfig:
         self._check("eps", math.isfinite(self.eps) and self.eps > 0, "above 0")
         self._check("decay_share", 0 <= self.decay_share <= 1, "between 0 and 1")
         self._check("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}")
+        self._check("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
         self._check("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two in [0, 1)")
         self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._check("momentum", 0 <= self.momentum < 1, "in [0, 1)")

@@ -151,8 +151,8 @@ class JointTrainer:
         for name, learner in self._alive().items():
             path = self.saves.folder / name / BEST
             if self.config.save_best and learner.best and learner.best["step"] != learner.step and path.exists():
-                then = Learner(learner.config, self._subject, self.device)
-                restored(then, path)
+                then = learner.alone()
+                restored(then, path, learner.check_identity)
                 found[name] = then.weights()
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -46,3 +47,13 @@ def s3():
         for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
             patch.delenv(name)
         yield "s3://bucket"
+
+
+@pytest.fixture(autouse=True)
+def own_loggers_speak():
+    """Libraries that configure logging (in some test before) disable the loggers that exist then, ours among them."""
+    logging.disable(logging.NOTSET)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] in ("sae", "pipeline", "convert"):
+            logger.disabled = False
+            logger.propagate = True

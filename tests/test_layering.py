@@ -25,7 +25,7 @@ ONLY_IN = {
     "omegaconf": ("pipeline/cli.py",),
     "scipy": (),  # by name, where it is needed: pipeline/evaluation/optional.py
     "sklearn": (),
-    "torch": ("sae/", "pipeline/stages/train.py", "pipeline/loggers.py"),
+    "torch": ("sae/", "pipeline/stages/train.py", "pipeline/loggers.py", "convert/interop/reading.py"),
 }
 
 

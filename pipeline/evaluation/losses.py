@@ -6,12 +6,13 @@ N tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..cores import usable_cores
 
 MAX_THREADS = 4
 BLOCK_ELEMENTS = 1 << 18  # logits worked on at once: 1 MiB of float32 stays in the cache
@@ -84,7 +85,7 @@ def _over_blocks(shape: tuple[int, ...], work: Callable[[slice], None]) -> None:
         for rows in blocks:
             work(rows)
         return
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1, len(blocks))) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores(), len(blocks))) as pool:
         for _ in pool.map(work, blocks):
             pass
 

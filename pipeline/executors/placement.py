@@ -10,17 +10,11 @@ from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from ..config import ExecutorConfig
+from ..cores import usable_cores
 
 CORES_PER_WORKER = 2
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SMI_SECONDS = 20
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
@@ -63,9 +57,9 @@ def worker_count(config: ExecutorConfig, gpus: Sequence[str]) -> int:
         return config.workers
     if gpus:
         return max(1, int(len(gpus) / (config.gpus_per_worker or 1)))
-    return max(1, cores() // (config.threads_per_worker or CORES_PER_WORKER))
+    return max(1, usable_cores() // (config.threads_per_worker or CORES_PER_WORKER))
 
 
 def thread_count(config: ExecutorConfig, workers: int) -> int:
     """`executor.threads_per_worker`, or this machine's cores shared out."""
-    return config.threads_per_worker or max(1, cores() // workers)
+    return config.threads_per_worker or max(1, usable_cores() // workers)

@@ -29,9 +29,10 @@ import ray.exceptions
 from sae.errors import ConfigError
 
 from ..config import ExecutorConfig
+from ..cores import usable_cores
 from .base import Placement, Progress, Work, attempt
 from .crew import Crew, CrewExecutor, Event
-from .placement import cores, thread_count, worker_count
+from .placement import thread_count, worker_count
 from .processes import portable
 
 WAIT_SECONDS = 0.5
@@ -185,7 +186,7 @@ def _make(config: ExecutorConfig, stack: ExitStack) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
     ray.init(
         address="local",
-        num_cpus=max(cores(), workers * thread_count(config, workers)),
+        num_cpus=max(usable_cores(), workers * thread_count(config, workers)),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,

@@ -7,6 +7,7 @@ from typing import final
 
 import numpy as np
 
+from sae.encoders import Encoder, encoder_name
 from sae.weights import SAEWeights
 
 from .base import Intervention, check_latents, sae_digest
@@ -21,12 +22,15 @@ class Ablate(Intervention):
 
     weights: SAEWeights
     latents: tuple[int, ...]
+    encoder: Encoder | None = None  # what computes the a_i; None: numpy
 
     def __post_init__(self) -> None:
         check_latents(self.weights, self.latents, (0.0,) * len(self.latents), "value")
 
     def key(self) -> str:
-        return f"ablate({self.point};{sae_digest(self.weights)};{sorted(self.latents)};{self.where.key()})"
+        sae = sae_digest(self.weights) + encoder_name(self.encoder)
+        return f"ablate({self.point};{sae};{sorted(self.latents)};{self.where.key()})"
 
     def change(self, x_ND: np.ndarray, seq_N: np.ndarray, pos_N: np.ndarray) -> np.ndarray:
-        return clamp_change(self.weights, x_ND, self.latents, (0.0,) * len(self.latents))
+        zeros = (0.0,) * len(self.latents)
+        return clamp_change(self.weights, x_ND, self.latents, zeros, self.encoder)

@@ -7,6 +7,7 @@ from typing import final
 
 import numpy as np
 
+from sae.encoders import Encoder, encoder_name, encoder_of
 from sae.runtime import latent_values, sigma
 from sae.weights import SAEWeights
 
@@ -25,23 +26,31 @@ class Clamp(Intervention):
     weights: SAEWeights
     latents: tuple[int, ...]
     values: tuple[float, ...]
+    encoder: Encoder | None = None  # what computes the a_i; None: numpy
 
     def __post_init__(self) -> None:
         check_latents(self.weights, self.latents, self.values, "value")
 
     def key(self) -> str:
         named = f"{list(self.latents)};{[float(value).hex() for value in self.values]}"
-        return f"clamp({self.point};{sae_digest(self.weights)};{named};{self.where.key()})"
+        return f"clamp({self.point};{sae_digest(self.weights)}{encoder_name(self.encoder)};{named};{self.where.key()})"
 
     def change(self, x_ND: np.ndarray, seq_N: np.ndarray, pos_N: np.ndarray) -> np.ndarray:
-        return clamp_change(self.weights, x_ND, self.latents, self.values)
+        return clamp_change(self.weights, x_ND, self.latents, self.values, self.encoder)
 
 
-def clamp_change(w: SAEWeights, x_ND: np.ndarray, latents: tuple[int, ...], values: tuple[float, ...]) -> np.ndarray:
+def clamp_change(
+    w: SAEWeights,
+    x_ND: np.ndarray,
+    latents: tuple[int, ...],
+    values: tuple[float, ...],
+    encoder: Encoder | None = None,
+) -> np.ndarray:
     """sum_i (value_i - a_i) W_dec[i] for each row, float32 (N, D); exactly zero where every value_i equals a_i."""
     check_width(x_ND, w.d_in, "the SAE")
     if not latents:
         return np.zeros_like(x_ND)
-    a_NI = latent_values(w, x_ND, list(latents)).astype(np.float64)
+    encoded = encoder_of(w, encoder).encode(x_ND)
+    a_NI = latent_values(w, x_ND, list(latents), encoded=encoded).astype(np.float64)
     change_ND = (np.asarray(values) - a_NI) @ w.W_dec_FD[list(latents)].astype(np.float64)
     return (sigma(w, x_ND) * change_ND).astype(np.float32)

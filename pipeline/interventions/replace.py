@@ -7,7 +7,8 @@ from typing import ClassVar, final
 
 import numpy as np
 
-from sae.runtime import decode, encode
+from sae.encoders import Encoder, encoder_name, encoder_of
+from sae.runtime import decode
 from sae.weights import SAEWeights
 
 from .base import Intervention, check_width, digest, sae_digest
@@ -20,13 +21,15 @@ class Reconstruct(Intervention):
 
     weights: SAEWeights
     keep_error: bool = False
+    encoder: Encoder | None = None  # None: numpy
 
     def key(self) -> str:
-        return f"reconstruct({self.point};{sae_digest(self.weights)};error={self.keep_error};{self.where.key()})"
+        sae = sae_digest(self.weights) + encoder_name(self.encoder)
+        return f"reconstruct({self.point};{sae};error={self.keep_error};{self.where.key()})"
 
     def change(self, x_ND: np.ndarray, seq_N: np.ndarray, pos_N: np.ndarray) -> np.ndarray:
         check_width(x_ND, self.weights.d_in, "the SAE")
-        x_hat_ND = decode(self.weights, *encode(self.weights, x_ND), x_ND)
+        x_hat_ND = decode(self.weights, *encoder_of(self.weights, self.encoder).encode(x_ND), x_ND)
         if self.keep_error:
             x_hat_ND = x_hat_ND + (x_ND - x_hat_ND)
         return x_hat_ND - x_ND

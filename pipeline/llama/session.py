@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import numpy as np
 
 from sae.errors import ConfigError, LlamaError, ShapeError
 
+from ..cores import usable_cores
 from .batches import Batch, split_equal, split_simple
 from .callback import Cells, DecodePlan, EvalCallback, Hook, Rows
 from .graph import GraphMap, Target
@@ -70,7 +70,7 @@ class Session:
         n_ubatch = min(n_batch, _between("n_ubatch", n_ubatch or 512, 1, 1 << 24))
         params = lc.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_ubatch, n_seq_max
-        params.n_threads = params.n_threads_batch = n_threads or available_cores()
+        params.n_threads = params.n_threads_batch = n_threads or usable_cores()
         params.type_k = params.type_v = _choice("kv_type", kv_type, _KV_TYPES)
         params.flash_attn_type = _choice("flash_attn", flash_attn, _FLASH)
         params.kv_unified = self.kv_unified
@@ -368,11 +368,6 @@ def _groups(session: Session, lengths: list[int]) -> Iterator[list[int]]:
         total += length
     if group:
         yield group
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _integers(name: str, values: Any) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from sae.encoders import Encoder
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
@@ -23,7 +24,16 @@ from ..llama.model import Model
 from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
 from ..run import RunContext
-from .inputs import check_host, context_tokens, describe_model, open_model, open_sae, relative, session_options
+from .inputs import (
+    check_host,
+    context_tokens,
+    describe_model,
+    encoder_for,
+    open_model,
+    open_sae,
+    relative,
+    session_options,
+)
 
 LONGEST = 1 << 20  # positions
 READOUT_NAME = "readout.jsonl"
@@ -40,8 +50,9 @@ def run(context: RunContext) -> None:
         tokens = tokens_of(model, config)
         n_ctx = context_tokens(context, model, len(tokens) + config.max_tokens)
         session = Session(model, n_ctx=n_ctx, **session_options(context.config.model))
-        chosen = interventions(context.config.intervention, weights)
-        reader = Reader(weights, top=config.top_latents)
+        encoder = encoder_for(context, path, weights, model)
+        chosen = interventions(context.config.intervention, weights, encoder)
+        reader = Reader(weights, top=config.top_latents, encoder=encoder)
         stream = generate(
             session, model, tokens, interventions=chosen, readers=[reader],
             max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
@@ -61,6 +72,7 @@ def run(context: RunContext) -> None:
     fvu = float(np.mean([e.fvu or 0.0 for e in read])) if read else float("nan")
     context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made), "l0": l0, "fvu": fvu}
     context.metrics["text"] = "".join(e.text for e in made)
+    context.metrics["encoder"] = reader.encoder.name
     context.outputs["readout"] = str(context.folder / READOUT_NAME)
     context.three_lines(
         given,
@@ -81,7 +93,9 @@ def tokens_of(model: Model, config: ApplyConfig) -> np.ndarray:
     return tokens
 
 
-def interventions(config: InterventionConfig, weights: SAEWeights) -> list[Intervention]:
+def interventions(
+    config: InterventionConfig, weights: SAEWeights, encoder: Encoder | None = None
+) -> list[Intervention]:
     """The intervention that the settings name, or none."""
     if config.kind not in KINDS:
         raise ConfigError(f"intervention.kind: expected one of {', '.join(KINDS)}, got {config.kind!r}")
@@ -97,8 +111,8 @@ def interventions(config: InterventionConfig, weights: SAEWeights) -> list[Inter
         return [Steer(point=point, where=where, weights=weights, latents=latents, coeffs=coeffs)]
     if config.kind == "clamp":
         values = (config.value,) * len(latents)
-        return [Clamp(point=point, where=where, weights=weights, latents=latents, values=values)]
-    return [Ablate(point=point, where=where, weights=weights, latents=latents)]
+        return [Clamp(point=point, where=where, weights=weights, latents=latents, values=values, encoder=encoder)]
+    return [Ablate(point=point, where=where, weights=weights, latents=latents, encoder=encoder)]
 
 
 def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:

@@ -1,12 +1,14 @@
-"""`ggscope convert`: a checkpoint to SAE GGUF, read back and verified; a latent to a control vector."""
+"""`ggscope convert`: a checkpoint or a published SAE to SAE GGUF, read back and verified; to other libraries' folders; a latent to a control vector."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from convert.control_vector import write_control_vector
+from convert.interop.exporting import export_folder
 from convert.sae_gguf import write_sae_gguf
 from convert.verify import verify
 from sae.errors import ConfigError
@@ -19,34 +21,49 @@ from ..llama.model import Model
 from ..run import RunContext
 from .corpora import window_table
 from .inputs import check_host, load_sae, open_model, outlier_norm, relative, sae_path, sae_sha256, session_options
+from .published import check_width, import_published, is_published, measured, published_sha256, report_notes
 
 GGUF_NAME = "sae.gguf"
 
 
 def run(context: RunContext) -> None:
     config = context.config.convert
-    source = Path(config.source).expanduser() if config.source else sae_path(context)
-    weights = load_sae(source)
+    imported = None
+    if is_published(config):
+        source, imported = import_published(config)
+        weights = imported.weights
+        report_notes(context, imported)
+    else:
+        source = Path(config.source).expanduser() if config.source else sae_path(context)
+        weights = load_sae(source)
     if len(weights.ports) > 2 or (weights.ports and not weights.hook_out):
         raise ConfigError(f"convert verifies on rows of one hook point, {relative(source)} reads several")
-    sha256 = sae_sha256(source)
-    context.add_input("sae", source, sha256)
+    sha256 = published_sha256(source) if imported else sae_sha256(source)
+    context.add_input("sae", source, sha256, **({"format": imported.format} if imported else {}))
     out = Path(config.out).expanduser() if config.out else context.folder / GGUF_NAME
     with open_model(context) as model:
         check_host(context, weights, model)
         probe = probe_rows(context, model, weights, config.probe_tokens)
+        if imported:
+            check_width(weights, probe, model)
+            target = probe
+            if weights.hook_out:
+                target = probe_rows(context, model, replace(weights, hook=weights.hook_out), config.probe_tokens)
+            weights = measured(imported, probe, target, model)
         vector = control_vector(context, weights, model) if config.latent >= 0 else None
     if config.thresholds != "none":
         weights = to_thresholds(weights, probe, config.thresholds)
     write_sae_gguf(out, weights, encoder_type=config.encoder_type, decoder_type=config.decoder_type)
     checked = verify(weights, out, probe)
     context.outputs["sae"] = str(out)
+    if config.export:
+        context.outputs["export"] = str(export_folder(context.folder / config.export, weights, config.export))
     context.metrics = checked | {"bytes": out.stat().st_size}
     context.three_lines(
-        f"{relative(source)} (sha256 {sha256[:12]}), {weights.num_latents} latents x {weights.d_in}",
+        f"{relative(source)} ({f'{imported.format}, ' if imported else ''}sha256 {sha256[:12]}), {weights.num_latents} latents x {weights.d_in}",
         f"encoder {config.encoder_type}, decoder {config.decoder_type}, {out.stat().st_size / 1e6:.1f} MB; on {len(probe):,} rows FVU "
         f"{checked['fvu_source']:.4f} -> {checked['fvu_file']:.4f}, L0 {checked['l0']:.1f}, top-k overlap {checked['topk_overlap']:.4f}",
-        relative(out) + (f" and {relative(vector)}" if vector else ""),
+        " and ".join(relative(path) for path in (out, vector, context.outputs.get("export")) if path),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -16,10 +15,14 @@ from sae.errors import ConfigError, StoreError
 from sae.weights import SAEWeights
 
 from ..config import ModelConfig
+from ..cores import usable_cores
 from ..run import RunContext, file_sha256, newest_finished, read_manifest, runs_of
 from ..store.backends import as_location
+from .hub import fetch_file
 
 if TYPE_CHECKING:
+    from sae.encoders import Encoder
+
     from ..llama.model import Model
     from ..store.reader import ActivationStore
 
@@ -45,20 +48,8 @@ def model_path(config: ModelConfig) -> Path:
     if bool(config.repo) != bool(config.file):
         raise ConfigError("model.repo and model.file belong together, e.g. model.repo=owner/name model.file=name.gguf")
     if config.repo:
-        return from_hub(config.repo, config.file)
+        return fetch_file(config.repo, config.file, f"model.repo={config.repo} model.file={config.file}")
     return Path(str(resources.files("pipeline") / "data" / "pylm.gguf"))
-
-
-def from_hub(repo: str, file: str) -> Path:
-    """Download (or find in the cache) one file of a hub repository."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, file))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"model.repo={repo} model.file={file}: cannot be had from the hub ({reason})") from error
 
 
 def open_model(context: RunContext) -> Model:
@@ -208,6 +199,21 @@ def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
     return path, weights
 
 
+def encoder_for(context: RunContext, path: Path, weights: SAEWeights, model: Model) -> Encoder | None:
+    """The encoder `apply.encoder` names, on the model's device; None: numpy. A GGUF's W_enc in its stored type."""
+    from convert.sae_gguf import read_stored_encoder
+
+    from ..llama.encoder import open_encoder
+
+    return open_encoder(
+        weights,
+        context.config.apply.encoder,
+        n_threads=threads(context.config.model.n_threads),
+        stored=read_stored_encoder(path) if path.suffix == ".gguf" else None,
+        gpu=model.offloads,
+    )
+
+
 def sae_sha256(path: Path) -> str:
     """Hash of an SAE's file: the GGUF itself, or the tensors of a checkpoint folder; empty where neither is there."""
     file = path if path.is_file() else path / "sae.safetensors"
@@ -250,7 +256,7 @@ def print_wide(table: Table) -> None:
 
 
 def threads(n: int) -> int:
-    return n if n > 0 else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return n if n > 0 else usable_cores()
 
 
 def check_host(context: RunContext, weights: SAEWeights, model: Model) -> None:

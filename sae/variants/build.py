@@ -5,6 +5,7 @@ Shape letters: N rows, W columns of a batch, D d_in, F latents.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,11 +46,12 @@ def build(
     start: SAEWeights | None = None,
     wiring: Wiring = SAME,
     variances: tuple[float, ...] = (),
+    shard_: Callable[[SparseCoder], None] | None = None,
 ) -> tuple[SparseCoder, LossSettings]:
     """The model, where its weights start, and the settings of its loss.
 
     `sample_ND`: raw rows, for `needs_sample`. `start`: an SAE to go on from. With several hook points: the wiring, and
-    E||x - mean||^2 at each of its ports.
+    E||x - mean||^2 at each of its ports. `shard_` leaves some of the latents, before the model goes to the device.
 
     Raises:
         ConfigError: settings that do not go together; a start that does not fit.
@@ -85,12 +87,15 @@ def build(
         load_start_(model, start)
     elif config.init_scale or (not wiring.two_sided and config.variant in CHOOSES_K):
         scale_encoder_(model, config.init_scale)
+    if shard_ is not None:
+        shard_(model)
     model = model.to(device)
     settings = LossSettings(
         variance=target_variance,
         auxk_k=config.auxk_k or max(1, model.W_dec_FD.shape[1] // 2),
         auxk_coef=config.auxk_coef,
         encoder_dtype=dtype_of(config, model, device),
+        auxk_dtype=auxk_dtype_of(config, model, device),
     )
     return model, settings
 
@@ -121,4 +126,14 @@ def dtype_of(config: TrainConfig, model: SparseCoder, device: torch.device) -> t
         raise ConfigError(
             f"this {config.variant} SAE trains by autograd, in float32; use encoder_dtype=auto or float32"
         )
+    return found
+
+
+def auxk_dtype_of(config: TrainConfig, model: SparseCoder, device: torch.device) -> torch.dtype:
+    """Like `dtype_of`, of AuxK's matrix products; there "auto" is bfloat16 wherever that is fast."""
+    sparse = has_fast_step(model)
+    name = "float32" if config.auxk_dtype == "auto" and not sparse else config.auxk_dtype
+    found = encoder_dtype(name, device, key="auxk_dtype")
+    if found != torch.float32 and not sparse:
+        raise ConfigError(f"this {config.variant} SAE trains by autograd, in float32; use auxk_dtype=auto or float32")
     return found

@@ -136,7 +136,7 @@ def test_rows_are_on_disk_when_a_later_group_fails(tmp_path, monkeypatch, capsys
 
 def test_the_toy_dictionary_is_found_by_training_and_not_by_chance():
     problem = toy_dictionary.Problem(d_in=16, truths=32, num_latents=64, k=3, tokens=60_000, batch_tokens=256)
-    found = {row.unit: row for row in toy_dictionary.rows(problem)}
+    found = {row.unit: row for row in toy_dictionary.rows(problem, {"topk": {}})}
     assert found["recovered_share"].ours > found["recovered_share"].theirs + 0.3
     toy = Superposition(16, 32, draws=3)
     before, _ = toy_dictionary.trained(toy, problem, {})

@@ -41,6 +41,32 @@ def test_every_token_but_bos_has_its_latents_l0_and_fvu(sae, tmp_path):
     assert [json.loads(line) for line in file.read_text().splitlines()] == read
 
 
+def test_the_ggml_encoder_reads_what_numpy_reads(sae, tmp_path):
+    runs = {}
+    for encoder in ("numpy", "ggml", "auto"):
+        options = [f"apply.encoder={encoder}", "intervention=clamp", "intervention.latents=[5]", "intervention.value=3"]
+        runs[encoder] = events(apply(sae, tmp_path, f"run_dir={encoder}", *options))
+    names = {name: json.loads((tmp_path / name / "manifest.json").read_text())["metrics"]["encoder"] for name in runs}
+    assert names["numpy"] == "numpy"
+    assert names["auto"] == names["ggml"]
+    assert names["ggml"].startswith("ggml:CPU:")
+    assert names["ggml"].endswith(":F32")
+    assert runs["auto"] == runs["ggml"]
+    for ours, numpys in zip(runs["ggml"], runs["numpy"], strict=True):
+        assert [latent for latent, _ in ours["latents"]] == [latent for latent, _ in numpys["latents"]]
+        np.testing.assert_allclose([a for _, a in ours["latents"]], [a for _, a in numpys["latents"]], rtol=1e-3)
+
+
+def test_a_gguf_is_read_in_its_stored_type(sae, tmp_path):
+    done = ggscope("convert", f"convert.source={sae}", "convert.encoder_type=Q8_0", "run_dir=made", cwd=tmp_path)
+    assert done.returncode == 0
+    (file,) = (tmp_path / "made").glob("*.gguf")
+    read = events(apply(file, tmp_path, "run_dir=read"))
+    assert all(e["l0"] > 0 for e in read[1:])
+    metrics = json.loads((tmp_path / "read" / "manifest.json").read_text())["metrics"]
+    assert metrics["encoder"].endswith(":Q8_0")
+
+
 def test_a_prompt_comes_from_stdin_as_well(sae, tmp_path):
     command = [
         sys.executable,

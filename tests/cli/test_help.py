@@ -9,7 +9,7 @@ import pytest
 
 from convert.keys import MATRIX_TYPES
 from pipeline.cli import main
-from pipeline.config import CHOICES, Config, CorpusConfig, check_ranges
+from pipeline.config import Config, CorpusConfig
 from pipeline.corpus.cutting import PACKINGS
 from pipeline.corpus.encoding import BOS_POLICIES
 from pipeline.corpus.plan import DTYPES
@@ -17,6 +17,7 @@ from pipeline.corpus.readers import KINDS, SPLITS
 from pipeline.corpus.sources.tokens import TOKEN_DTYPES
 from pipeline.executors import KINDS as EXECUTORS
 from pipeline.interventions.base import PHASES
+from pipeline.ranges import CHOICES, check_ranges
 from pipeline.stages.apply import KINDS as INTERVENTIONS
 from pipeline.stages.rows import SOURCES
 from sae.errors import ConfigError

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from convert.sae_gguf import read_sae_gguf
-from pipeline.config import Config, SAEConfig, check_ranges
+from pipeline.config import Config, SAEConfig
+from pipeline.ranges import check_ranges
 from pipeline.stages.rows import wiring_of
 from pipeline.store.reader import ActivationStore
 from pipeline.training.settings import train_config

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import ExecutorConfig
+from pipeline.cores import usable_cores
 from pipeline.executors import Placement, open_executor
 from pipeline.executors.base import even_tasks, guided_tasks
-from pipeline.executors.placement import cores, gpus_of, thread_count, visible_gpus, worker_count
+from pipeline.executors.placement import gpus_of, thread_count, visible_gpus, worker_count
 from pipeline.store.writer import invalidate
 from sae.errors import ConfigError, LlamaError
 from tests.executors.capture_work import extract_with
@@ -90,9 +91,9 @@ def test_workers_and_threads_share_the_machine_out():
     assert worker_count(ExecutorConfig(), ["0", "1", "2"]) == 3
     assert worker_count(ExecutorConfig(gpus_per_worker=0.5), ["0", "1", "2"]) == 6
     assert worker_count(ExecutorConfig(gpus_per_worker=2.0), ["0", "1", "2"]) == 1
-    assert worker_count(ExecutorConfig(), []) == max(1, cores() // 2)
-    assert worker_count(ExecutorConfig(threads_per_worker=1), []) == cores()
-    assert thread_count(ExecutorConfig(), 1) == cores()
+    assert worker_count(ExecutorConfig(), []) == max(1, usable_cores() // 2)
+    assert worker_count(ExecutorConfig(threads_per_worker=1), []) == usable_cores()
+    assert thread_count(ExecutorConfig(), 1) == usable_cores()
     assert thread_count(ExecutorConfig(), 1000) == 1
     assert thread_count(ExecutorConfig(threads_per_worker=5), 1000) == 5
 

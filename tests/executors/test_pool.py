@@ -62,7 +62,7 @@ def test_what_a_dead_worker_left_is_shared_out_to_idle_ones(tmp_path):
     work = FileWork(folder=tmp_path, n_shards=8, holds=0)
 
     def kill() -> None:
-        wait_until(lambda: work.missing() == [0, 1])
+        wait_until(lambda: work.missing() == [0, 1] and bool(work.logged("held")))
         os.kill(int(work.logged("held")[0][0]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)

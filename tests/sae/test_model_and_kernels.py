@@ -125,6 +125,8 @@ def test_sizes_that_cannot_work_are_refused():
         input_scale(0.0, 4)
     with pytest.raises(ConfigError, match="auto, float32 or bfloat16"):
         encoder_dtype("int8", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="auxk_dtype must be"):
+        encoder_dtype("int8", torch.device("cpu"), key="auxk_dtype")
     assert encoder_dtype("f32", torch.device("cpu")) is torch.float32
 
 
@@ -203,6 +205,34 @@ def test_auxk_reaches_the_encoder_of_dead_latents_that_the_main_loss_does_not_to
     assert (reached.norm(dim=1) > 0).float().mean() > 0.9
     assert relative(reached.double(), oracle.W_enc_FD.grad[dead_F]) < 1e-6
     assert relative(model.b_enc_F.grad[dead_F].double(), oracle.b_enc_F.grad[dead_F]) < 1e-6
+
+
+def test_auxk_is_exact_where_no_row_has_more_positive_latents_than_are_taken():
+    model, u_ND, dead_F, settings = make(), batch(), mask(24), loss_settings(auxk_k=20)
+    with torch.no_grad():
+        most = int((model.pre_acts(u_ND)[:, dead_F] > 0).sum(1).max())
+    assert 10 < most <= 20
+    oracle = copy.deepcopy(model).double()
+    dense_step(oracle, u_ND.double(), settings, dead_F)
+    FastStep(model, settings)(u_ND, dead_F)
+    for name, gradient in gradients(model).items():
+        assert relative(gradient, gradients(oracle)[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize(("dead", "most"), [(5, 0.03), (24, 0.01), (120, 0.05)])  # latents cross zero, or the edge
+def test_auxk_in_bfloat16_gives_the_gradients_but_for_rounding(dead, most):
+    model, u_ND, dead_F = make(), batch(), mask(dead)
+    with torch.no_grad():
+        model.b_enc_F[~dead_F] += 20.0  # the dead get gradients of AuxK alone
+    oracle = copy.deepcopy(model).double()
+    expected = dense_step(oracle, u_ND.double(), loss_settings(auxk_k=20), dead_F)
+    result = FastStep(model, loss_settings(auxk_k=20, auxk_dtype=torch.bfloat16))(u_ND, dead_F)
+    for name in ("W_enc_FD", "W_dec_FD", "b_enc_F"):
+        reached, exact = getattr(model, name).grad[dead_F].double(), getattr(oracle, name).grad[dead_F]
+        assert 1e-5 < relative(reached, exact) < most, name  # above 1e-5: the dtype was really used
+        assert getattr(model, name).grad.dtype == torch.float32
+    assert relative(model.W_dec_FD.grad[~dead_F].double(), oracle.W_dec_FD.grad[~dead_F]) < 1e-6
+    assert float(result.auxk_loss) == pytest.approx(float(expected.auxk_loss), rel=1e-3)
 
 
 @pytest.mark.parametrize("dead", [0, 30, 120])

@@ -25,15 +25,9 @@ from .toy import D, Toy
 
 # float32: what encoder_dtype=auto means depends on the chip, and bfloat16 may choose other latents near ties
 SMALL = TrainConfig(
-    num_latents=64,
-    k=4,
-    batch_tokens=128,
-    tokens=12 * 128,
-    checkpoint_steps=4,
-    log_steps=3,
-    lr=1e-3,
-    encoder_dtype="float32",
-)
+    num_latents=64, k=4, batch_tokens=128, tokens=12 * 128, checkpoint_steps=4, log_steps=3, lr=1e-3,
+    encoder_dtype="float32", auxk_dtype="float32",
+)  # fmt: skip
 
 
 def trainer(folder, config=SMALL, toy=None, **extra):
@@ -60,7 +54,7 @@ def fvu(weights, x_ND):
 def test_it_untangles_superposed_features_and_beats_pca_and_the_untrained_sae(tmp_path, kernel):
     toy, k = Toy(batch=1024), 8
     config = TrainConfig(
-        num_latents=256, k=k, batch_tokens=1024, tokens=300 * 1024, lr=1e-2, warmup_steps=20, decay_share=0.3,
+        num_latents=256, k=k, batch_tokens=1024, tokens=300 * 1024, lr=5e-3, warmup_steps=20, decay_share=0.3,
         dead_after_tokens=20 * 1024, log_steps=50, kernel=kernel,
     )  # fmt: skip
     rows = []

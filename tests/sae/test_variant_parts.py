@@ -256,3 +256,13 @@ def test_layer_norm_rows_keep_their_own_units():
     torch.testing.assert_close(
         torch.from_numpy(encode(w, 7 * x_ND)[1]), torch.from_numpy(vals_NK), rtol=1e-4, atol=1e-4
     )
+
+
+def test_auxk_in_bfloat16_is_for_sparse_gradients_and_recorded_as_it_came_to():
+    toy = Toy(batch=256)
+    run = Trainer(replace(CONFIG, auxk_dtype="bfloat16"), toy, **toy.statistics(), folder="x")
+    assert run.learner.identity()["auxk_dtype"] == "bfloat16"
+    run = Trainer(replace(CONFIG, variant="relu"), toy, **toy.statistics(), folder="x")
+    assert run.learner.identity()["auxk_dtype"] == "float32"
+    with pytest.raises(ConfigError, match="use auxk_dtype=auto or float32"):
+        Trainer(replace(CONFIG, variant="relu", auxk_dtype="bfloat16"), toy, **toy.statistics(), folder="x")

@@ -15,6 +15,7 @@ EXTRACT = [
 TRAIN = [
     "sae.num_latents=96", "sae.k=4", "trainer.batch_tokens=128", "trainer.tokens=7680", "trainer.warmup_steps=5",
     "trainer.dead_after_tokens=2000", "trainer.n_threads=1", "trainer.log_steps=10", "trainer.encoder_dtype=float32",
+    "trainer.auxk_dtype=float32",
 ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_several_saes_are_to_the_bit_those_of_runs_of_their_own(together, folder
 
 
 def test_two_ranks_of_torchrun_share_a_run_folder(folder, tmp_path):
-    run = tmp_path / "run"
+    runs = {kind: tmp_path / kind for kind in ("data", "latent")}
     torchrun = [
         sys.executable,
         "-m",
@@ -65,22 +65,24 @@ def test_two_ranks_of_torchrun_share_a_run_folder(folder, tmp_path):
         "-m",
         "pipeline.cli",
     ]
-    for where, code in ((f"run_dir={run}", 0), ("trainer.seed=1", 1)):
-        done = subprocess.run(
-            [*torchrun, "train", *TRAIN, where], cwd=folder, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == code, done.stderr
-    assert "under torchrun: expected `train` with run_dir=FOLDER" in done.stderr
-    manifest = json.loads((run / "manifest.json").read_text())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
-    assert manifest["status"] == "finished"
+    said, starts = "", [(f"trainer.parallel={kind}", f"run_dir={run}", 0) for kind, run in runs.items()]
+    for kind, where, code in (*starts, ("trainer.parallel=data", "trainer.seed=1", 1)):
+        command = [*torchrun, "train", *TRAIN, kind, where]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        said = done.stderr
+        assert done.returncode == code, said
+    assert "under torchrun: expected `train` with run_dir=FOLDER" in said
     one = tmp_path / "one"
     ggscope("train", *TRAIN, f"run_dir={one}", cwd=folder)
     expected = json.loads((one / "manifest.json").read_text())["metrics"]
-    assert manifest["metrics"]["fvu"] == pytest.approx(expected["fvu"], rel=1e-2)
-    a, b = (load_weights(place / "sae").W_dec_FD for place in (run, one))
-    assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
+    for run in runs.values():
+        manifest = json.loads((run / "manifest.json").read_text())
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
+        assert manifest["status"] == "finished"
+        assert manifest["metrics"]["fvu"] == pytest.approx(expected["fvu"], rel=1e-2)
+        a, b = (load_weights(place / "sae").W_dec_FD for place in (run, one))
+        assert np.linalg.norm(a - b) < 1e-2 * np.linalg.norm(b)
 
 
 def test_a_later_stage_asks_which_of_several_saes_is_meant(together, folder, tmp_path):

@@ -1,0 +1,61 @@
+"""`python -m bench.live [--quick] [--json FILE]`: what reading an SAE adds to a generated token.
+
+A random Llama of the 1B shape in Q8_0 (of fewer blocks with `--quick`) and the demo model. Beside each added time
+stands the byte floor: the encoder's bytes at the speed of a read-only sum over 1 GiB, taken in turns with the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import live_cases as cases
+from bench.common import Row, cache_folder, machine, report, write_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    settings = cases.Settings.quick() if options.quick else cases.Settings()
+    settings = replace(
+        settings,
+        threads=options.threads,
+        tokens=options.tokens or settings.tokens,
+        latents=tuple(options.latents or settings.latents),
+    )
+    folder = Path(options.folder) if options.folder else cache_folder()
+    facts: dict[str, Any] = machine() | {"threads": settings.threads, "tokens": settings.tokens}
+    started = time.monotonic()
+    rows: list[Row] = []
+    for name in options.models:
+        own = settings.for_demo() if name == "demo" else settings
+        found, more = cases.measure(name, cases.prepare(name, folder, own, _say), own, _say)
+        rows += found
+        facts |= more | {"seconds": round(time.monotonic() - started)}
+        if options.json:
+            write_json(options.json, rows, facts)
+    report(rows, facts, title="live", json_path=options.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.live", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a model of 4 blocks, fewer tokens and sizes")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--models", nargs="+", choices=("llama1b", "demo"), default=["llama1b", "demo"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, help="generated tokens")
+    parser.add_argument("--latents", type=int, nargs="+", help="sizes of the SAEs")
+    parser.add_argument("--folder", help="where the model is kept (default: the user's cache)")
+    return parser
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

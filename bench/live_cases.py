@@ -1,0 +1,282 @@
+"""The measurements of `python -m bench.live`: every side decodes the same token before the next token's turn.
+
+A side is a context of its own on one model. All run on one thread of Python, so ggml's threads are the same ones,
+and each passes over the whole model between two turns of another: nothing small stays in the cache. What a reading
+adds is the median over the tokens of the difference to the side without one.
+
+Shape letters: D width of the hook point, F latents.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import gguf
+import numpy as np
+
+from bench import models
+from bench.common import ROOT, BenchError, Row
+from bench.ours import beside
+from convert.sae_gguf import StoredMatrix
+from pipeline.llama.batches import Batch
+from pipeline.llama.encoder import GgmlEncoder
+from pipeline.llama.model import Model
+from pipeline.llama.session import Session
+from pipeline.llama.symbols import lc
+from pipeline.readout import Reader
+from sae.encoders import NumpyEncoder
+from sae.native.build import build
+from sae.weights import SAEWeights
+
+TYPES = ("F16", "Q8_0", "Q4_0")
+SUM_BYTES = 1 << 30
+CACHED_BYTES = 64 << 20  # encoders below are allowed SMALL_MS more
+FLOOR_FACTOR, SMALL_MS = 1.25, 0.1
+TOKEN_SHARE, CALLBACK_SHARE, BUSY_SHARE = 0.08, 0.03, 0.10
+SHARE_OF = (32768, "Q8_0")  # the encoder that is held against the token's time
+WARM_TOKENS = 4
+SHAPE_1B = models.Shape(d=2048, blocks=16, heads=32, kv_heads=8, ff=8192)
+
+Say = Callable[[str], None]
+Step = Callable[[int, int], None]  # decode token t at position p
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """Sizes; the defaults are the full run on a 1B shape."""
+
+    shape: models.Shape = SHAPE_1B
+    threads: int = 2
+    prompt: int = 16
+    tokens: int = 128
+    busy_tokens: int = 64
+    latents: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
+    types: tuple[str, ...] = TYPES
+    k: int = 32
+    sum_bytes: int = SUM_BYTES
+    limits: bool = True
+    numpy_latents: int = 8192  # the general path beside it, for one size
+    seed: int = 1
+
+    @classmethod
+    def quick(cls) -> Self:
+        return cls(shape=replace(SHAPE_1B, blocks=4), tokens=64, busy_tokens=32, latents=(4096, 32768))
+
+    def for_demo(self) -> Settings:
+        """The demo model: reported without limits."""
+        return replace(self, latents=(2048,), numpy_latents=2048, limits=False)
+
+
+def prepare(name: str, folder: Path, settings: Settings, say: Say) -> Path:
+    """The model's file, made where it is missing."""
+    if name == "demo":
+        return ROOT / "pipeline" / "data" / "pylm.gguf"
+    path = folder / settings.shape.name / "Q8_0.gguf"
+    if not path.exists():
+        say(f"writing {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        models.write_gguf(path, settings.shape, "Q8_0")
+    return path
+
+
+def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of one model, and what they rest on."""
+    with Model(path) as model, _sides(model, settings, say) as (sides, sizes):
+        say(f"{name}: {settings.tokens} tokens, {len(sides)} sides in turns")
+        quiet = in_step(sides, settings, settings.tokens)
+        say(f"{name}: {settings.busy_tokens} tokens beside a busy Python thread")
+        some = {key: sides[key] for key in ("bare", "callback")}
+        with beside(busy=True):
+            busy = in_step(some, settings, settings.busy_tokens)
+    seconds = settings.sum_bytes / 1e9
+    facts = {
+        f"{name} bandwidth_gb_s": round(seconds / statistics.median(quiet["sum"]), 1),
+        f"{name} ms_per_token": round(1e3 * statistics.median(quiet["callback"]), 3),
+        f"{name} model_mb": round(path.stat().st_size / 1e6),
+    }
+    return [*_callback_rows(name, quiet, busy, settings), *_reading_rows(name, quiet, sizes, settings)], facts
+
+
+def in_step(sides: Mapping[str, Step], settings: Settings, count: int) -> dict[str, list[float]]:
+    """Seconds of every side for each of `count` tokens; the order turns with every token."""
+    names = list(sides)
+    token_T = np.random.default_rng(settings.seed).integers(3, 500, WARM_TOKENS + count)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for step in sides.values():
+        for pos in range(settings.prompt):
+            step(3 + pos, pos)
+    for t, token in enumerate(token_T.tolist()):
+        turn = t % len(names)
+        for name in names[turn:] + names[:turn]:
+            started = time.perf_counter()
+            sides[name](token, settings.prompt + t)
+            if t >= WARM_TOKENS:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+@contextmanager
+def _sides(
+    model: Model, settings: Settings, say: Say
+) -> Iterator[tuple[dict[str, Step], dict[str, tuple[int, str, int]]]]:
+    """Name -> step, and of the readings (F, type, bytes of the encoder)."""
+    n_ctx = settings.prompt + WARM_TOKENS + max(settings.tokens, settings.busy_tokens)
+    bare = _bare_context(model, n_ctx, settings.threads)
+    sides: dict[str, Step] = {"bare": _bare_step(bare)}
+    sizes: dict[str, tuple[int, str, int]] = {}
+    try:
+        sides["callback"] = _session_step(_session(model, n_ctx, settings), None)
+        sides["sum"] = _sum_step(settings)
+        for latents in settings.latents:
+            say(f"encoders of {model.n_embd} x {latents}")
+            for label, reader, n_bytes in _readers(model, latents, settings):
+                key = f"{latents} {label}"
+                sides[key] = _session_step(_session(model, n_ctx, settings), reader)
+                sizes[key] = (latents, label, n_bytes)
+        yield sides, sizes
+    finally:
+        lc.llama_free(bare)
+
+
+def _readers(model: Model, latents: int, settings: Settings) -> Iterator[tuple[str, Reader, int]]:
+    """A random SAE's reader for every type of its encoder, and numpy's for one size."""
+    rng = np.random.default_rng(settings.seed)
+    W_FD = rng.standard_normal((latents, model.n_embd), np.float32) / np.float32(np.sqrt(model.n_embd))
+    mean_D = np.zeros(model.n_embd, np.float32)
+    weights = SAEWeights(
+        W_enc_FD=W_FD, b_enc_F=np.zeros(latents), W_dec_FD=W_FD, b_dec_D=mean_D, mean_D=mean_D, variance=1.0,
+        k=settings.k, hook=f"blocks.{model.n_layer // 2}.hook_resid_post",
+    )  # fmt: skip
+    for label in settings.types:
+        kind = gguf.GGMLQuantizationType[label]
+        raw = np.ascontiguousarray(gguf.quants.quantize(W_FD, kind)).view(np.uint8).reshape(-1)
+        stored = StoredMatrix(dtype=label, shape=(latents, model.n_embd), raw=raw)
+        encoder = GgmlEncoder(weights, n_threads=settings.threads, stored=stored)
+        yield label, Reader(weights, top=settings.k, encoder=encoder), raw.nbytes
+    if latents == settings.numpy_latents:
+        yield "numpy-f32", Reader(weights, top=settings.k, encoder=NumpyEncoder(weights)), W_FD.nbytes
+
+
+def _session(model: Model, n_ctx: int, settings: Settings) -> Session:
+    return Session(model, n_ctx=n_ctx, n_batch=min(n_ctx, 32), n_threads=settings.threads)
+
+
+def _session_step(session: Session, reader: Reader | None) -> Step:
+    hooks = [reader.hook()] if reader is not None else []
+    seq_N = np.zeros(1, np.int32)
+
+    def step(token: int, pos: int) -> None:
+        if pos == 0:
+            session.clear()
+        session.decode(np.array([token]), seq_N, np.array([pos]), hooks=hooks, logits="last")
+        if reader is not None and len(reader.take(0, [pos])) != 1:
+            raise BenchError("no reading")
+
+    return step
+
+
+def _bare_context(model: Model, n_ctx: int, threads: int) -> Any:
+    """A context like a Session's, without a callback."""
+    params = lc.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_ctx, 32), min(n_ctx, 32)
+    params.n_threads = params.n_threads_batch = threads
+    params.swa_full = params.no_perf = True
+    found = lc.llama_init_from_model(model.handle, params)
+    if not found:
+        raise BenchError(f"no context of {n_ctx} tokens")
+    return found
+
+
+def _bare_step(context: Any) -> Step:
+    def step(token: int, pos: int) -> None:
+        if pos == 0:
+            lc.llama_memory_clear(lc.llama_get_memory(context), True)
+        batch = Batch(np.array([token]), np.zeros(1), np.array([pos]), np.ones(1))
+        if code := lc.llama_decode(context, batch.c):
+            raise BenchError(f"llama_decode gave {code}")
+        lc.llama_synchronize(context)
+
+    return step
+
+
+def _sum_step(settings: Settings) -> Step:
+    values = np.ones(settings.sum_bytes // 4, np.float32)
+    flags = ("-O3", "-march=native", "-ffast-math", "-fopenmp")
+    library = ctypes.CDLL(str(build("bandwidth", [Path(__file__).with_name("bandwidth.c")], [flags])))
+    sum_of = library.ggscope_bench_sum
+    sum_of.restype = ctypes.c_float
+    sum_of.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+
+    def step(token: int, pos: int) -> None:
+        if sum_of(values.ctypes.data, values.size, settings.threads) <= 0:
+            raise BenchError("the sum of ones is not positive")
+
+    return step
+
+
+def _callback_rows(name: str, quiet: Mapping, busy: Mapping, settings: Settings) -> list[Row]:
+    rows = []
+    for case, seconds, share in (("callback", quiet, CALLBACK_SHARE), ("callback, busy", busy, BUSY_SHARE)):
+        ratio = statistics.median(b / a for a, b in zip(seconds["callback"], seconds["bare"], strict=True))
+        ours, theirs = (1e3 * statistics.median(seconds[side]) for side in ("callback", "bare"))
+        target = 1 / (1 + share) if settings.limits else 0.0
+        rows.append(
+            Row(
+                case=f"{name} {case}",
+                peer="llama.cpp",
+                unit="ms/token",
+                ours=ours,
+                theirs=theirs,
+                ratio=ratio,
+                target=target,
+            )
+        )
+    return rows
+
+
+def _reading_rows(
+    name: str, seconds: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, str, int]], settings: Settings
+) -> list[Row]:
+    """Added time of each reading against the time its encoder's bytes take to be read once."""
+    ms_per_byte = 1e3 * statistics.median(seconds["sum"]) / settings.sum_bytes
+    token_ms = 1e3 * statistics.median(seconds["callback"])
+    rows = []
+    for key, (latents, label, n_bytes) in sizes.items():
+        added = 1e3 * statistics.median(a - b for a, b in zip(seconds[key], seconds["callback"], strict=True))
+        floor = n_bytes * ms_per_byte
+        allowed = FLOOR_FACTOR * floor + (SMALL_MS if n_bytes < CACHED_BYTES else 0.0)
+        limited = settings.limits and label in TYPES
+        rows.append(
+            Row(
+                case=f"{name} read n{latents} k{settings.k} {label}",
+                peer="byte floor",
+                unit="ms added",
+                ours=added,
+                theirs=floor,
+                ratio=floor / added,
+                target=floor / allowed if limited else 0.0,
+                note=f"{n_bytes / 1e6:.0f} MB, {100 * added / token_ms:.1f} % of the token",
+            )
+        )
+        if (latents, label) == SHARE_OF and limited:
+            with_reading = token_ms + added
+            target = 1 / (1 + TOKEN_SHARE)
+            rows.append(
+                Row(
+                    case=f"{name} token with n{latents} {label}",
+                    peer="without",
+                    unit="ms/token",
+                    ours=with_reading,
+                    theirs=token_ms,
+                    ratio=token_ms / with_reading,
+                    target=target,
+                )
+            )
+    return rows

@@ -1,0 +1,182 @@
+"""From a foreign file's arrays to `SAEWeights`: shapes checked, scales and norms folded.
+
+Shape letters: D d_in, O d_out, F latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sae.errors import FormatError, SAEError
+from sae.weights import SAEWeights
+
+WIDE_SITES = ("attn.hook_z", "mlp.hook_post", "attn.hook_q", "attn.hook_k", "attn.hook_v")  # not as wide as the model
+
+
+@dataclass(kw_only=True)
+class Foreign:
+    """An SAE as its library computes it, in that library's units, u = input_scale x:
+
+    pre = W_enc (u - b_dec) + b_enc     (without "- b_dec" where `subtracts_b_dec` is false)
+    y   = (sum_i a_i W_dec[i] + b_dec) / output_scale
+
+    `k` 0: nowhere said. `by_norm`: what is compared, and what a is, is pre ||W_dec[i]||, and y has a_i / ||W_dec[i]||.
+    `threshold_F` None with variant "threshold": plain ReLU. Negative thresholds are those of ReLU, since a >= 0.
+    """
+
+    W_enc_FD: np.ndarray
+    b_enc_F: np.ndarray
+    W_dec_FO: np.ndarray
+    b_dec_O: np.ndarray
+    hook: str
+    k: int = 0
+    variant: str = "threshold"
+    threshold_F: np.ndarray | None = None
+    subtracts_b_dec: bool = False
+    input_scale: float = 1.0
+    output_scale: float = 1.0
+    by_norm: bool = False
+    layer_norm_eps: float | None = None  # sigma with D - 1 below the root, as torch has it
+    hook_out: str = ""
+    W_skip_OD: np.ndarray | None = None
+    freq_F: np.ndarray | None = None
+    model_name: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """`weights` in raw model units; mean 0, variance 1 and k 1 stand for what no file says (`k_known`)."""
+
+    weights: SAEWeights
+    format: str
+    k_known: bool
+    notes: tuple[str, ...]
+
+
+def build(found: Foreign, format_name: str, label: str) -> Imported:
+    """Folds and checks.
+
+    W_enc input_scale; W_dec and b_dec over output_scale; b_dec's subtraction goes into b_enc where it cannot stay
+    (unequal scales, transcoders); with `by_norm` n = ||W_dec[i]||: n W_enc, n b_enc, W_dec / n.
+
+    FormatError where the arrays do not fit, hold NaN, or a scale is not positive.
+    """
+    arrays = {name: value for name, value in vars(found).items() if isinstance(value, np.ndarray)}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise FormatError(f"{label}: {name} holds NaN or infinity")
+    check_shapes(found, label)
+    for name in ("input_scale", "output_scale"):
+        if not (np.isfinite(getattr(found, name)) and getattr(found, name) > 0):
+            raise FormatError(f"{label}: the scale of the activations is {getattr(found, name)}, expected above 0")
+    W_enc_FD, b_enc_F, W_dec_FO, b_dec_O = found.W_enc_FD, found.b_enc_F, found.W_dec_FO, found.b_dec_O
+    subtracts = found.subtracts_b_dec
+    if subtracts and (found.hook_out or found.input_scale != found.output_scale):
+        b_enc_F = (b_enc_F - W_enc_FD.astype(np.float64) @ b_dec_O).astype(np.float32)
+        subtracts = False
+    if found.by_norm:
+        norm_F = np.linalg.norm(W_dec_FO, axis=1)
+        W_enc_FD, b_enc_F = W_enc_FD * norm_F[:, None], b_enc_F * norm_F
+        W_dec_FO = W_dec_FO / np.where(norm_F > 0, norm_F, 1)[:, None]
+    if found.input_scale != 1:
+        W_enc_FD = W_enc_FD * np.float32(found.input_scale)
+    if found.output_scale != 1:
+        W_dec_FO, b_dec_O = W_dec_FO / np.float32(found.output_scale), b_dec_O / np.float32(found.output_scale)
+    fields: dict[str, Any] = {}
+    if found.variant == "threshold":
+        threshold_F = np.zeros(len(b_enc_F)) if found.threshold_F is None else found.threshold_F
+        fields["threshold_F"] = np.maximum(threshold_F, 0)
+    if found.layer_norm_eps is not None:
+        fields |= {"norm_mode": "layer", "norm_eps": found.layer_norm_eps, "norm_correction": 1}
+    try:
+        weights = SAEWeights(
+            W_enc_FD=W_enc_FD, b_enc_F=b_enc_F, W_dec_FD=W_dec_FO, b_dec_D=b_dec_O,
+            mean_D=np.zeros_like(b_dec_O), variance=1.0, k=found.k or 1, hook=found.hook, variant=found.variant,
+            b_dec_subtracted=subtracts, hook_out=found.hook_out, W_skip_OD=found.W_skip_OD, freq_F=found.freq_F,
+            host=host_facts(found), training={"imported_from": format_name, "source": label}, **fields,
+        )  # fmt: skip
+    except SAEError as error:
+        raise FormatError(f"{label}: {error}") from error
+    return Imported(weights=weights, format=format_name, k_known=found.k > 0, notes=tuple(found.notes))
+
+
+def check_shapes(found: Foreign, label: str) -> None:
+    if found.W_enc_FD.ndim != 2 or found.W_dec_FO.ndim != 2 or not found.W_enc_FD.size:
+        raise FormatError(
+            f"{label}: expected matrices of an encoder and a decoder, got shapes {found.W_enc_FD.shape}, {found.W_dec_FO.shape}"
+        )
+    latents, d_in = found.W_enc_FD.shape
+    d_out = found.W_dec_FO.shape[1]
+    if not found.hook_out and d_in != d_out:
+        raise FormatError(f"{label}: the encoder reads {d_in} numbers, the decoder gives {d_out}")
+    wanted = {
+        "b_enc_F": (latents,), "W_dec_FO": (latents, d_out), "b_dec_O": (d_out,), "threshold_F": (latents,),
+        "freq_F": (latents,), "W_skip_OD": (d_out, d_in),
+    }  # fmt: skip
+    for name, shape in wanted.items():
+        array = getattr(found, name)
+        if array is not None and array.shape != shape:
+            raise FormatError(
+                f"{label}: {name.rsplit('_', 1)[0]} has shape {array.shape}, expected {shape} to fit the encoder"
+            )
+    if found.subtracts_b_dec and d_in != d_out:
+        raise FormatError(f"{label}: a bias of {d_out} numbers cannot be subtracted from {d_in}")
+
+
+def host_facts(found: Foreign) -> dict[str, Any]:
+    """What is known of the model: its name, and its width where the hook point is as wide as the model."""
+    facts: dict[str, Any] = {"name": found.model_name} if found.model_name else {}
+    if not found.hook.endswith(WIDE_SITES) and found.hook.startswith("blocks."):
+        facts["n_embd"] = found.W_enc_FD.shape[1]
+    return facts
+
+
+def gate_threshold(r_mag_F: np.ndarray, gate_bias_F: np.ndarray, mag_bias_F: np.ndarray) -> np.ndarray:
+    """Gated SAEs (Rajamanoharan et al. 2404.16014) as thresholds, exactly.
+
+    pre = e^r z + b_mag fires where z + b_gate > 0 and pre > 0, which is pre > max(0, b_mag - e^r b_gate).
+    """
+    return np.maximum(mag_bias_F.astype(np.float64) - np.exp(r_mag_F.astype(np.float64)) * gate_bias_F, 0)
+
+
+def required(arrays: dict[str, Any], name: str, label: str) -> np.ndarray:
+    """An array of floating-point numbers of that name."""
+    found = arrays.get(name)
+    if not isinstance(found, np.ndarray):
+        held = ", ".join(sorted(arrays)[:12]) or "nothing"
+        raise FormatError(f"{label} has no tensor {name!r}; it holds {held}")
+    return found.astype(np.float32, copy=False)
+
+
+def optional(arrays: dict[str, Any], name: str) -> np.ndarray | None:
+    found = arrays.get(name)
+    return found.astype(np.float32, copy=False) if isinstance(found, np.ndarray) else None
+
+
+def whole_number(value: Any, what: str, label: str, most: int) -> int:
+    """1 to `most`; FormatError otherwise."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not 1 <= value <= most:
+        raise FormatError(f"{label}: {what} should be a whole number from 1 to {most}, got {str(value)[:40]}")
+    return value
+
+
+def number(value: Any, what: str, label: str) -> float:
+    """A finite number."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if type(value) not in (int, float) or not np.isfinite(value):
+        raise FormatError(f"{label}: {what} should be a number, got {str(value)[:40]}")
+    return float(value)
+
+
+def text(value: Any) -> str:
+    """A string of a config, "" for anything else."""
+    return value[:200] if isinstance(value, str) else ""

@@ -1,0 +1,129 @@
+"""An SAE's encoder as a ggml graph: W_enc in the type it is stored in, on llama.cpp's threads and kernels.
+
+    pre = W_enc u + b_enc,  u the row less b_dec, normalised where the SAE has layer norm
+
+u is made in float32 on the host (a few thousand numbers): folding W_enc b_dec into the bias would leave the product
+to round a row several times as large. Then W_enc u + b_enc and, of the variant "topk", the k largest in ggml; the
+other variants select by the general path's code. ggml rounds u to what its kernel of the type multiplies with: F16 for
+F16, BF16 for BF16, blocks of 8-bit integers for the quantised types. A row beyond the range of those takes the general
+path.
+
+Shape letters: N rows, D d_in, F latents, K slots for active latents.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import final
+
+import gguf
+import numpy as np
+
+from convert.sae_gguf import StoredMatrix
+from sae.encoders import Encoder
+from sae.errors import LlamaError, ShapeError
+from sae.runtime import PRE_ACT_BYTES, encode, encoder_input, joined, select
+from sae.weights import SAEWeights
+
+from .ggml_graph import Affine, Backend
+from .switching import quick_switching
+
+MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0")
+_HALF = 65504.0  # the largest F16
+_log = logging.getLogger(__name__)
+
+
+@final
+class GgmlEncoder(Encoder):
+    """`sae.runtime.encode` at ggml's speed: the same latents away from ties, values within the type's rounding."""
+
+    def __init__(
+        self, weights: SAEWeights, *, n_threads: int, stored: StoredMatrix | None = None, gpu: bool = False
+    ) -> None:
+        """`stored`: W_enc in its file's type; without it float32. `n_threads`: as many as the model's session has.
+
+        LlamaError where llama.cpp's device cannot compute it, ShapeError where `stored` is of another SAE.
+        """
+        super().__init__(weights)
+        shape = (weights.num_latents, weights.d_in)
+        if stored is None:
+            stored = StoredMatrix(dtype="F32", shape=shape, raw=weights.W_enc_FD.view(np.uint8).reshape(-1))
+        if stored.shape != shape:
+            raise ShapeError(f"the stored encoder is {stored.shape}, the SAE's {shape}")
+        if stored.dtype not in MATRIX_TYPES:
+            raise LlamaError(f"no encoder of type {stored.dtype}; expected one of {', '.join(MATRIX_TYPES)}")
+        self.dtype = stored.dtype
+        kind = gguf.GGMLQuantizationType[stored.dtype]
+        self._limit = _largest_input(kind)
+        k = weights.k if weights.variant == "topk" else 0
+        self._affine = Affine(
+            Backend(n_threads=n_threads, gpu=gpu), int(kind), stored.raw, weights.d_in, weights.b_enc_F, k=k
+        )
+        self._step = max(1, PRE_ACT_BYTES // (4 * weights.num_latents))
+
+    @property
+    def name(self) -> str:
+        """`ggml:DEVICE:LAYOUT:TYPE`."""
+        return f"ggml:{self._affine.backend.name}:{self._affine.layout}:{self.dtype}"
+
+    @property
+    def selects_on_device(self) -> bool:
+        """Whether the k largest are chosen by ggml, too."""
+        return self._affine.selects
+
+    def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        u_ND = encoder_input(self.weights, x_ND)
+        rows, step = len(u_ND), self._step
+        if not rows or not self._holds(u_ND):
+            return encode(self.weights, x_ND)
+        with quick_switching():
+            if rows <= step:
+                return self._block(u_ND)
+            return joined(self.weights, (self._block(u_ND[i : i + step]) for i in range(0, rows, step)))
+
+    def _holds(self, u_ND: np.ndarray) -> bool:
+        """Whether ggml's rounding of these rows stays finite; NaN is not."""
+        flat_M = u_ND.reshape(-1)
+        if float(np.dot(flat_M, flat_M)) < self._limit**2:  # one cheap pass says yes for all but rare rows
+            return True
+        if max(u_ND.max(), -u_ND.min()) < self._limit:
+            return True
+        _log.info("rows beyond what a %s product holds: encoded by numpy", self.dtype)
+        return False
+
+    def _block(self, u_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not self._affine.selects:
+            return select(self.weights, self._affine.pre_acts(u_ND))
+        idx_NK, vals_NK = self._affine.largest(u_ND)
+        order_NK = np.lexsort((idx_NK, -vals_NK))
+        row_N1 = np.arange(len(u_ND))[:, None]
+        idx_NK, vals_NK = idx_NK[row_N1, order_NK], vals_NK[row_N1, order_NK]
+        if not vals_NK[:, -1].min() > 0:
+            silent_NK = ~(vals_NK > 0)
+            idx_NK[silent_NK], vals_NK[silent_NK] = 0, 0.0
+        return idx_NK, vals_NK
+
+
+def _largest_input(kind: gguf.GGMLQuantizationType) -> float:
+    """From here on ggml's own rounding of a row overflows."""
+    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16):
+        return float(np.finfo(np.float32).max)
+    return _HALF if kind == gguf.GGMLQuantizationType.F16 else 127 * _HALF  # a block's scale is an F16
+
+
+def open_encoder(
+    weights: SAEWeights, choice: str, *, n_threads: int, stored: StoredMatrix | None = None, gpu: bool = False
+) -> Encoder | None:
+    """The encoder of `apply.encoder`: None (numpy) for "numpy", and for "auto" where ggml cannot, with the reason logged.
+
+    LlamaError for "ggml" where it cannot.
+    """
+    if choice == "numpy":
+        return None
+    try:
+        return GgmlEncoder(weights, n_threads=n_threads, stored=stored, gpu=gpu)
+    except LlamaError as error:
+        if choice == "ggml":
+            raise
+        _log.warning("the encoder runs in numpy, which is slower: %s", error)
+        return None

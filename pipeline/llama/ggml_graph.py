@@ -1,0 +1,295 @@
+"""Small ggml graphs of our own beside the model: devices, backends, buffers, one matrix product with a bias.
+
+Everything goes through the libraries llama.cpp itself uses. On a CPU built with OpenMP the threads of a graph
+computed between two llama.cpp calls (or inside its callback) are the model's own: as many threads as the model has
+then cost no new ones.
+
+Shape letters: N rows, D input width, F outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from sae.errors import LlamaError
+
+from .symbols import (
+    TYPE_F32,
+    device_at,
+    device_count,
+    device_name,
+    device_type,
+    function,
+    tensor_at,
+    tensor_get,
+    tensor_set,
+)
+
+_P, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
+_CPU, _GPU, _IGPU = 0, 1, 2  # enum ggml_backend_dev_type
+TYPE_I32 = 26
+CONTEXT_BYTES = 1 << 18  # the structures of a dozen tensors and one graph
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool))
+
+
+_init = function("ggml_init", _P, _InitParams)
+_free = function("ggml_free", None, _P)
+new_1d = function("ggml_new_tensor_1d", _P, _P, ctypes.c_int, _I64)
+new_2d = function("ggml_new_tensor_2d", _P, _P, ctypes.c_int, _I64, _I64)
+mul_mat = function("ggml_mul_mat", _P, _P, _P, _P)
+add_inplace = function("ggml_add_inplace", _P, _P, _P, _P)
+top_k = function("ggml_top_k", _P, _P, _P, ctypes.c_int)
+get_rows = function("ggml_get_rows", _P, _P, _P, _P)
+reshape_3d = function("ggml_reshape_3d", _P, _P, _P, _I64, _I64, _I64)
+_new_graph = function("ggml_new_graph", _P, _P)
+_expand = function("ggml_build_forward_expand", None, _P, _P)
+_compute = function("ggml_backend_graph_compute", ctypes.c_int, _P, _P)
+_alloc_in = function("ggml_backend_alloc_ctx_tensors_from_buft", _P, _P, _P)
+_buffer_free = function("ggml_backend_buffer_free", None, _P)
+_buffer_usage = function("ggml_backend_buffer_set_usage", None, _P, ctypes.c_int)
+_buffer_empty = function("ggml_backend_buft_alloc_buffer", _P, _P, _SIZE)
+_buft_host = function("ggml_backend_buft_is_host", ctypes.c_bool, _P)
+_buft_name = function("ggml_backend_buft_name", ctypes.c_char_p, _P)
+_supports = function("ggml_backend_supports_op", ctypes.c_bool, _P, _P)
+_default_buft = function("ggml_backend_get_default_buffer_type", _P, _P)
+_backend_free = function("ggml_backend_free", None, _P)
+_dev_init = function("ggml_backend_dev_init", _P, _P, ctypes.c_char_p)
+_dev_reg = function("ggml_backend_dev_backend_reg", _P, _P)
+_proc = function("ggml_backend_reg_get_proc_address", _P, _P, ctypes.c_char_p)
+_row_bytes = function("ggml_row_size", _SIZE, ctypes.c_int, _I64)
+_buffer_base = function("ggml_backend_buffer_get_base", _P, _P)
+_buffer_bytes = function("ggml_backend_buffer_get_size", _SIZE, _P)
+_USAGE_WEIGHTS = 1
+
+
+class Backend:
+    """A second instance of one of llama.cpp's devices: the model's own cannot be had, and is busy."""
+
+    def __init__(self, *, n_threads: int, gpu: bool = False) -> None:
+        """The first GPU llama.cpp knows with `gpu`, else the CPU with `n_threads`. LlamaError where there is none."""
+        self.device = _device((_GPU, _IGPU) if gpu else (_CPU,))
+        self.name = device_name(self.device).decode()
+        self.handle = _dev_init(self.device, None)
+        if not self.handle:
+            raise LlamaError(f"llama.cpp's device {self.name} does not start a second time")
+        weakref.finalize(self, _backend_free, self.handle)
+        self.is_cpu = device_type(self.device) == _CPU
+        self.default_buffers = _default_buft(self.handle)
+        set_threads = _proc(_dev_reg(self.device), b"ggml_backend_set_n_threads")
+        if set_threads:
+            ctypes.CFUNCTYPE(None, _P, ctypes.c_int)(set_threads)(self.handle, n_threads)
+
+    def buffer_types(self) -> list[int]:
+        """Where weights may lie, the device's rearranged layouts (faster products of some types) first."""
+        found = _proc(_dev_reg(self.device), b"ggml_backend_dev_get_extra_bufts")
+        extra: list[int] = []
+        if found:
+            listed = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)(found)(self.device)
+            while listed and listed[len(extra)]:
+                extra.append(listed[len(extra)])
+        return [*extra, self.default_buffers]
+
+    def supports(self, tensor: int) -> bool:
+        return bool(_supports(self.handle, tensor))
+
+
+def _device(kinds: Sequence[int]) -> int:
+    for kind in kinds:
+        for i in range(device_count()):
+            if device_type(device_at(i)) == kind:
+                return device_at(i)
+    raise LlamaError(f"llama.cpp knows no device of type {kinds[0]} (0 CPU, 1 GPU)")
+
+
+@contextmanager
+def _context() -> Iterator[int]:
+    """A ggml context for tensors that are only looked at."""
+    context = _init(_InitParams(CONTEXT_BYTES, None, True))
+    try:
+        yield context
+    finally:
+        _free(context)
+
+
+class Tensors:
+    """Tensors (a context) and the memory they lie in; both go with this object."""
+
+    def __init__(self) -> None:
+        self.context = _init(_InitParams(CONTEXT_BYTES, None, True))
+        weakref.finalize(self, _free, self.context)
+
+    def allocate(self, buffer_type: int, *, weights: bool = False, in_memory: bool = False) -> None:
+        """Memory for every tensor made so far. LlamaError where there is not enough.
+
+        `in_memory`: it is the machine's own, and may be asked to have large pages.
+        """
+        buffer = _alloc_in(self.context, buffer_type)
+        if not buffer:
+            raise LlamaError(f"no memory for the encoder in {_buft_name(buffer_type).decode()} buffers")
+        weakref.finalize(self, _buffer_free, buffer)
+        if weights:
+            _buffer_usage(buffer, _USAGE_WEIGHTS)
+            if in_memory:
+                _ask_for_huge_pages(_buffer_base(buffer), _buffer_bytes(buffer))
+
+
+def _ask_for_huge_pages(address: int, n_bytes: int) -> None:
+    """Large pages for memory not yet written to (Linux): a product that reads all of it misses fewer translations."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + n_bytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if madvise is not None and length > 0:
+        madvise(_P(start), _SIZE(length), mmap.MADV_HUGEPAGE)  # a hint: whether it is taken changes no number
+
+
+def row_bytes(kind: int, width: int) -> int:
+    """Bytes of a row of `width` values of a ggml type."""
+    return int(_row_bytes(kind, width))
+
+
+def rearranged_for(backend: Backend, kind: int, D: int, F: int) -> int:
+    """The first buffer type whose layout of a (F, D) matrix the device can multiply with a row."""
+    for buffer_type in backend.buffer_types():
+        with _context() as context:
+            weight = new_2d(context, kind, D, F)
+            product = mul_mat(context, weight, new_2d(context, TYPE_F32, D, 1))
+            probe = _buffer_empty(buffer_type, 0)  # of no bytes: supports_op asks where the weight would lie
+            tensor_at(weight).buffer = probe
+            try:
+                if backend.supports(product):
+                    return buffer_type
+            finally:
+                _buffer_free(probe)
+    raise LlamaError(f"{backend.name} cannot multiply matrices of ggml type {kind} (width {D})")
+
+
+class Affine:
+    """pre_NF = x_ND W_FD^T + b_F on a backend, W in the type it is stored in; the k largest too where asked for.
+
+    `raw` are the bytes of W (F rows of D values of ggml type `kind`). They are copied once, into the layout the
+    device multiplies fastest.
+    """
+
+    def __init__(self, backend: Backend, kind: int, raw: np.ndarray, D: int, bias_F: np.ndarray, *, k: int = 0) -> None:
+        """`k` > 0: the device selects, where it can (`selects`)."""
+        self.backend, self.D, self.F, self.k = backend, D, len(bias_F), k
+        if raw.nbytes != self.F * row_bytes(kind, D):
+            raise LlamaError(f"{raw.nbytes} bytes of weights, expected {self.F} rows of {row_bytes(kind, D)}")
+        self._matrix, self._bias = Tensors(), Tensors()
+        self._weight = new_2d(self._matrix.context, kind, D, self.F)
+        self.buffer_type = rearranged_for(backend, kind, D, self.F)
+        self._matrix.allocate(self.buffer_type, weights=True, in_memory=backend.is_cpu)
+        tensor_set(self._weight, raw.ctypes.data, 0, raw.nbytes)
+        self._b = new_1d(self._bias.context, TYPE_F32, self.F)
+        self._bias.allocate(backend.default_buffers, weights=True)
+        bias_F = np.ascontiguousarray(bias_F, np.float32)
+        tensor_set(self._b, bias_F.ctypes.data, 0, bias_F.nbytes)
+        self.on_host = bool(_buft_host(backend.default_buffers))
+        self.selects = k > 0 and self._device_selects()
+        self._graphs: dict[int, _Graph] = {}
+
+    @property
+    def layout(self) -> str:
+        """Name of the kind of memory the weights lie in."""
+        return _buft_name(self.buffer_type).decode()
+
+    def pre_acts(self, x_ND: np.ndarray) -> np.ndarray:
+        """pre_NF float32; on the CPU a view that the next call overwrites."""
+        return self._run(x_ND).values(0)
+
+    def largest(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(idx_NK int32 in no order, pre_NK) of the k largest of each row, chosen on the device."""
+        assert self.selects
+        graph = self._run(x_ND)
+        return graph.values(1), graph.values(2)
+
+    def _run(self, x_ND: np.ndarray) -> _Graph:
+        rows = len(x_ND)
+        graph = self._graphs.get(rows)
+        if graph is None:
+            if len(self._graphs) > 2:  # one token, a whole block, a rest: no more are worth their memory
+                del self._graphs[next(iter(self._graphs))]
+            graph = self._graphs[rows] = _Graph(self.backend, rows, self._outputs, (TYPE_F32, self.D), self.on_host)
+        graph.run(x_ND)
+        return graph
+
+    def _outputs(self, context: int, x: int) -> list[int]:
+        pre = add_inplace(context, mul_mat(context, self._weight, x), self._b)
+        if not self.selects:
+            return [pre]
+        rows = tensor_at(x).ne[1]
+        idx = top_k(context, pre, self.k)
+        vals = get_rows(context, reshape_3d(context, pre, 1, self.F, rows), idx)
+        return [pre, idx, vals]
+
+    def _device_selects(self) -> bool:
+        with _context() as context:
+            pre = new_2d(context, TYPE_F32, self.F, 1)
+            idx = top_k(context, pre, self.k)
+            vals = get_rows(context, reshape_3d(context, pre, 1, self.F, 1), idx)
+            return self.backend.supports(idx) and self.backend.supports(vals)
+
+
+class _Graph:
+    """One graph for a number of rows, with its own memory."""
+
+    def __init__(
+        self, backend: Backend, rows: int, outputs: Callable[[int, int], list[int]], given: tuple[int, int], host: bool
+    ) -> None:
+        self.backend = backend
+        self._tensors = Tensors()
+        context = self._tensors.context
+        self._x = new_2d(context, given[0], given[1], rows)
+        self._outputs = outputs(context, self._x)
+        self._graph = _new_graph(context)
+        for tensor in self._outputs:
+            _expand(self._graph, tensor)
+        for tensor in self._outputs:
+            if not backend.supports(tensor):
+                raise LlamaError(f"{backend.name} cannot compute a node of the encoder")
+        self._tensors.allocate(backend.default_buffers)
+        self._views = [_host_view(tensor) for tensor in (self._x, *self._outputs)] if host else []
+
+    def run(self, x_ND: np.ndarray) -> None:
+        if self._views:
+            self._views[0][:] = x_ND
+        else:
+            x_ND = np.ascontiguousarray(x_ND, np.float32)
+            tensor_set(self._x, x_ND.ctypes.data, 0, x_ND.nbytes)
+        if code := _compute(self.backend.handle, self._graph):
+            raise LlamaError(f"{self.backend.name} failed to compute the encoder (code {code})")
+
+    def values(self, number: int) -> np.ndarray:
+        """(N, width) of an output."""
+        if self._views:
+            return self._views[number + 1]
+        address = self._outputs[number]
+        out = np.empty(*_shape(address))
+        tensor_get(address, out.ctypes.data, 0, out.nbytes)
+        return out
+
+
+def _shape(address: int) -> tuple[tuple[int, int], type]:
+    tensor = tensor_at(address)
+    width, rows = tensor.ne[0], tensor.ne[1] * tensor.ne[2]
+    if width == 1 and tensor.ne[2]:  # rows of one value each: (1, K, N)
+        width, rows = tensor.ne[1], tensor.ne[2]
+    return (rows, width), np.float32 if tensor.type == TYPE_F32 else np.int32
+
+
+def _host_view(address: int) -> np.ndarray:
+    """The tensor's own memory as (N, width), without a copy and without a call that lets go of the interpreter."""
+    shape, dtype = _shape(address)
+    size = shape[0] * shape[1]
+    pointer = ctypes.cast(tensor_at(address).data, ctypes.POINTER(np.ctypeslib.as_ctypes_type(dtype)))
+    return np.ctypeslib.as_array(pointer, (size,)).reshape(shape)

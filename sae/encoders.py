@@ -1,0 +1,70 @@
+"""What computes the latents of a row: one interface for the numpy equations and for faster ways. numpy only.
+
+Shape letters: N rows, D d_in, K slots for active latents.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import numpy as np
+
+from .errors import ShapeError
+from .runtime import encode
+from .weights import SAEWeights
+
+
+class Encoder(ABC):
+    """An SAE's encoder. The last result is kept: a reading and a clamp of the same rows cost one product."""
+
+    def __init__(self, weights: SAEWeights) -> None:
+        self.weights = weights
+        self._last: tuple[np.ndarray, tuple[np.ndarray, np.ndarray]] | None = None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """How the numbers come about; part of what names a forward pass. "numpy" for the general path."""
+
+    @abstractmethod
+    def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    @final
+    def encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(idx_NK int32, vals_NK float32), sorted and padded as `sae.runtime.encode` says. ShapeError like it."""
+        if self._last is None or not np.array_equal(self._last[0], x_ND):
+            found = self._encode(x_ND)
+            for array in found:
+                array.flags.writeable = False
+            self._last = np.array(x_ND), found
+        return self._last[1]
+
+
+@final
+class NumpyEncoder(Encoder):
+    """The general path: `sae.runtime.encode`."""
+
+    @property
+    def name(self) -> str:
+        return "numpy"
+
+    def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return encode(self.weights, x_ND)
+
+
+def encoder_of(w: SAEWeights, encoder: Encoder | None) -> Encoder:
+    """`encoder`, or numpy. Raises ShapeError for an encoder of another SAE's shape."""
+    if encoder is None:
+        return NumpyEncoder(w)
+    if (encoder.weights.num_latents, encoder.weights.d_in) != (w.num_latents, w.d_in):
+        raise ShapeError(
+            f"the encoder is of an SAE of {encoder.weights.num_latents} latents over {encoder.weights.d_in} "
+            f"dimensions, expected {w.num_latents} over {w.d_in}"
+        )
+    return encoder
+
+
+def encoder_name(encoder: Encoder | None) -> str:
+    """`/name` of an encoder that is not the general path, else ""."""
+    return "" if encoder is None or encoder.name == "numpy" else f"/{encoder.name}"

@@ -1,0 +1,49 @@
+"""`python -m bench.live` on a model of a few kilobytes: every side decodes, every reading reads, the floor is the bytes'."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import live, live_cases, models
+
+SHAPE = models.Shape(d=64, blocks=2, heads=4, kv_heads=2, ff=96, vocab=512, context=256)
+SMALL = live_cases.Settings(
+    shape=SHAPE, threads=1, prompt=4, tokens=6, busy_tokens=3, latents=(256,), k=8, sum_bytes=1 << 20, numpy_latents=256
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_every_side_gives_a_row_and_the_floor_is_the_encoders_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(live_cases.Settings, "quick", classmethod(lambda cls: SMALL))
+    arguments = ["--quick", "--json", str(tmp_path / "live.json"), "--models", "llama1b", "--threads", "1"]
+    assert live.main([*arguments, "--folder", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "live.json").read_text())
+    rows = {row["case"]: row for row in found["rows"]}
+    assert set(rows) == {
+        "llama1b callback", "llama1b callback, busy",
+        *(f"llama1b read n256 k8 {label}" for label in ("F16", "Q8_0", "Q4_0", "numpy-f32")),
+    }  # fmt: skip
+    floors = {name.split()[-1]: row["theirs"] for name, row in rows.items() if row["peer"] == "byte floor"}
+    assert floors["numpy-f32"] / floors["F16"] == pytest.approx(2)
+    assert floors["F16"] / floors["Q8_0"] == pytest.approx(64 / 34)
+    assert floors["F16"] / floors["Q4_0"] == pytest.approx(64 / 18)
+    assert rows["llama1b callback"]["target"] == pytest.approx(1 / 1.03)
+    assert found["machine"]["llama1b bandwidth_gb_s"] > 0
+
+
+def test_the_floor_and_the_added_time_are_those_of_the_seconds_given():
+    seconds = {"sum": [0.02, 0.02], "callback": [0.03, 0.05], "32768 Q8_0": [0.032, 0.052]}
+    settings = live_cases.Settings(sum_bytes=1 << 30)
+    read, token = live_cases._reading_rows("m", seconds, {"32768 Q8_0": (32768, "Q8_0", 1 << 26)}, settings)
+    assert read.ours == pytest.approx(2.0)
+    assert read.theirs == pytest.approx(20 / 16)
+    assert read.target == pytest.approx(0.8)
+    assert token.ratio == pytest.approx(40 / 42)
+    small = live_cases._reading_rows("m", {**seconds, "a": [0.031, 0.051]}, {"a": (8, "F16", 1 << 24)}, settings)[0]
+    assert small.target == pytest.approx(0.3125 / (1.25 * 0.3125 + 0.1))
