@@ -323,7 +323,6 @@ class Config:
 
 
 # settings that take one of a few values; help shows them
-FORMATS = ("text", "json")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.kv_type": ("f16", "f32"),
     "model.flash_attn": ("auto", "on", "off"),
@@ -332,12 +331,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "corpus.split": ("train", "held_out", "all"),
     "corpus.packing": ("documents", "concat"),
     "corpus.bos": ("auto", "always", "never"),
-    "store.format": FORMATS,
     "extract.dtype": ("auto", "float16", "bfloat16", "float32"),
     "extract.backend": ("auto", "callback", "layer_inp"),
     "executor.kind": ("local", "pool", "ray", "submitit"),
     "executor.cluster": ("slurm", "local", ""),
-    "inspect.format": FORMATS,
     "sae.variant": VARIANT_NAMES,
     "sae.kind": KINDS,
     "sae.decoder_rows": DECODER_ROWS,
@@ -355,9 +352,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "intervention.phase": ("all", "prompt", "response"),
     "apply.encoder": ("auto", "ggml", "numpy"),
     "apply.format": ("text", "jsonl"),
-    "lens.format": FORMATS,
-    "patch.format": FORMATS,
-    "compare.format": FORMATS,
+    **{f"{command}.format": ("text", "json") for command in ("store", "inspect", "lens", "patch", "compare")},
 }
 
 # settings with a least value; counts whose 0 means "all" or "chosen" start at 0
@@ -396,9 +391,8 @@ def check_ranges(config: Config) -> None:
             raise ConfigError(f"{key}={value}: expected a number of at least {least}")
     ks, share = config.evaluate.probe_k, config.evaluate.probe_test_share
     if not ks or min(ks) < 1 or share >= 1:
-        raise ConfigError(
-            f"evaluate.probe_k={ks} evaluate.probe_test_share={share}: expected numbers of at least 1, and a share below 1"
-        )
+        given = f"evaluate.probe_k={ks} evaluate.probe_test_share={share}"
+        raise ConfigError(f"{given}: expected numbers of at least 1, and a share below 1")
     points = config.hooks.points
     if len(set(points)) != len(points):
         raise ConfigError(f"hooks.points names a point twice: {', '.join(points)}")
