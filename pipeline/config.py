@@ -323,6 +323,3 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     run_dir: str = ""
     resume: str = ""
-
-
-# settings that take one of a few values; help shows them

@@ -201,13 +201,16 @@ def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
 
 def encoder_for(context: RunContext, path: Path, weights: SAEWeights, model: Model) -> Encoder | None:
     """The encoder `apply.encoder` names, on the model's device; None: numpy. A GGUF's W_enc in its stored type."""
+    choice = context.config.apply.encoder
+    if choice == "numpy":  # before the import: a llama.cpp without these symbols can still be used
+        return None
     from convert.sae_gguf import read_stored_encoder
 
     from ..llama.encoder import open_encoder
 
     return open_encoder(
         weights,
-        context.config.apply.encoder,
+        choice,
         n_threads=threads(context.config.model.n_threads),
         stored=read_stored_encoder(path) if path.suffix == ".gguf" else None,
         gpu=model.offloads,
