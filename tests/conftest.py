@@ -51,9 +51,11 @@ def s3():
 
 @pytest.fixture(autouse=True)
 def own_loggers_speak():
-    """Libraries that configure logging (in some test before) disable the loggers that exist then, ours among them."""
+    """Libraries that configure logging (in some test before) silence the loggers that exist then, ours among them."""
     logging.disable(logging.NOTSET)
-    for name, logger in logging.root.manager.loggerDict.items():
+    logging.getLogger().setLevel(logging.WARNING)  # this also makes loggers forget what was not wanted before
+    for name, logger in list(logging.root.manager.loggerDict.items()):
         if isinstance(logger, logging.Logger) and name.partition(".")[0] in ("sae", "pipeline", "convert"):
             logger.disabled = False
             logger.propagate = True
+            logger.setLevel(logging.NOTSET)
