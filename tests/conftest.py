@@ -49,13 +49,15 @@ def s3():
         yield "s3://bucket"
 
 
-@pytest.fixture(autouse=True)
-def own_loggers_speak():
-    """Libraries that configure logging (in some test before) silence the loggers that exist then, ours among them."""
-    logging.disable(logging.NOTSET)
-    logging.getLogger().setLevel(logging.WARNING)  # this also makes loggers forget what was not wanted before
-    for name, logger in list(logging.root.manager.loggerDict.items()):
-        if isinstance(logger, logging.Logger) and name.partition(".")[0] in ("sae", "pipeline", "convert"):
-            logger.disabled = False
-            logger.propagate = True
-            logger.setLevel(logging.NOTSET)
+@pytest.fixture
+def listen(monkeypatch):
+    """`listen(module)`: the messages that the module logs from now on, whatever other tests did to logging."""
+
+    def start(module):
+        messages, logger, handler = [], logging.Logger(module.__name__), logging.Handler()
+        handler.emit = lambda record: messages.append(record.getMessage())
+        logger.addHandler(handler)
+        monkeypatch.setattr(module, "_log", logger)
+        return messages
+
+    return start

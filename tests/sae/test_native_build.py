@@ -48,7 +48,8 @@ def script(path, text):
     return path
 
 
-def test_without_a_working_compiler_or_cache_torch_trains_after_one_warning(monkeypatch, tmp_path, caplog):
+def test_without_a_working_compiler_or_cache_torch_trains_after_one_warning(monkeypatch, tmp_path, listen):
+    heard = listen(library)
     cpu, model = torch.device("cpu"), make()
     (tmp_path / "file").write_text("")
     broken = script(tmp_path / "broken-cc", "echo 'internal error: no luck' >&2; exit 1")
@@ -58,21 +59,22 @@ def test_without_a_working_compiler_or_cache_torch_trains_after_one_warning(monk
         (tmp_path / "file", None, "Not a directory"),
     ):
         fresh_library(monkeypatch, cache, compiler)
-        caplog.clear()
+        heard.clear()
         config = config_of(model)
         assert pick_kernel(model, config, cpu) == "torch"
-        assert [said in record.getMessage() for record in caplog.records] == [True]
+        assert [said in message for message in heard] == [True]
         assert make_stepper(model, loss_settings(), config, "torch").name == "torch"
         with pytest.raises(ConfigError, match="kernel=native needs a C compiler that works"):
             pick_kernel(model, replace(config, kernel="native"), cpu)
         monkeypatch.delenv("CC", raising=False)
 
 
-def test_a_library_that_does_not_load_counts_as_not_built(monkeypatch, tmp_path, caplog):
+def test_a_library_that_does_not_load_counts_as_not_built(monkeypatch, tmp_path, listen):
+    heard = listen(library)
     fake = script(tmp_path / "fake-cc", 'while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"')
     fresh_library(monkeypatch, tmp_path, fake)
     assert library.native_library() is None
-    assert "training without compiled kernels" in caplog.text
+    assert "training without compiled kernels" in heard[0]
 
 
 def test_a_compiler_without_openmp_or_native_still_builds_and_the_bits_are_the_same(monkeypatch, tmp_path, lib):
