@@ -115,6 +115,10 @@ def check_settings(config: CorpusConfig) -> None:
         "paths": config.kind in WITH_PATHS and not config.paths,
         "dataset": config.kind == "datasets" and not config.dataset,
     }
+    if config.paths and config.kind in ("stdlib", "stdin"):
+        raise ConfigError(
+            f"corpus.paths is given, and corpus.kind={config.kind} reads no files; name a kind, as corpus=text"
+        )
     example = {"paths": "corpus.paths=[FILE,...]", "dataset": "corpus.dataset=owner/name"}
     for key, is_missing in missing.items():
         if is_missing:

@@ -183,7 +183,8 @@ def load_sae(path: Path) -> SAEWeights:
 
     manifest = read_manifest(path)
     if manifest is not None and "sae" in manifest.get("outputs", {}):
-        path = Path(manifest["outputs"]["sae"])
+        inside = path / SAE_NAME  # a copied or moved run folder still names the place it was made at
+        path = inside if inside.is_dir() else Path(manifest["outputs"]["sae"])
     return load_weights(path)
 
 

@@ -222,10 +222,12 @@ def trainer_threads(config: Config) -> int:
 
 def the_hook(store: ActivationStore, config: Config) -> str:
     """The one hook point to train on: the only one of the store, or the one `hooks.points` names by any of its names."""
-    names = list(store.hooks)
-    if len(names) == 1:
+    names, points = list(store.hooks), config.hooks.points
+    if len(names) == 1 and (not points or any(map(is_pattern, points))):
         return names[0]
-    points = config.hooks.points
-    if len(points) == 1 and not is_pattern(points[0]) and (name := str(HookPoint.parse(points[0]))) in names:
-        return name
+    found = [
+        name for name in (str(HookPoint.parse(point)) for point in points if not is_pattern(point)) if name in names
+    ]
+    if len(found) == 1 and (len(points) == 1 or len(names) == 1):
+        return found[0]
     raise ConfigError(f"the store holds {', '.join(names)}: choose one with hooks.points=[{names[0]}]")

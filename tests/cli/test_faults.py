@@ -241,3 +241,24 @@ def test_a_run_with_nothing_to_evaluate_on_stops_before_it_captures(tmp_path):
     line = last_line(ggscope("run", "corpus=text", f"corpus.paths=[{name}]", cwd=tmp_path, code=2))
     assert "held out" in line
     assert not list(tmp_path.glob("runs/run/*/extract"))
+
+
+def test_a_hook_point_that_the_one_of_the_store_is_not_is_refused(copy):
+    line = last_line(ggscope("train", *TRAIN, "hooks.points=[blocks.1.hook_resid_mid]", cwd=copy, code=2))
+    assert "the store holds" in line
+
+
+def test_paths_that_no_corpus_would_read_are_refused(tmp_path):
+    line = last_line(ggscope("extract", *SMALL, "corpus.paths=[notes.txt]", cwd=tmp_path, code=2))
+    assert "name a kind, as corpus=text" in line
+
+
+def test_a_copied_run_folder_is_looked_into_and_not_the_place_it_was_made_at(copy):
+    (run,) = copy.glob("runs/extract/*")
+    other = copy / "other"
+    shutil.copytree(run, other)
+    shard = next(path for path in sorted(other.glob("activations.zarr/hooks/**/c/*/0")) if path.is_file())
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    assert shard.name in ggscope("store", "verify", "other", cwd=copy, code=3).stdout
