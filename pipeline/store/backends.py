@@ -128,8 +128,6 @@ class Backend(ABC):
 class LocalBackend(Backend):
     """A folder. Reads are `pread`s: mapped pages would count as the process's memory."""
 
-    at_once = 8
-
     def __init__(self, folder: Path) -> None:
         self.location = self.local_path = self.folder = folder
 

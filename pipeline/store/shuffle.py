@@ -67,7 +67,7 @@ class ShuffledBatches:
             self._slots, -1
         )  # the row each slot holds or is being read; the order says which it should
         self._round = -1
-        self._threads = ThreadPoolExecutor(store.backend.at_once, "read")
+        self._threads = ThreadPoolExecutor(2 * store.backend.at_once, "read")  # blocks are small and lie apart
         self._reads: list[Future[None]] = []
 
     def next(self) -> np.ndarray:

@@ -33,7 +33,9 @@ def test_a_point_is_found_by_any_of_its_names(stores):
     assert chosen(two, "blocks.1.hook_mlp_post") == "blocks.1.mlp.hook_post"
     assert chosen(two, "blocks.1.mlp.hook_post") == "blocks.1.mlp.hook_post"
     assert chosen(two, "blocks.1.hook_resid_post") == "blocks.1.hook_resid_post"
-    assert chosen(one, "blocks.3.hook_resid_post") == NAMES[0]  # the only one needs no name
+    assert chosen(one) == chosen(one, NAMES[0]) == chosen(one, "blocks.*.hook_resid_post") == NAMES[0]
+    with pytest.raises(ConfigError, match="the store holds"):
+        chosen(one, "blocks.3.hook_resid_post")
 
 
 def test_what_names_no_single_point_of_the_store_is_refused(stores):
