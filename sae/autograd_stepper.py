@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, final
+from typing import final
 
 import torch
 
 from .losses import LossSettings, StepResult, dense_step
 from .model import SparseCoder
-from .optimizers import make_optimizer
-from .steppers import Stepper
+from .steppers import OptimizerStepper
 from .train_config import TrainConfig
 
 
 @final
-class AutogradStepper(Stepper):
+class AutogradStepper(OptimizerStepper):
     """Gradients by autograd, then the optimizer. Pre-activations, latents and their gradients are (N, F) in memory."""
 
     name = "autograd"
 
     def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig) -> None:
-        self.model, self.settings = model, settings
-        self._optimizer = make_optimizer(model, config)
+        super().__init__(model, config)
+        self.settings = settings
 
-    def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
-        result = dense_step(self.model, u_ND, self.settings, dead_F)
-        self._optimizer.update_(lr)
-        return result
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
-
-    def evaluation(self) -> AbstractContextManager[None]:
-        return self._optimizer.evaluation()
+    def gradients(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None) -> StepResult:
+        return dense_step(self.model, u_ND, self.settings, dead_F)

@@ -49,19 +49,19 @@ class Stepper(ABC):
         return state
 
 
-class TorchStepper(Stepper):
-    """The sparse gradients of `kernels.FastStep`, then torch's own fused Adam (or another optimizer). Any device, no
-    compiler."""
+class OptimizerStepper(Stepper):
+    """Gradients from a subclass's `gradients`, left in .grad, then an optimizer of `optimizers.py`, whose state it is."""
 
-    name = "torch"
-
-    def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig) -> None:
+    def __init__(self, model: SparseCoder, config: TrainConfig) -> None:
         self.model = model
-        self._gradients = FastStep(model, settings)
         self._optimizer = make_optimizer(model, config)
 
+    @abstractmethod
+    def gradients(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None) -> StepResult:
+        """Write the gradients of the loss to .grad and return the batch's numbers."""
+
     def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
-        result = self._gradients(u_ND, dead_F)
+        result = self.gradients(u_ND, dead_F)
         self._optimizer.update_(lr)
         return result
 
@@ -73,6 +73,20 @@ class TorchStepper(Stepper):
 
     def evaluation(self) -> AbstractContextManager[None]:
         return self._optimizer.evaluation()
+
+
+class TorchStepper(OptimizerStepper):
+    """The sparse gradients of `kernels.FastStep`, then torch's own fused Adam (or another optimizer). Any device, no
+    compiler."""
+
+    name = "torch"
+
+    def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig) -> None:
+        super().__init__(model, config)
+        self._gradients = FastStep(model, settings)
+
+    def gradients(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None) -> StepResult:
+        return self._gradients(u_ND, dead_F)
 
 
 def pick_kernel(model: SparseCoder, config: TrainConfig, device: torch.device) -> str:

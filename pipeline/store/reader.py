@@ -149,10 +149,8 @@ class ActivationStore:
         slots_n: np.ndarray,
     ) -> bool:
         """`first` is the number of row `low` of the shard. False where its file cannot be read that way."""
-        key, row_bytes = (
-            shard_key(info.array_path, commit.shard, 2),
-            info.width * np.dtype(STORED_DTYPES[info.dtype]).itemsize,
-        )
+        key = shard_key(info.array_path, commit.shard, 2)
+        row_bytes = info.width * np.dtype(STORED_DTYPES[info.dtype]).itemsize
         try:
             if not self._plain_file(info.array_path, key, commit, row_bytes, is_hook=True):
                 return False
