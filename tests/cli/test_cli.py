@@ -37,7 +37,8 @@ def composed(name: str, *overrides: str) -> Config:
 
 @pytest.mark.parametrize("name", STAGED)
 def test_every_root_file_composes(name):
-    assert composed(name).hooks.points == ["blocks.3.hook_resid_post"]
+    assert composed(name).hooks.points == ([] if name == "train" else ["blocks.3.hook_resid_post"])
+    assert composed(name, "experiment=demo_cpu").hooks.points == ["blocks.3.hook_resid_post"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")

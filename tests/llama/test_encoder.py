@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 import gguf
 import numpy as np
@@ -15,6 +14,7 @@ from pipeline.generate import generate
 from pipeline.interventions.ablate import Ablate
 from pipeline.interventions.clamp import Clamp
 from pipeline.interventions.replace import Reconstruct
+from pipeline.llama import encoder as module
 from pipeline.llama.encoder import GgmlEncoder, open_encoder
 from pipeline.llama.ggml_graph import Affine, Backend, row_bytes
 from pipeline.llama.hooks import HookPoint
@@ -202,7 +202,8 @@ def test_a_files_encoder_is_used_in_its_stored_type(dtype, tmp_path):
     check_support(oracle(read, x_ND), *encoder.encode(x_ND), K, ROUNDING[dtype])
 
 
-def test_what_does_not_fit_is_refused_and_auto_says_why_it_takes_numpy(caplog):
+def test_what_does_not_fit_is_refused_and_auto_says_why_it_takes_numpy(listen):
+    heard = listen(module)
     w, stored = sae(np.random.default_rng(9))
     cut = dataclasses.replace(stored, raw=stored.raw[:-4])
     with pytest.raises(LlamaError, match="expected 640 rows"):
@@ -211,9 +212,8 @@ def test_what_does_not_fit_is_refused_and_auto_says_why_it_takes_numpy(caplog):
         GgmlEncoder(w, n_threads=1, stored=dataclasses.replace(stored, dtype="I8"))
     with pytest.raises(ShapeError, match="the stored encoder is"):
         GgmlEncoder(w, n_threads=1, stored=dataclasses.replace(stored, shape=(F, D + 1)))
-    with caplog.at_level(logging.WARNING):
-        assert open_encoder(w, "auto", n_threads=1, stored=cut) is None
-    assert "the encoder runs in numpy, which is slower" in caplog.text
+    assert open_encoder(w, "auto", n_threads=1, stored=cut) is None
+    assert "the encoder runs in numpy, which is slower" in "".join(heard)
     assert open_encoder(w, "numpy", n_threads=1) is None
     with pytest.raises(ShapeError, match="the encoder is of an SAE of 640 latents"):
         encoder_of(sae_at(0), GgmlEncoder(w, n_threads=1))
