@@ -17,6 +17,7 @@ from sae.weights import NORM_MODES, VARIANTS, SAEWeights
 
 from . import keys
 from .gguf_file import GGUFFile, encode_matrix, read_gguf, write_atomically
+from .stored_rows import StoredRows
 
 _MAX_ENTRIES = 1024
 
@@ -157,8 +158,8 @@ def _require_finite(name: str, values: np.ndarray) -> None:
         )
 
 
-def read_sae_gguf(path: str | Path) -> SAEWeights:
-    """Reads entry 0 of an SAE GGUF as float32 arrays.
+def read_sae_gguf(path: str | Path, *, stored: bool = False) -> SAEWeights:
+    """Reads entry 0 of an SAE GGUF as float32 arrays; W_enc and W_dec as `StoredRows` with `stored`.
 
     Raises FormatError in one line on anything but a whole, consistent SAE GGUF file of version 1 or 2.
     """
@@ -178,9 +179,9 @@ def read_sae_gguf(path: str | Path) -> SAEWeights:
         raise header.fail(f"hook.block does not fit hook.point {hook!r}")
     try:
         return SAEWeights(
-            W_enc_FD=header.require("enc.weight", (n_latents, d_in)),
+            W_enc_FD=header.matrix("enc.weight", (n_latents, d_in), stored),
             b_enc_F=header.require("enc.bias", (n_latents,)),
-            W_dec_FD=header.require("dec.weight", (n_latents, d_out)),
+            W_dec_FD=header.matrix("dec.weight", (n_latents, d_out), stored),
             b_dec_D=header.require("dec.bias", (d_out,)),
             mean_D=header.require("mean", (d_out,)),
             variance=header.number("variance"),
@@ -300,6 +301,15 @@ class _Header:
         if not np.isfinite(values).all():
             raise self.fail(f"tensor {keys.entry(0, name)} holds values that are not finite")
         return values
+
+    def matrix(self, name: str, shape: tuple[int, int], stored: bool) -> Any:
+        if not stored:
+            return self.require(name, shape)
+        entry, key = self.entry_of(name, shape), keys.entry(0, name)
+        rows = StoredRows(self.file.path, entry.start, self.file.raw(key), entry.dtype, shape)
+        if not rows.is_finite():
+            raise self.fail(f"tensor {key} holds values that are not finite")
+        return rows
 
     def optional(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         return self.require(name, shape) if keys.entry(0, name) in self.file.tensors else None

@@ -34,7 +34,7 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 HYDRA_FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--cfg", "-c", "--package", "-p"}
 HYDRA_FLAGS = {"-m", "--multirun", "--resolve", "--info", "-i", "--hydra-help", "--run", "-r"}
 PATH_KEYS = {
-    "run_dir", "resume", "model.path", "store.path", "sae.path", "convert.source", "convert.out",
+    "run_dir", "resume", "model.path", "store.path", "sae.path", "convert.source", "convert.out", "cvector.out",
     "evaluate.random_sae", "report.evaluation", "report.metrics",
 }  # fmt: skip
 

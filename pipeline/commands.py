@@ -84,9 +84,19 @@ COMMANDS: dict[str, Command] = {
         examples=(
             "ggscope apply --prompt 'def read_file(path):'",
             "ggscope apply --prompt 'import os' intervention=steer intervention.latents=[123] intervention.coeff=8",
+            "ggscope apply --prompt 'import os' apply.also=[other.gguf] 'apply.interventions=[{kind:steer,latents:[5],coeff:8},{kind:clamp,sae:other.gguf,latents:[7],value:3}]'",
             "echo 'class Node:' | ggscope apply - apply.format=jsonl",
         ),
         prompts=(("--prompt", "apply.prompt"),),
+    ),
+    "cvector": Command(
+        summary="a weighted sum of latents, over one block or several, as a stock llama.cpp control vector",
+        groups=("model", "sae", "cvector"),
+        not_read=(*NOT_READ, *TRAINING),
+        examples=(
+            "ggscope cvector cvector.latents=[123,7] cvector.coeffs=[8,-2]",
+            "ggscope cvector cvector.latents=[123] cvector.coeffs=[8] 'cvector.directions=[{sae:other.gguf,latents:[5],coeffs:[3]}]'",
+        ),
     ),
     "lens": Command(
         summary="logit lens: what every block would predict, through the model's own norm and unembedding",

@@ -232,8 +232,12 @@ class InterventionConfig:
 
     kind: str = "none"
     latents: list[int] = field(default_factory=list)
+    sae: str = ""  # whose latents; empty: sae.path
     coeff: float = 0.0  # steer: x' = x + coeff W_dec[f]
+    coeffs: list[float] = field(default_factory=list)  # ... or one for each latent
     value: float = 0.0  # clamp: the activation aimed at
+    values: list[float] = field(default_factory=list)  # ... or one for each latent
+    keep_error: bool = False  # reconstruct: add the SAE error, which gives the clean run up to rounding
     phase: str = "all"
     positions: list[int] = field(default_factory=list)  # empty: every position of the phase
     token_range: list[int] = field(default_factory=list)  # [first, last] instead of naming each position
@@ -243,6 +247,8 @@ class InterventionConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApplyConfig:
     prompt: str = ""  # set by --prompt / --prompt-file / -
+    also: list[str] = field(default_factory=list)  # SAEs at other hook points, read beside sae.path
+    interventions: list[InterventionConfig] = field(default_factory=list)  # further ones, after `intervention`
     max_tokens: int = 48
     temperature: float = 0.0
     top_latents: int = 3
@@ -282,6 +288,26 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DirectionConfig:
+    """Latents of one SAE, summed into a direction."""
+
+    sae: str = ""  # a checkpoint folder or an SAE GGUF; empty: sae.path
+    latents: list[int] = field(default_factory=list)
+    coeffs: list[float] = field(default_factory=list)  # raw scale, one for each latent
+    block: int = -1  # whose output is steered; -1: that of the SAE's hook point
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CVectorConfig:
+    """A control vector: sums of latents' decoder rows, one for each block."""
+
+    latents: list[int] = field(default_factory=list)  # of sae.path
+    coeffs: list[float] = field(default_factory=list)
+    directions: list[DirectionConfig] = field(default_factory=list)  # further ones, of this SAE or others
+    out: str = ""  # empty: in the run folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
     runs: list[str] = field(default_factory=list)  # train runs, sweeps or folders of runs; empty: all of runs/train
     format: str = "text"
@@ -316,6 +342,7 @@ class Config:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     apply: ApplyConfig = field(default_factory=ApplyConfig)
+    cvector: CVectorConfig = field(default_factory=CVectorConfig)
     lens: LensConfig = field(default_factory=LensConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "convert.encoder_type": ("F32", "F16", "Q8_0"),
     "convert.decoder_type": ("F32", "F16", "Q8_0"),
     "convert.thresholds": ("none", *THRESHOLD_MODES),
-    "intervention.kind": ("none", "steer", "clamp", "ablate"),
+    "intervention.kind": ("none", "steer", "clamp", "ablate", "reconstruct"),
     "intervention.phase": ("all", "prompt", "response"),
     "apply.encoder": ("auto", "ggml", "numpy"),
     "apply.format": ("text", "jsonl"),

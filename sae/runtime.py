@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from .errors import ShapeError
+from .rows import times_transposed
 from .weights import SAEWeights
 
 PRE_ACT_BYTES = 4 << 20  # a block of pre-activations: small enough for the cache, large enough for the matmul
@@ -166,7 +167,7 @@ def _pre_act_blocks(w: SAEWeights, x_ND: np.ndarray) -> Iterator[np.ndarray]:
     buffer = np.empty((max(1, PRE_ACT_BYTES // (4 * w.num_latents)), w.num_latents), np.float32)
     for rows in _row_blocks(w, len(x_ND)):
         block_ND = x_ND[rows] - w.b_dec_D if w.b_dec_subtracted else x_ND[rows]
-        pre_NF = np.matmul(block_ND, w.W_enc_FD.T, out=buffer[: len(block_ND)])
+        pre_NF = times_transposed(block_ND, w.W_enc_FD, buffer[: len(block_ND)])
         pre_NF += w.b_enc_F
         yield pre_NF
 

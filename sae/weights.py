@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, ShapeError
+from .rows import RowMatrix
 
 VARIANTS = ("topk", "threshold", "groupmax")
 NORM_MODES = ("none", "layer")
@@ -36,7 +37,8 @@ class SAEWeights:
     y, and y_hat = sum_i a_i W_dec[i] + b_dec (+ W_skip x). `ports` names the hook points of SAEs over several, with
     their widths, in the order of the columns: what is read, then (of transcoders) what is written.
 
-    All arrays are made float32 and C-contiguous. SAEs trained here have unit-norm rows in W_dec; imported ones
+    All arrays are made float32 and C-contiguous; a `RowMatrix` may stand for W_enc and W_dec where only rows of them
+    are needed. SAEs trained here have unit-norm rows in W_dec; imported ones
     keep theirs.
 
     Raises:
@@ -88,7 +90,8 @@ class SAEWeights:
                 continue
             if array.shape != shape:
                 raise ShapeError(f"{name} must have shape {shape} to fit W_dec {(latents, d_out)}, got {array.shape}")
-            object.__setattr__(self, name, np.ascontiguousarray(array, dtype=np.float32))
+            if not isinstance(array, RowMatrix):
+                object.__setattr__(self, name, np.ascontiguousarray(array, dtype=np.float32))
         object.__setattr__(self, "ports", tuple((str(name), int(width)) for name, width in self.ports))
         self._check_scalars(latents)
         self._check_sides(d_in, d_out)

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from sae.errors import ConfigError, ShapeError
+from sae.rows import RowMatrix
 from sae.weights import SAEWeights
 
 from ..llama.hooks import HookPoint
@@ -149,11 +150,15 @@ def edits_key(interventions: Sequence[Intervention], sequences: Sequences) -> st
     return f"{names} prompts={sorted(lengths.items())}" if lengths else names
 
 
-def digest(*arrays: np.ndarray | None) -> str:
+def digest(*arrays: np.ndarray | RowMatrix | None) -> str:
     """16 hex digits that name the arrays' bytes and shapes."""
     total = hashlib.sha256()
     for array in arrays:
-        if array is not None:
+        if isinstance(array, RowMatrix):
+            total.update(f"{array.shape}{array.type_name}".encode())
+            for piece in array.pieces():
+                total.update(piece.data)
+        elif array is not None:
             total.update(f"{array.shape}{array.dtype}".encode())
             total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()[:16]

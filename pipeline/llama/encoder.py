@@ -14,6 +14,7 @@ Shape letters: N rows, D d_in, F latents, K slots for active latents.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import final
 
 import gguf
@@ -22,6 +23,7 @@ import numpy as np
 from convert.sae_gguf import StoredMatrix
 from sae.encoders import Encoder
 from sae.errors import LlamaError, ShapeError
+from sae.rows import RowMatrix
 from sae.runtime import PRE_ACT_BYTES, encode, encoder_input, joined, select
 from sae.weights import SAEWeights
 
@@ -40,24 +42,23 @@ class GgmlEncoder(Encoder):
     def __init__(
         self, weights: SAEWeights, *, n_threads: int, stored: StoredMatrix | None = None, gpu: bool = False
     ) -> None:
-        """`stored`: W_enc in its file's type; without it float32. `n_threads`: as many as the model's session has.
+        """`stored`: W_enc in its file's type; without it as `weights` has it: the file's type too (`StoredRows`), or
+        float32. `n_threads`: as many as the model's session has.
 
         LlamaError where llama.cpp's device cannot compute it, ShapeError where `stored` is of another SAE.
         """
         super().__init__(weights)
         shape = (weights.num_latents, weights.d_in)
-        if stored is None:
-            stored = StoredMatrix(dtype="F32", shape=shape, raw=weights.W_enc_FD.view(np.uint8).reshape(-1))
-        if stored.shape != shape:
+        self.dtype, raw = _stored_bytes(weights, stored)
+        if stored is not None and stored.shape != shape:
             raise ShapeError(f"the stored encoder is {stored.shape}, the SAE's {shape}")
-        if stored.dtype not in MATRIX_TYPES:
-            raise LlamaError(f"no encoder of type {stored.dtype}; expected one of {', '.join(MATRIX_TYPES)}")
-        self.dtype = stored.dtype
-        kind = gguf.GGMLQuantizationType[stored.dtype]
+        if self.dtype not in MATRIX_TYPES:
+            raise LlamaError(f"no encoder of type {self.dtype}; expected one of {', '.join(MATRIX_TYPES)}")
+        kind = gguf.GGMLQuantizationType[self.dtype]
         self._limit = _largest_input(kind)
         k = weights.k if weights.variant == "topk" else 0
         self._affine = Affine(
-            Backend(n_threads=n_threads, gpu=gpu), int(kind), stored.raw, weights.d_in, weights.b_enc_F, k=k
+            Backend(n_threads=n_threads, gpu=gpu), int(kind), raw, weights.d_in, weights.b_enc_F, k=k
         )
         self._step = max(1, PRE_ACT_BYTES // (4 * weights.num_latents))
 
@@ -102,6 +103,18 @@ class GgmlEncoder(Encoder):
             silent_NK = ~(vals_NK > 0)
             idx_NK[silent_NK], vals_NK[silent_NK] = 0, 0.0
         return idx_NK, vals_NK
+
+
+def _stored_bytes(
+    weights: SAEWeights, stored: StoredMatrix | None
+) -> tuple[str, np.ndarray | Iterator[np.ndarray]]:
+    """W_enc's type and its bytes, whole or piece by piece."""
+    if stored is not None:
+        return stored.dtype, stored.raw
+    W_enc_FD = weights.W_enc_FD
+    if isinstance(W_enc_FD, RowMatrix):
+        return W_enc_FD.type_name, W_enc_FD.pieces()
+    return "F32", W_enc_FD.view(np.uint8).reshape(-1)
 
 
 def _largest_input(kind: gguf.GGMLQuantizationType) -> float:

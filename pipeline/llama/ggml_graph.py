@@ -13,7 +13,7 @@ import ctypes
 import mmap
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -176,20 +176,20 @@ def rearranged_for(backend: Backend, kind: int, D: int, F: int) -> int:
 class Affine:
     """pre_NF = x_ND W_FD^T + b_F on a backend, W in the type it is stored in; the k largest too where asked for.
 
-    `raw` are the bytes of W (F rows of D values of ggml type `kind`). They are copied once, into the layout the
-    device multiplies fastest.
+    `raw` are the bytes of W (F rows of D values of ggml type `kind`), or pieces of them one after the other. They are
+    copied once, into the layout the device multiplies fastest.
     """
 
-    def __init__(self, backend: Backend, kind: int, raw: np.ndarray, D: int, bias_F: np.ndarray, *, k: int = 0) -> None:
+    def __init__(
+        self, backend: Backend, kind: int, raw: np.ndarray | Iterable[np.ndarray], D: int, bias_F: np.ndarray, *, k: int = 0
+    ) -> None:
         """`k` > 0: the device selects, where it can (`selects`)."""
         self.backend, self.D, self.F, self.k = backend, D, len(bias_F), k
-        if raw.nbytes != self.F * row_bytes(kind, D):
-            raise LlamaError(f"{raw.nbytes} bytes of weights, expected {self.F} rows of {row_bytes(kind, D)}")
         self._matrix, self._bias = Tensors(), Tensors()
         self._weight = new_2d(self._matrix.context, kind, D, self.F)
         self.buffer_type = rearranged_for(backend, kind, D, self.F)
         self._matrix.allocate(self.buffer_type, weights=True, in_memory=backend.is_cpu)
-        tensor_set(self._weight, raw.ctypes.data, 0, raw.nbytes)
+        self._fill([raw] if isinstance(raw, np.ndarray) else raw, self.F * row_bytes(kind, D))
         self._b = new_1d(self._bias.context, TYPE_F32, self.F)
         self._bias.allocate(backend.default_buffers, weights=True)
         bias_F = np.ascontiguousarray(bias_F, np.float32)
@@ -197,6 +197,18 @@ class Affine:
         self.on_host = bool(_buft_host(backend.default_buffers))
         self.selects = k > 0 and self._device_selects()
         self._graphs: dict[int, _Graph] = {}
+
+    def _fill(self, pieces: Iterable[np.ndarray], n_bytes: int) -> None:
+        """Copy the weights in; a rearranged layout takes all of them at once only."""
+        if self.buffer_type != self.backend.default_buffers:
+            pieces = [np.concatenate([piece.copy() for piece in pieces])]
+        done = 0
+        for piece in pieces:
+            if done + piece.nbytes <= n_bytes:
+                tensor_set(self._weight, piece.ctypes.data, done, piece.nbytes)
+            done += piece.nbytes
+        if done != n_bytes:
+            raise LlamaError(f"{done} bytes of weights, expected {n_bytes} ({self.F} rows)")
 
     @property
     def layout(self) -> str:

@@ -8,53 +8,36 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from sae.encoders import Encoder
 from sae.errors import ConfigError
-from sae.weights import SAEWeights
 
-from ..config import ApplyConfig, InterventionConfig
+from ..config import ApplyConfig
 from ..generate import generate
-from ..interventions.ablate import Ablate
-from ..interventions.base import Intervention, Where
-from ..interventions.clamp import Clamp
-from ..interventions.steer import Steer
 from ..lenses.patching import prompt_tokens
-from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
 from ..run import RunContext
-from .inputs import (
-    check_host,
-    context_tokens,
-    describe_model,
-    encoder_for,
-    open_model,
-    open_sae,
-    relative,
-    session_options,
-)
+from .inputs import context_tokens, describe_model, open_model, relative, sae_path, session_options
+from .live import LiveSAEs, interventions
 
-LONGEST = 1 << 20  # positions
 READOUT_NAME = "readout.jsonl"
-KINDS = ("none", "steer", "clamp", "ablate")
 
 
 def run(context: RunContext) -> None:
     config = context.config.apply
     if not config.prompt:
         raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
-    path, weights = open_sae(context)
+    own = sae_path(context)
     with open_model(context) as model:
-        check_host(context, weights, model)
+        saes = LiveSAEs(context, model, own)
+        read = [saes.get(name) for name in ("", *config.also)]
         tokens = tokens_of(model, config)
         n_ctx = context_tokens(context, model, len(tokens) + config.max_tokens)
         session = Session(model, n_ctx=n_ctx, **session_options(context.config.model))
-        encoder = encoder_for(context, path, weights, model)
-        chosen = interventions(context.config.intervention, weights, encoder)
-        reader = Reader(weights, top=config.top_latents, encoder=encoder)
+        chosen = interventions([context.config.intervention, *config.interventions], saes)
+        readers = [Reader(sae.weights, top=config.top_latents, encoder=sae.encoder) for sae in read]
         stream = generate(
-            session, model, tokens, interventions=chosen, readers=[reader],
+            session, model, tokens, interventions=chosen, readers=readers,
             max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
         )  # fmt: skip
         events = show(
@@ -65,21 +48,31 @@ def run(context: RunContext) -> None:
             bos=model.bos,
         )
         session.close()
-        given = f"{describe_model(model)} and {relative(path)} at {weights.hook}"
+        places = ", ".join(f"{relative(sae.path)} at {sae.weights.hook}" for sae in read)
+        given = f"{describe_model(model)} and {places}"
     made = [e for e in events if e.phase == "response"]
-    read = [e for e in events if e.fvu is not None]
-    l0 = float(np.mean([e.l0 or 0 for e in read])) if read else float("nan")
-    fvu = float(np.mean([e.fvu or 0.0 for e in read])) if read else float("nan")
-    context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made), "l0": l0, "fvu": fvu}
+    context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made)}
+    context.metrics |= means(events, 0)
+    context.metrics["also"] = [{"hook": str(r.point)} | means(events, i) for i, r in enumerate(readers) if i]
     context.metrics["text"] = "".join(e.text for e in made)
-    context.metrics["encoder"] = reader.encoder.name
+    context.metrics["encoder"] = readers[0].encoder.name
+    context.metrics["interventions"] = [intervention.key() for intervention in chosen]
     context.outputs["readout"] = str(context.folder / READOUT_NAME)
     context.three_lines(
         given,
-        f"{len(made)} tokens generated after {len(events) - len(made)}, mean L0 {l0:.1f}, mean token FVU {fvu:.4f}",
+        f"{len(made)} tokens generated after {len(events) - len(made)}, mean L0 {context.metrics['l0']:.1f}, "
+        f"mean token FVU {context.metrics['fvu']:.4f}",
         relative(context.folder / READOUT_NAME),
         stderr=config.format == "jsonl",
     )
+
+
+def means(events: list[ReadoutEvent], reader: int) -> dict[str, float]:
+    """Mean L0 and token FVU of one reader over the tokens it read; NaN where there are none."""
+    read = [event.readings[reader] for event in events if event.readings]
+    if not read:
+        return {"l0": float("nan"), "fvu": float("nan")}
+    return {"l0": float(np.mean([r.l0 for r in read])), "fvu": float(np.mean([r.fvu for r in read]))}
 
 
 def tokens_of(model: Model, config: ApplyConfig) -> np.ndarray:
@@ -91,40 +84,6 @@ def tokens_of(model: Model, config: ApplyConfig) -> np.ndarray:
     if model.add_bos and model.bos is not None and (not len(tokens) or tokens[0] != model.bos):
         tokens = np.concatenate([[model.bos], tokens]).astype(np.int32)
     return tokens
-
-
-def interventions(
-    config: InterventionConfig, weights: SAEWeights, encoder: Encoder | None = None
-) -> list[Intervention]:
-    """The intervention that the settings name, or none."""
-    if config.kind not in KINDS:
-        raise ConfigError(f"intervention.kind: expected one of {', '.join(KINDS)}, got {config.kind!r}")
-    if config.kind == "none":
-        return []
-    if not config.latents:
-        raise ConfigError(f"intervention={config.kind} needs latents: intervention.latents=[123]")
-    point = HookPoint.parse(config.hook or weights.hook)
-    where = Where(phase=config.phase, positions=positions_of(config))
-    latents = tuple(config.latents)
-    if config.kind == "steer":
-        coeffs = (config.coeff,) * len(latents)
-        return [Steer(point=point, where=where, weights=weights, latents=latents, coeffs=coeffs)]
-    if config.kind == "clamp":
-        values = (config.value,) * len(latents)
-        return [Clamp(point=point, where=where, weights=weights, latents=latents, values=values, encoder=encoder)]
-    return [Ablate(point=point, where=where, weights=weights, latents=latents, encoder=encoder)]
-
-
-def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:
-    if config.token_range:
-        if len(config.token_range) != 2 or config.positions or config.token_range[0] > config.token_range[1]:
-            raise ConfigError(
-                f"intervention.token_range: expected [first,last] and no positions, got {config.token_range}"
-            )
-        if config.token_range[1] >= LONGEST:
-            raise ConfigError(f"intervention.token_range: positions end at {LONGEST - 1}, got {config.token_range}")
-        return tuple(range(config.token_range[0], config.token_range[1] + 1))
-    return tuple(config.positions) or None
 
 
 def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None) -> list[ReadoutEvent]:
@@ -141,6 +100,8 @@ def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None
                 out.print(event.to_json(), markup=False)
             else:
                 out.print(line(event, top))
+                for reading in event.readings[1:]:
+                    out.print(f"{'':>4} {reading.hook} {reading.l0} {reading.fvu:.3f}  {strongest(reading.latents, top)}")
     if not as_json:
         prompt = "".join(e.text for e in events if e.phase == "prompt" and not (e.pos == 0 and e.token == bos))
         made = "".join(e.text for e in events if e.phase == "response")
@@ -156,5 +117,8 @@ def line(event: ReadoutEvent, top: int) -> str:
     start = f"{event.pos:>4} [{style}]{text}[/{style}]"
     if event.fvu is None or event.l0 is None:
         return f"{start} {'-':>3} {'-':>6} {logprob:>8}  (not read: BOS or special)"
-    latents = "  ".join(f"{latent}: {activation:.2f}" for latent, activation in event.latents[:top])
-    return f"{start} {event.l0:>3} {event.fvu:>6.3f} {logprob:>8}  {latents}"
+    return f"{start} {event.l0:>3} {event.fvu:>6.3f} {logprob:>8}  {strongest(event.latents, top)}"
+
+
+def strongest(latents: tuple[tuple[int, float], ...], top: int) -> str:
+    return "  ".join(f"{latent}: {activation:.2f}" for latent, activation in latents[:top])

@@ -20,6 +20,7 @@ from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..run import RunContext
 from .corpora import window_table
+from .cvector import direction
 from .inputs import check_host, load_sae, open_model, outlier_norm, relative, sae_path, sae_sha256, session_options
 from .published import check_width, import_published, is_published, measured, published_sha256, report_notes
 
@@ -83,13 +84,8 @@ def control_vector(context: RunContext, weights: SAEWeights, model: Model) -> Pa
     config = context.config.convert
     if config.latent >= weights.num_latents:
         raise ConfigError(f"convert.latent={config.latent}: this SAE has latents 0..{weights.num_latents - 1}")
-    point = HookPoint.parse(weights.hook)
-    if weights.norm_mode != "none":
-        raise ConfigError("a control vector is the same at every token, this SAE's latents are in units of its sigma")
-    if point.site != "resid_post" or point.block is None:
-        raise ConfigError(f"a control vector acts on resid_post only, this SAE reads {weights.hook}")
+    block, direction_D = direction(weights, [config.latent], [config.coeff])
     path = context.folder / f"latent_{config.latent}.gguf"
-    direction = np.float32(config.coeff) * weights.W_dec_FD[config.latent]
-    write_control_vector(path, {point.block: direction}, model_hint=model.id.architecture, n_layer=model.n_layer)
+    write_control_vector(path, {block: direction_D}, model_hint=model.id.architecture, n_layer=model.n_layer)
     context.outputs["control_vector"] = str(path)
     return path

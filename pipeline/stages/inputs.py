@@ -21,8 +21,6 @@ from ..store.backends import as_location
 from .hub import fetch_file
 
 if TYPE_CHECKING:
-    from sae.encoders import Encoder
-
     from ..llama.model import Model
     from ..store.reader import ActivationStore
 
@@ -173,12 +171,15 @@ def sae_path(context: RunContext) -> Path:
     return Path(newest_output(context, "train", "sae", "SAE"))
 
 
-def load_sae(path: Path) -> SAEWeights:
-    """An SAE from a GGUF file, a checkpoint folder or the run folder around one."""
+def load_sae(path: Path, *, stored: bool = False) -> SAEWeights:
+    """An SAE from a GGUF file, a checkpoint folder or the run folder around one.
+
+    `stored`: the matrices of a GGUF as they are stored, rows made float32 when they are asked for.
+    """
     if path.suffix == ".gguf":
         from convert.sae_gguf import read_sae_gguf
 
-        return read_sae_gguf(path)
+        return read_sae_gguf(path, stored=stored)
     from sae.checkpoint import load_weights
 
     manifest = read_manifest(path)
@@ -191,31 +192,18 @@ def load_sae(path: Path) -> SAEWeights:
 def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
     path = sae_path(context)
     weights = load_sae(path)
+    check_one_point(context, weights)
+    context.add_input("sae", path, sae_sha256(path))
+    return path, weights
+
+
+def check_one_point(context: RunContext, weights: SAEWeights) -> None:
+    """Refuse transcoders and SAEs over several hook points."""
     if weights.hook_out or weights.ports:
         points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
         raise ConfigError(
             f"{context.command} runs SAEs at one hook point, this one is over {points}: only train and convert know those"
         )
-    context.add_input("sae", path, sae_sha256(path))
-    return path, weights
-
-
-def encoder_for(context: RunContext, path: Path, weights: SAEWeights, model: Model) -> Encoder | None:
-    """The encoder `apply.encoder` names, on the model's device; None: numpy. A GGUF's W_enc in its stored type."""
-    choice = context.config.apply.encoder
-    if choice == "numpy":  # before the import: a llama.cpp without these symbols can still be used
-        return None
-    from convert.sae_gguf import read_stored_encoder
-
-    from ..llama.encoder import open_encoder
-
-    return open_encoder(
-        weights,
-        choice,
-        n_threads=threads(context.config.model.n_threads),
-        stored=read_stored_encoder(path) if path.suffix == ".gguf" else None,
-        gpu=model.offloads,
-    )
 
 
 def sae_sha256(path: Path) -> str:

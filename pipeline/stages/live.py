@@ -1,0 +1,120 @@
+"""SAEs at work inside the running model: opening several of them, and the interventions that the settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sae.encoders import Encoder
+from sae.errors import ConfigError
+from sae.weights import SAEWeights
+
+from ..config import InterventionConfig
+from ..interventions.ablate import Ablate
+from ..interventions.base import Intervention, Where
+from ..interventions.clamp import Clamp
+from ..interventions.replace import Reconstruct
+from ..interventions.steer import Steer
+from ..llama.hooks import HookPoint
+from ..llama.model import Model
+from ..run import RunContext
+from .inputs import check_host, check_one_point, load_sae, sae_sha256, threads
+
+KINDS = ("none", "steer", "clamp", "ablate", "reconstruct")
+LONGEST = 1 << 20  # positions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveSAE:
+    """An SAE and what computes its latents (None: numpy)."""
+
+    path: Path
+    weights: SAEWeights
+    encoder: Encoder | None
+
+
+@dataclass(slots=True)
+class LiveSAEs:
+    """The SAEs of a run by the path that named them, each opened once."""
+
+    context: RunContext
+    model: Model
+    own: Path  # what "" stands for
+    _open: dict[str, LiveSAE] = field(default_factory=dict)
+
+    def get(self, name: str = "") -> LiveSAE:
+        """The SAE of this path; "": the run's own."""
+        if name not in self._open:
+            path = Path(name).expanduser() if name else self.own
+            same = next((sae for sae in self._open.values() if sae.path.resolve() == path.resolve()), None)
+            self._open[name] = same or self._opened(path, first=not self._open)
+        return self._open[name]
+
+    def _opened(self, path: Path, *, first: bool) -> LiveSAE:
+        choice = self.context.config.apply.encoder
+        weights = load_sae(path, stored=choice != "numpy")
+        check_one_point(self.context, weights)
+        check_host(self.context, weights, self.model)
+        label = "sae" if first else f"sae:{len({sae.path for sae in self._open.values()})}"
+        self.context.add_input(label, path, sae_sha256(path))
+        if choice == "numpy":  # before the import: a llama.cpp without these symbols can still be used
+            return LiveSAE(path=path, weights=weights, encoder=None)
+        from ..llama.encoder import open_encoder
+
+        encoder = open_encoder(
+            weights, choice, n_threads=threads(self.context.config.model.n_threads), gpu=self.model.offloads
+        )
+        return LiveSAE(path=path, weights=weights if encoder else load_sae(path), encoder=encoder)
+
+
+def interventions(configs: Sequence[InterventionConfig], saes: LiveSAEs) -> list[Intervention]:
+    """What the settings name, in their order. At one hook point each acts on the result of the one before."""
+    return [intervention(config, saes) for config in configs if config.kind != "none"]
+
+
+def intervention(config: InterventionConfig, saes: LiveSAEs) -> Intervention:
+    """One of them. ConfigError for settings that do not fit its kind."""
+    if config.kind not in KINDS:
+        raise ConfigError(f"intervention.kind: expected one of {', '.join(KINDS)}, got {config.kind!r}")
+    _check_settings(config)
+    sae = saes.get(config.sae)
+    point = HookPoint.parse(config.hook or sae.weights.hook)
+    where, latents = Where(phase=config.phase, positions=positions_of(config)), tuple(config.latents)
+    w, encoder = sae.weights, sae.encoder
+    if config.kind == "steer":
+        coeffs = tuple(config.coeffs) or (config.coeff,) * len(latents)
+        return Steer(point=point, where=where, weights=w, latents=latents, coeffs=coeffs)
+    if config.kind == "clamp":
+        values = tuple(config.values) or (config.value,) * len(latents)
+        return Clamp(point=point, where=where, weights=w, latents=latents, values=values, encoder=encoder)
+    if config.kind == "ablate":
+        return Ablate(point=point, where=where, weights=w, latents=latents, encoder=encoder)
+    return Reconstruct(point=point, where=where, weights=w, keep_error=config.keep_error, encoder=encoder)
+
+
+def _check_settings(config: InterventionConfig) -> None:
+    if config.kind == "reconstruct" and config.latents:
+        raise ConfigError("intervention=reconstruct takes no latents: it replaces whole rows")
+    if config.kind != "reconstruct" and not config.latents:
+        raise ConfigError(f"intervention={config.kind} needs latents: intervention.latents=[123]")
+    for name, kind in (("coeffs", "steer"), ("values", "clamp")):
+        given = getattr(config, name)
+        if given and (config.kind != kind or len(given) != len(config.latents)):
+            raise ConfigError(
+                f"intervention.{name}: expected one for each of {len(config.latents)} latents, of intervention={kind}; "
+                f"got {given} for {config.kind}"
+            )
+
+
+def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:
+    """The positions named one by one or as a range, None for all."""
+    if config.token_range:
+        if len(config.token_range) != 2 or config.positions or config.token_range[0] > config.token_range[1]:
+            raise ConfigError(
+                f"intervention.token_range: expected [first,last] and no positions, got {config.token_range}"
+            )
+        if config.token_range[1] >= LONGEST:
+            raise ConfigError(f"intervention.token_range: positions end at {LONGEST - 1}, got {config.token_range}")
+        return tuple(range(config.token_range[0], config.token_range[1] + 1))
+    return tuple(config.positions) or None

@@ -1,0 +1,142 @@
+"""Several SAEs at several blocks through the command line: read, steered, clamped, ablated, replaced, as control vectors."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from convert.control_vector import read_control_vector
+from convert.sae_gguf import write_sae_gguf
+from pipeline.llama.identity import model_id
+from sae.checkpoint import load_weights, save_weights
+from sae.untrained import untrained_weights
+
+from .conftest import ggscope, last_line
+
+BLOCKS = (1, 3, 4)
+D, F = 256, 512
+
+
+@pytest.fixture(scope="module")
+def saes(tmp_path_factory):
+    """Random SAEs of the demo model at three blocks: a checkpoint folder, a Q8_0 and an F16 file."""
+    folder = tmp_path_factory.mktemp("saes")
+    host = model_id(str(resources.files("pipeline") / "data" / "pylm.gguf")).as_dict()
+    made = {}
+    for block in BLOCKS:
+        w = untrained_weights(D, F, 8, np.zeros(D), 1.0, f"blocks.{block}.hook_resid_post", host, block)
+        if block == 1:
+            save_weights(folder / "first", w)
+            made[block] = folder / "first"
+        else:
+            kind = {3: "Q8_0", 4: "F16"}[block]
+            made[block] = write_sae_gguf(folder / f"{block}.gguf", w, encoder_type=kind, decoder_type=kind)
+    return made
+
+
+def apply(saes, folder, *args, prompt="import os\n", code=0):
+    options = [f"sae.path={saes[1]}", "apply.format=jsonl", "apply.max_tokens=4", "model.n_threads=1"]
+    done = ggscope("apply", *options, *args, "--prompt", prompt, cwd=folder, code=code)
+    return [json.loads(line) for line in done.stdout.splitlines()] if code == 0 else last_line(done)
+
+
+def edits(*items):
+    return f"apply.interventions=[{','.join(items)}]"
+
+
+def test_every_sae_reads_at_its_own_point_what_it_reads_alone(saes, tmp_path):
+    together = apply(saes, tmp_path, f"apply.also=[{saes[3]},{saes[4]}]")
+    for i, block in enumerate(BLOCKS):
+        alone = apply({1: saes[block]}, tmp_path)
+        assert [e["readings"][i : i + 1] for e in together] == [e["readings"] for e in alone]
+    assert [r["hook"] for r in together[-1]["readings"]] == [f"blocks.{block}.hook_resid_post" for block in BLOCKS]
+
+
+def test_edits_of_several_saes_act_together_and_each_alone(saes, tmp_path):
+    plain = apply(saes, tmp_path, f"apply.also=[{saes[3]}]")
+    latent = plain[2]["readings"][1]["latents"][0][0]
+    steer = f"{{kind:steer,latents:[5,9],coeffs:[30,-20]}}"
+    clamp = f"{{kind:clamp,sae:{saes[3]},latents:[{latent}],value:50}}"
+    ablate = f"{{kind:ablate,sae:{saes[3]},latents:[{latent}]}}"
+    replace = f"{{kind:reconstruct,sae:{saes[4]}}}"
+    runs = {"plain": plain}
+    for name, items in {
+        "steer": [steer], "clamp": [clamp], "ablate": [ablate], "replace": [replace], "all": [steer, clamp, replace]
+    }.items():  # fmt: skip
+        runs[name] = apply(saes, tmp_path, f"apply.also=[{saes[3]}]", edits(*items))
+    seen = {name: tuple(e["logprob"] for e in run if e["phase"] == "prompt") for name, run in runs.items()}
+    assert len(set(seen.values())) == len(seen)
+    # the second SAE sees what the edits before its point led to, and not its own block's edit
+    assert runs["steer"][2]["readings"][1] != plain[2]["readings"][1]
+    assert runs["clamp"][1]["readings"] == plain[1]["readings"]
+    assert runs["all"][1]["readings"] == runs["steer"][1]["readings"]
+
+
+def test_the_group_and_the_list_say_the_same(saes, tmp_path):
+    group = apply(saes, tmp_path, "intervention=steer", "intervention.latents=[5]", "intervention.coeff=40")
+    assert apply(saes, tmp_path, edits("{kind:steer,latents:[5],coeff:40}")) == group
+    kept = apply(saes, tmp_path, "intervention=reconstruct", "intervention.keep_error=true")
+    plain = apply(saes, tmp_path)
+    np.testing.assert_allclose(
+        [e["logprob"] for e in kept[1:]], [e["logprob"] for e in plain[1:]], atol=2e-2
+    )  # the demo model is F16: x_hat + (x - x_hat) is x up to its rounding
+    assert [e["logprob"] for e in apply(saes, tmp_path, "intervention=reconstruct")] != [e["logprob"] for e in plain]
+
+
+def test_the_text_output_names_the_point_of_every_further_reading(saes, tmp_path):
+    options = [f"sae.path={saes[1]}", f"apply.also=[{saes[3]}]", "apply.max_tokens=2", "run_dir=shown"]
+    done = ggscope("apply", *options, "--prompt", "import os", cwd=tmp_path)
+    assert done.stdout.count("blocks.3.hook_resid_post") >= 3
+    manifest = json.loads((tmp_path / "shown" / "manifest.json").read_text())
+    assert manifest["metrics"]["also"][0]["hook"] == "blocks.3.hook_resid_post"
+    assert {"sae", "sae:1", "model"} == set(manifest["inputs"])
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["intervention=reconstruct", "intervention.latents=[1]"], "takes no latents"),
+        ([edits("{kind:steer,latents:[1,2],coeffs:[3]}")], "one for each of 2 latents"),
+        ([edits("{kind:ablate,latents:[1],coeffs:[3]}")], "of intervention=steer"),
+        ([edits("{kind:steer,latents:[1],phase:later}")], "all, prompt, response"),
+        ([edits("{kind:steer,latents:[1],sae:nowhere.gguf}")], "nowhere.gguf"),
+        ([edits("{kind:steer,latent:[1]}")], "latent"),
+        (["apply.also=[nowhere]"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_one_line(args, expected, saes, tmp_path):
+    assert expected in apply(saes, tmp_path, *args, code=2)
+
+
+def test_cvector_sums_latents_of_several_saes_block_by_block(saes, tmp_path):
+    further = f"cvector.directions=[{{sae:{saes[3]},latents:[7],coeffs:[3]}},{{latents:[5],coeffs:[1]}},{{latents:[2],coeffs:[4],block:2}}]"
+    options = [f"sae.path={saes[1]}", "cvector.latents=[5,9]", "cvector.coeffs=[8,-2.1]", further]
+    done = ggscope("cvector", *options, "cvector.out=cv.gguf", cwd=tmp_path)
+    assert "--control-vector cv.gguf" in done.stdout
+    found = read_control_vector(tmp_path / "cv.gguf")
+    W_FD = load_weights(saes[1]).W_dec_FD.astype(np.float64)
+    assert sorted(found) == [1, 2, 3]
+    np.testing.assert_allclose(found[1], 9 * W_FD[5] - 2.1 * W_FD[9], rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(found[2], (4 * W_FD[2]).astype(np.float32))
+    from convert.sae_gguf import read_sae_gguf
+
+    np.testing.assert_array_equal(found[3], np.float32(3) * read_sae_gguf(saes[3]).W_dec_FD[7])
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "expected latents"),
+        (["cvector.latents=[1,2]", "cvector.coeffs=[1]"], "a coefficient for each latent"),
+        (["cvector.latents=[512]", "cvector.coeffs=[1]"], "0..511"),
+        (["cvector.directions=[{latents:[1],coeffs:[1],block:0}]"], "block 0 cannot be steered"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_control_vectors_that_cannot_be_are_one_line(args, expected, saes, tmp_path):
+    assert expected in last_line(ggscope("cvector", f"sae.path={saes[1]}", *args, cwd=tmp_path, code=2))
+    assert not list(tmp_path.rglob("*.gguf"))
