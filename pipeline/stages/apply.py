@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,7 @@ def run(context: RunContext) -> None:
             as_json=config.format == "jsonl",
             top=config.top_latents,
             bos=model.bos,
+            labels=weights.labels,
         )
         session.close()
         given = f"{describe_model(model)} and {relative(path)} at {weights.hook}"
@@ -127,8 +130,10 @@ def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:
     return tuple(config.positions) or None
 
 
-def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None) -> list[ReadoutEvent]:
-    """Print every event as it comes and keep it in `path` (JSONL)."""
+def show(
+    stream: object, path: Path, *, as_json: bool, top: int, bos: int | None, labels: Mapping[int, str]
+) -> list[ReadoutEvent]:
+    """Print every event as it comes and keep it in `path` (JSONL), with the labels of its latents where there are any."""
     out = Console(highlight=False, soft_wrap=True)
     events: list[ReadoutEvent] = []
     if not as_json:
@@ -136,11 +141,12 @@ def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None
     with open(path, "w", encoding="utf-8") as file:
         for event in stream:  # type: ignore[attr-defined]
             events.append(event)
-            file.write(event.to_json() + "\n")
+            text = with_labels(event, labels) if labels else event.to_json()
+            file.write(text + "\n")
             if as_json:
-                out.print(event.to_json(), markup=False)
+                out.print(text, markup=False)
             else:
-                out.print(line(event, top))
+                out.print(line(event, top, labels))
     if not as_json:
         prompt = "".join(e.text for e in events if e.phase == "prompt" and not (e.pos == 0 and e.token == bos))
         made = "".join(e.text for e in events if e.phase == "response")
@@ -148,7 +154,13 @@ def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None
     return events
 
 
-def line(event: ReadoutEvent, top: int) -> str:
+def with_labels(event: ReadoutEvent, labels: Mapping[int, str]) -> str:
+    """The event as a line of JSON, with `labels`: {latent: label} of those it lists that have one."""
+    named = {str(latent): labels[latent] for latent, _ in event.latents if latent in labels}
+    return json.dumps(event.to_dict() | {"labels": named}, ensure_ascii=False)
+
+
+def line(event: ReadoutEvent, top: int, labels: Mapping[int, str]) -> str:
     """One token as the terminal shows it."""
     text = escape(repr(event.text)[1:-1][:18].ljust(18))
     style = "green" if event.phase == "response" else "cyan"
@@ -156,5 +168,10 @@ def line(event: ReadoutEvent, top: int) -> str:
     start = f"{event.pos:>4} [{style}]{text}[/{style}]"
     if event.fvu is None or event.l0 is None:
         return f"{start} {'-':>3} {'-':>6} {logprob:>8}  (not read: BOS or special)"
-    latents = "  ".join(f"{latent}: {activation:.2f}" for latent, activation in event.latents[:top])
+    latents = "  ".join(f"{named(latent, labels)}: {activation:.2f}" for latent, activation in event.latents[:top])
     return f"{start} {event.l0:>3} {event.fvu:>6.3f} {logprob:>8}  {latents}"
+
+
+def named(latent: int, labels: Mapping[int, str]) -> str:
+    """`123`, or `123 (its label)`."""
+    return f"{latent} ({escape(labels[latent])})" if latent in labels else str(latent)
