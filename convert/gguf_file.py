@@ -19,10 +19,19 @@ import numpy as np
 
 from sae.errors import FormatError
 
+from .keys import MATRIX_TYPES
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_TYPES = {0: "F32", 1: "F16", 8: "Q8_0"}
-_BLOCK = {"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34)}  # (elements, bytes) of a block
+_KINDS = {name: gguf.GGMLQuantizationType[name] for name in MATRIX_TYPES}
+_NAMES = {int(kind): name for name, kind in _KINDS.items()}
+_BLOCK = {name: gguf.GGML_QUANT_SIZES[kind] for name, kind in _KINDS.items()}  # (elements, bytes) of a block
+# The largest magnitude that can be written. A block's scale is an F16: the largest value / 127 in Q8_0, / 8 in Q4_0;
+# Q5_1 and Q4_1 keep the least value itself as F16. Values just above the largest BF16 would round to infinity.
+_LARGEST = {
+    "F16": 65504.0, "BF16": 3.3895313892515355e38, "Q8_0": 127 * 65504.0,
+    "Q5_1": 65504.0, "Q4_1": 65504.0, "Q4_0": 8 * 65504.0,
+}  # fmt: skip
 _MAX_NAME, _MAX_DIMS, _MAX_ALIGNMENT = 63, 4, 1 << 20
 _MAX_KEYS = 1 << 16
 
@@ -53,12 +62,8 @@ class GGUFFile:
 
     def tensor(self, name: str) -> np.ndarray:
         """The tensor as float32 in numpy order, copied out of the file."""
-        found, raw = self.tensors[name], self.raw(name)
-        if found.dtype == "Q8_0":
-            blocks = raw.reshape(*found.shape[:-1], found.shape[-1] // 32 * 34)
-            return gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0).astype(np.float32, copy=False)
-        values = raw.view("<f4" if found.dtype == "F32" else "<f2").reshape(found.shape)
-        return values.astype(np.float32, copy=True)
+        found = self.tensors[name]
+        return decode_matrix(self.raw(name), found.shape, found.dtype)
 
 
 class _Cursor:
@@ -160,15 +165,15 @@ def _table_row(cursor: _Cursor, alignment: int) -> tuple[str, TensorEntry]:
         raise cursor.fail(f"tensor {name!r} has {n_dims} dimensions")
     ne = [cursor.scalar("Q") for _ in range(n_dims)]
     kind, offset = cursor.scalar("I"), cursor.scalar("Q")
-    if kind not in _TYPES:
-        raise cursor.fail(f"tensor {name!r} has type {kind}; F32 (0), F16 (1) and Q8_0 (8) are supported")
-    dtype = _TYPES[kind]
-    items, size = _BLOCK[dtype]
-    if not all(ne) or ne[0] % items:
+    if kind not in _NAMES:
+        known = ", ".join(f"{known} ({number})" for number, known in _NAMES.items())
+        raise cursor.fail(f"tensor {name!r} has type {kind}; supported are {known}")
+    dtype = _NAMES[kind]
+    if not all(ne) or ne[0] % _BLOCK[dtype][0]:
         raise cursor.fail(f"tensor {name!r} of type {dtype} cannot have ne={ne}")
     if offset % alignment:
         raise cursor.fail(f"tensor {name!r} is not aligned to {alignment} bytes")
-    n_bytes = math.prod(ne) // items * size
+    n_bytes = stored_bytes(tuple(ne), dtype)
     return name, TensorEntry(shape=tuple(reversed(ne)), dtype=dtype, start=offset, n_bytes=n_bytes)
 
 
@@ -183,19 +188,41 @@ def _place(cursor: _Cursor, table: dict[str, TensorEntry], data_start: int) -> d
 
 
 def encode_matrix(name: str, values: np.ndarray, dtype: str) -> tuple[np.ndarray, gguf.GGMLQuantizationType]:
-    """Bytes of a float32 matrix in F32, F16 or Q8_0. Raises FormatError where the type cannot hold it."""
-    kind = gguf.GGMLQuantizationType[dtype]
+    """Bytes of a float32 matrix in one of MATRIX_TYPES, rows contiguous. FormatError where the type cannot hold it."""
+    kind, block = _KINDS[dtype], _BLOCK[dtype][0]
+    values = np.ascontiguousarray(values, dtype=np.float32)
     if dtype == "F32":
-        return np.ascontiguousarray(values, dtype=np.float32), kind
-    # F16 holds up to 65504; a Q8_0 block stores its largest value / 127 as F16
-    limit = 65504.0 if dtype == "F16" else 127 * 65504.0
-    if float(np.abs(values).max()) > limit:
-        raise FormatError(f"{name} holds values beyond {limit:g}, the range of {dtype}; use F32 for it")
+        return values, kind
+    if float(np.abs(values).max(initial=0.0)) > _LARGEST[dtype]:
+        raise FormatError(f"{name} holds values beyond {_LARGEST[dtype]:g}, the range of {dtype}; use F32 for it")
+    if values.shape[-1] % block:
+        raise FormatError(
+            f"{name}: {dtype} needs a width divisible by {block}, got {values.shape[-1]}; use F16, BF16 or F32"
+        )
     if dtype == "F16":
-        return np.ascontiguousarray(values, dtype=np.float16), kind
-    if values.shape[-1] % 32:
-        raise FormatError(f"{name}: Q8_0 needs d_in divisible by 32, got {values.shape[-1]}; use F16 or F32")
-    return gguf.quants.quantize(np.ascontiguousarray(values, dtype=np.float32), kind), kind
+        return values.astype(np.float16), kind
+    return gguf.quants.quantize(values, kind), kind
+
+
+def decode_matrix(raw: np.ndarray, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """`raw` (uint8) as float32 of `shape`, a copy. What a hostile scale turns into (NaN, infinity) is the caller's."""
+    rows = raw.reshape(*shape[:-1], -1)
+    if dtype == "F32":
+        return rows.view("<f4").astype(np.float32, copy=True)
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(rows, _KINDS[dtype]).astype(np.float32, copy=False)
+
+
+def rounded(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    """A matrix as a file of this type gives it back. FormatError where the type cannot hold it."""
+    data, _ = encode_matrix(name, values, dtype)
+    return decode_matrix(data.view(np.uint8).reshape(-1), values.shape, dtype)
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Size of a matrix in a file."""
+    items, size = _BLOCK[dtype]
+    return math.prod(shape) // items * size
 
 
 def write_atomically(

@@ -8,10 +8,12 @@ from sae.errors import FormatError
 
 ARCHITECTURE = "sae"
 VERSION = 2  # of files that need what version 1 lacks; others are written as version 1
-MATRIX_TYPES = ("F32", "F16", "Q8_0")
+MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0")
+MAX_ENTRIES = 1024
 
 SAE_VERSION = "sae.version"
 SAE_COUNT = "sae.count"
+LABELS = "labels"  # below `sae.{i}.`
 
 # ModelId.as_dict() name -> key below `sae.{i}.`
 HOST_KEYS = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,11 @@ import numpy as np
 
 from sae.checkpoint import needs_version_2
 from sae.errors import ConfigError, FormatError, SAEError
-from sae.weights import NORM_MODES, VARIANTS, SAEWeights
+from sae.weights import VARIANTS, SAEWeights
 
 from . import keys
-from .gguf_file import GGUFFile, encode_matrix, read_gguf, write_atomically
-from .stored_rows import StoredRows
-
-_MAX_ENTRIES = 1024
+from .gguf_file import encode_matrix, read_gguf, rounded, stored_bytes, write_atomically
+from .sae_header import Header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,69 +47,107 @@ class StoredMatrix:
 
 def write_sae_gguf(
     path: str | Path,
-    weights: SAEWeights,
+    weights: SAEWeights | Sequence[SAEWeights],
     *,
     encoder_type: str = "F16",
     decoder_type: str = "F16",
     probe: np.ndarray | None = None,
 ) -> Path:
-    """Writes an SAE GGUF atomically. With `probe` (N, D) the file is verified before it gets its name.
+    """Writes an SAE, or several at hook points of one model, atomically. With `probe` (N, D) the first one is verified
+    before the file gets its name.
 
-    Raises ConfigError on an unknown type, FormatError where the type cannot hold the matrix (Q8_0 needs D % 32 == 0),
-    CheckFailedError when the verification fails.
+    Raises ConfigError on an unknown type and on SAEs of different models, FormatError where the type cannot hold a
+    matrix (a quantised one needs D % 32 == 0), CheckFailedError when the verification fails.
     """
+    entries = [weights] if isinstance(weights, SAEWeights) else list(weights)
     for role, name in (("encoder_type", encoder_type), ("decoder_type", decoder_type)):
         if name not in keys.MATRIX_TYPES:
             raise ConfigError(f"{role}: expected one of {', '.join(keys.MATRIX_TYPES)}, got {name!r}")
+    _check_together(entries)
 
     def fill(writer: gguf.GGUFWriter) -> None:
-        _add_keys(writer, weights)
-        _add_tensors(writer, weights, encoder_type, decoder_type)
+        _add_file_keys(writer, entries)
+        for index, one in enumerate(entries):
+            _add_keys(writer, one, index, version_2=any(map(needs_version_2, entries)))
+            _add_tensors(writer, one, index, encoder_type, decoder_type)
 
     def check(partial: Path) -> None:
         from .verify import verify  # verify reads files with this module
 
         assert probe is not None
-        verify(weights, partial, probe)
+        verify(entries[0], partial, probe)
 
     return write_atomically(path, keys.ARCHITECTURE, fill, check if probe is not None else None)
 
 
-def _add_keys(writer: gguf.GGUFWriter, weights: SAEWeights) -> None:
-    n_latents, d_in = weights.W_enc_FD.shape
+def _check_together(entries: Sequence[SAEWeights]) -> None:
+    if not 1 <= len(entries) <= keys.MAX_ENTRIES:
+        raise ConfigError(f"a file holds 1 to {keys.MAX_ENTRIES} SAEs, got {len(entries)}")
+    for fact in ("name", "architecture", "n_embd", "n_layer", "vocab_sha256"):
+        found = {one.host.get(fact) for one in entries} - {None}
+        if len(found) > 1:
+            raise ConfigError(
+                f"the SAEs of one file are of one model; their hosts' {fact} are {sorted(map(str, found))}"
+            )
+
+
+def stored_as(weights: SAEWeights, encoder_type: str, decoder_type: str) -> SAEWeights:
+    """The SAE as a file of these types gives it back."""
+    return replace(
+        weights,
+        W_enc_FD=rounded("enc.weight", weights.W_enc_FD, encoder_type),
+        W_dec_FD=rounded("dec.weight", weights.W_dec_FD, decoder_type),
+    )
+
+
+def matrix_bytes(weights: SAEWeights, encoder_type: str, decoder_type: str) -> int:
+    """What both matrices take in a file of these types."""
+    return stored_bytes(weights.W_enc_FD.shape, encoder_type) + stored_bytes(weights.W_dec_FD.shape, decoder_type)
+
+
+def _add_file_keys(writer: gguf.GGUFWriter, entries: Sequence[SAEWeights]) -> None:
     writer.add_string("general.type", "sae")
-    writer.add_uint32(keys.SAE_VERSION, keys.VERSION if needs_version_2(weights) else 1)
-    writer.add_uint32(keys.SAE_COUNT, 1)
-    writer.add_string(keys.entry(0, "hook.point"), weights.hook)
-    writer.add_string(keys.entry(0, "hook.tensor"), keys.hook_tensor(weights.hook))
+    writer.add_uint32(keys.SAE_VERSION, keys.VERSION if any(map(needs_version_2, entries)) else 1)
+    writer.add_uint32(keys.SAE_COUNT, len(entries))
+    name = next((str(one.host["name"]) for one in entries if one.host.get("name")), "")
+    if name:
+        writer.add_uint32(keys.BASE_MODEL_COUNT, 1)
+        writer.add_string(keys.BASE_MODEL_NAME, name)
+
+
+def _add_keys(writer: gguf.GGUFWriter, weights: SAEWeights, index: int, *, version_2: bool) -> None:
+    def key(name: str) -> str:
+        return keys.entry(index, name)
+
+    writer.add_string(key("hook.point"), weights.hook)
+    writer.add_string(key("hook.tensor"), keys.hook_tensor(weights.hook))
     block = keys.hook_block(weights.hook)
     if block is not None:
-        writer.add_uint32(keys.entry(0, "hook.block"), block)
-    writer.add_string(keys.entry(0, "variant"), weights.variant)
-    writer.add_uint32(keys.entry(0, "d_in"), d_in)
-    writer.add_uint32(keys.entry(0, "num_latents"), n_latents)
-    writer.add_uint32(keys.entry(0, "k"), weights.k)
-    writer.add_string(keys.entry(0, "norm.mode"), weights.norm_mode)
-    writer.add_float64(keys.entry(0, "norm.eps"), weights.norm_eps)
-    if needs_version_2(weights):
-        writer.add_uint32(keys.entry(0, "norm.correction"), weights.norm_correction)
-        writer.add_uint32(keys.entry(0, "d_out"), weights.d_out)
+        writer.add_uint32(key("hook.block"), block)
+    writer.add_string(key("variant"), weights.variant)
+    writer.add_uint32(key("d_in"), weights.d_in)
+    writer.add_uint32(key("num_latents"), weights.num_latents)
+    writer.add_uint32(key("k"), weights.k)
+    writer.add_string(key("norm.mode"), weights.norm_mode)
+    writer.add_float64(key("norm.eps"), weights.norm_eps)
+    if version_2:
+        writer.add_uint32(key("norm.correction"), weights.norm_correction)
+        writer.add_uint32(key("d_out"), weights.d_out)
         if weights.hook_out:
-            writer.add_string(keys.entry(0, "hook.out"), weights.hook_out)
-        writer.add_string(keys.entry(0, "ports"), json.dumps(weights.ports))
-    writer.add_bool(keys.entry(0, "b_dec_subtracted"), weights.b_dec_subtracted)
-    writer.add_bool(keys.entry(0, "bos_excluded"), True)
-    writer.add_float64(keys.entry(0, "variance"), float(weights.variance))
-    writer.add_string(keys.entry(0, "training"), json.dumps(_plain(weights.training), sort_keys=True))
-    for name, key in keys.HOST_KEYS.items():
+            writer.add_string(key("hook.out"), weights.hook_out)
+        writer.add_string(key("ports"), json.dumps(weights.ports))
+    writer.add_bool(key("b_dec_subtracted"), weights.b_dec_subtracted)
+    writer.add_bool(key("bos_excluded"), True)
+    writer.add_float64(key("variance"), float(weights.variance))
+    writer.add_string(key("training"), json.dumps(_plain(weights.training), sort_keys=True))
+    if weights.labels:
+        writer.add_array(key(keys.LABELS), [weights.labels.get(latent, "") for latent in range(weights.num_latents)])
+    for name, below in keys.HOST_KEYS.items():
         value = weights.host.get(name)
         if isinstance(value, str):
-            writer.add_string(keys.entry(0, key), value)
+            writer.add_string(key(below), value)
         elif value is not None:
-            writer.add_uint32(keys.entry(0, key), int(value))
-    if weights.host.get("name"):
-        writer.add_uint32(keys.BASE_MODEL_COUNT, 1)
-        writer.add_string(keys.BASE_MODEL_NAME, str(weights.host["name"]))
+            writer.add_uint32(key(below), int(value))
 
 
 def _plain(value: Any) -> Any:
@@ -126,7 +163,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _add_tensors(writer: gguf.GGUFWriter, weights: SAEWeights, encoder_type: str, decoder_type: str) -> None:
+def _add_tensors(
+    writer: gguf.GGUFWriter, weights: SAEWeights, index: int, encoder_type: str, decoder_type: str
+) -> None:
     vectors = {
         "enc.bias": weights.b_enc_F,
         "dec.bias": weights.b_dec_D,
@@ -141,14 +180,14 @@ def _add_tensors(writer: gguf.GGUFWriter, weights: SAEWeights, encoder_type: str
     ):
         _require_finite(name, values)
         data, kind = encode_matrix(name, values, dtype)
-        writer.add_tensor(keys.entry(0, name), data, raw_dtype=kind)
+        writer.add_tensor(keys.entry(index, name), data, raw_dtype=kind)
     if weights.W_skip_OD is not None:
         _require_finite("skip.weight", weights.W_skip_OD)
-        writer.add_tensor(keys.entry(0, "skip.weight"), weights.W_skip_OD)
+        writer.add_tensor(keys.entry(index, "skip.weight"), weights.W_skip_OD)
     for name, values in vectors.items():
         if values is not None:
             _require_finite(name, values)
-            writer.add_tensor(keys.entry(0, name), np.ascontiguousarray(values, dtype=np.float32))
+            writer.add_tensor(keys.entry(index, name), np.ascontiguousarray(values, dtype=np.float32))
 
 
 def _require_finite(name: str, values: np.ndarray) -> None:
@@ -158,14 +197,12 @@ def _require_finite(name: str, values: np.ndarray) -> None:
         )
 
 
-def read_sae_gguf(path: str | Path, *, stored: bool = False) -> SAEWeights:
-    """Reads entry 0 of an SAE GGUF as float32 arrays; W_enc and W_dec as `StoredRows` with `stored`.
+def read_sae_gguf(path: str | Path, entry: int = 0, *, stored: bool = False) -> SAEWeights:
+    """Reads one SAE of an SAE GGUF as float32 arrays; W_enc and W_dec as `StoredRows` with `stored`.
 
     Raises FormatError in one line on anything but a whole, consistent SAE GGUF file of version 1 or 2.
     """
-    file = read_gguf(path)
-    header = _Header(file)
-    header.check_file()
+    header = Header(read_gguf(path), entry)
     n_latents, d_in = header.integer("num_latents", 1), header.integer("d_in", 1)
     k = header.integer("k", 1)
     if k > n_latents:
@@ -193,6 +230,7 @@ def read_sae_gguf(path: str | Path, *, stored: bool = False) -> SAEWeights:
             hook=hook,
             host=header.host(),
             training=header.training(),
+            labels=header.labels(n_latents),
             **further,
         )
     except FormatError:
@@ -201,22 +239,27 @@ def read_sae_gguf(path: str | Path, *, stored: bool = False) -> SAEWeights:
         raise header.fail(str(error)) from None
 
 
-def read_stored_encoder(path: str | Path) -> StoredMatrix:
-    """W_enc of entry 0 in the type it is stored in. Raises FormatError like `read_sae_gguf`."""
+def read_stored_encoder(path: str | Path, entry: int = 0) -> StoredMatrix:
+    """W_enc in the type it is stored in. Raises FormatError like `read_sae_gguf`."""
     file = read_gguf(path)
-    header = _Header(file)
-    header.check_file()
+    header = Header(file, entry)
     shape = header.integer("num_latents", 1), header.integer("d_in", 1)
     return StoredMatrix(
-        dtype=header.entry_of("enc.weight", shape).dtype, shape=shape, raw=file.raw(keys.entry(0, "enc.weight"))
+        dtype=header.entry_of("enc.weight", shape).dtype, shape=shape, raw=file.raw(header.key("enc.weight"))
     )
 
 
-def sae_file_info(path: str | Path) -> SAEFileInfo:
-    """Header facts of entry 0 without reading the arrays. Raises FormatError like `read_sae_gguf`."""
+def entry_hooks(path: str | Path) -> list[str]:
+    """The hook point of each SAE of the file. Raises FormatError like `read_sae_gguf`."""
     file = read_gguf(path)
-    header = _Header(file)
-    header.check_file()
+    count = Header(file).file.fields[keys.SAE_COUNT]
+    return [Header(file, entry).text("hook.point") for entry in range(count)]
+
+
+def sae_file_info(path: str | Path, entry: int = 0) -> SAEFileInfo:
+    """Header facts of one SAE without reading the arrays. Raises FormatError like `read_sae_gguf`."""
+    file = read_gguf(path)
+    header = Header(file, entry)
     n_latents, d_in = header.integer("num_latents", 1), header.integer("d_in", 1)
     return SAEFileInfo(
         version=file.fields[keys.SAE_VERSION],
@@ -229,147 +272,3 @@ def sae_file_info(path: str | Path) -> SAEFileInfo:
         decoder_type=header.entry_of("dec.weight", (n_latents, header.d_out(d_in))).dtype,
         n_bytes=len(file.buffer),
     )
-
-
-class _Header:
-    """Typed access to the keys and tensors of entry 0; every miss is a FormatError that names the file and the key."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
-
-    def fail(self, what: str) -> FormatError:
-        return FormatError(f"{self.file.path}: not a usable SAE GGUF: {what}")
-
-    def check_file(self) -> None:
-        fields = self.file.fields
-        if fields.get("general.architecture") != keys.ARCHITECTURE:
-            found = fields.get("general.architecture")
-            raise self.fail(f"general.architecture is {str(found)[:80]!r}, expected 'sae'; is it a model?")
-        version, count = fields.get(keys.SAE_VERSION), fields.get(keys.SAE_COUNT)
-        if type(version) is not int or not 1 <= version <= keys.VERSION:
-            raise self.fail(f"sae.version is {str(version)[:40]}, this program reads 1 to {keys.VERSION}")
-        if type(count) is not int or not 1 <= count <= _MAX_ENTRIES:
-            raise self.fail(f"sae.count is {str(count)[:40]}, expected 1 to {_MAX_ENTRIES}")
-
-    def _get(self, name: str, kinds: tuple[type, ...], wanted: str) -> Any:
-        key = keys.entry(0, name)
-        if key not in self.file.fields:
-            raise self.fail(f"key {key} is missing")
-        value = self.file.fields[key]
-        if type(value) not in kinds:  # exact: bool is an int to isinstance
-            raise self.fail(f"key {key} should be {wanted}, got {str(value)[:80]!r}")
-        return value
-
-    def integer(self, name: str, least: int) -> int:
-        value = self._get(name, (int,), "an integer")
-        if not least <= value < 2**31:
-            raise self.fail(f"key {keys.entry(0, name)} is {value}, expected {least} to {2**31 - 1}")
-        return value
-
-    def number(self, name: str) -> float:
-        value = float(self._get(name, (float, int), "a number"))
-        if not math.isfinite(value) or value < 0:
-            raise self.fail(f"key {keys.entry(0, name)} is {value}, expected a finite number of at least 0")
-        return value
-
-    def text(self, name: str) -> str:
-        return self._get(name, (str,), "a string")
-
-    def boolean(self, name: str) -> bool:
-        return self._get(name, (bool,), "a bool")
-
-    def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
-        value = self.text(name)
-        if value not in allowed:
-            raise self.fail(f"{keys.entry(0, name)} is {value[:80]!r}, this program knows {', '.join(allowed)}")
-        return value
-
-    def entry_of(self, name: str, shape: tuple[int, ...]) -> Any:
-        key = keys.entry(0, name)
-        if key not in self.file.tensors:
-            raise self.fail(f"tensor {key} is missing")
-        entry = self.file.tensors[key]
-        if entry.shape != shape:
-            raise self.fail(f"tensor {key} has ne={list(reversed(entry.shape))}, expected {list(reversed(shape))}")
-        if len(shape) == 1 and entry.dtype != "F32":
-            raise self.fail(f"tensor {key} is {entry.dtype}, expected F32")
-        return entry
-
-    def require(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        self.entry_of(name, shape)
-        values = self.file.tensor(keys.entry(0, name))
-        if not np.isfinite(values).all():
-            raise self.fail(f"tensor {keys.entry(0, name)} holds values that are not finite")
-        return values
-
-    def matrix(self, name: str, shape: tuple[int, int], stored: bool) -> Any:
-        if not stored:
-            return self.require(name, shape)
-        entry, key = self.entry_of(name, shape), keys.entry(0, name)
-        rows = StoredRows(self.file.path, entry.start, self.file.raw(key), entry.dtype, shape)
-        if not rows.is_finite():
-            raise self.fail(f"tensor {key} holds values that are not finite")
-        return rows
-
-    def optional(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        return self.require(name, shape) if keys.entry(0, name) in self.file.tensors else None
-
-    def threshold(self, n_latents: int) -> np.ndarray | None:
-        if keys.entry(0, "threshold") in self.file.fields and keys.entry(0, "threshold") not in self.file.tensors:
-            return np.full(n_latents, self.number("threshold"), dtype=np.float32)
-        return self.optional("threshold", (n_latents,))
-
-    def d_out(self, d_in: int) -> int:
-        return d_in if self.file.fields[keys.SAE_VERSION] == 1 else self.integer("d_out", 1)
-
-    def further(self, d_in: int) -> dict[str, Any]:
-        """What version 2 adds; in version 1 the one norm mode there is."""
-        if self.file.fields[keys.SAE_VERSION] == 1:
-            self.one_of("norm.mode", NORM_MODES[:1])
-            return {"d_out": d_in}
-        d_out = self.d_out(d_in)
-        hook_out = self.text("hook.out") if keys.entry(0, "hook.out") in self.file.fields else ""
-        if hook_out:
-            keys.hook_block(hook_out)  # refuses what is no hook point
-        return {
-            "d_out": d_out,
-            "norm_mode": self.one_of("norm.mode", NORM_MODES),
-            "norm_eps": self.number("norm.eps"),
-            "norm_correction": self.integer("norm.correction", 0),
-            "hook_out": hook_out,
-            "ports": self.ports(),
-            "W_skip_OD": self.optional("skip.weight", (d_out, d_in)),
-        }
-
-    def ports(self) -> tuple[tuple[str, int], ...]:
-        try:
-            found = json.loads(self.text("ports"))
-            pairs = tuple((name, width) for name, width in found)
-        except (ValueError, TypeError, RecursionError):
-            pairs = None
-        if pairs is None or not all(
-            isinstance(name, str) and type(width) is int and width > 0 for name, width in pairs
-        ):
-            raise self.fail(f"key {keys.entry(0, 'ports')} is no JSON list of hook points and widths")
-        for name, _ in pairs:
-            keys.hook_block(name)
-        return pairs
-
-    def host(self) -> dict[str, Any]:
-        fields = self.file.fields
-        found = {name: fields.get(keys.entry(0, key)) for name, key in keys.HOST_KEYS.items()}
-        found["name"] = fields.get(keys.BASE_MODEL_NAME)
-        for name, value in found.items():
-            if value is not None and type(value) not in (int, str):
-                raise self.fail(f"the host model's {name} is neither a string nor an integer")
-        return {name: value for name, value in found.items() if value is not None}
-
-    def training(self) -> dict[str, Any]:
-        raw = self.file.fields.get(keys.entry(0, "training"), "{}")
-        try:
-            value = json.loads(raw) if isinstance(raw, str) else None
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise self.fail(f"key {keys.entry(0, 'training')} is not a JSON object")
-        return value

@@ -34,7 +34,7 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 HYDRA_FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--cfg", "-c", "--package", "-p"}
 HYDRA_FLAGS = {"-m", "--multirun", "--resolve", "--info", "-i", "--hydra-help", "--run", "-r"}
 PATH_KEYS = {
-    "run_dir", "resume", "model.path", "store.path", "sae.path", "convert.source", "convert.out", "cvector.out",
+    "run_dir", "resume", "model.path", "store.path", "sae.path", "convert.source", "convert.out", "convert.labels", "cvector.out",
     "evaluate.random_sae", "report.evaluation", "report.metrics",
 }  # fmt: skip
 
@@ -137,8 +137,9 @@ def take_words(name: str, args: list[str]) -> tuple[str, list[str], list[str]]:
     command, rest = COMMANDS[name], list(args)
     verb = ""
     if command.verbs:
-        verb = rest.pop(0) if rest else ""
-        if verb not in command.verbs:
+        if not command.verb_optional or (rest and rest[0] in command.verbs):
+            verb = rest.pop(0) if rest else ""
+        if verb not in command.verbs and not command.verb_optional:
             close = difflib.get_close_matches(verb, command.verbs, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(

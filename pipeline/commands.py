@@ -22,6 +22,7 @@ class Command:
     examples: tuple[str, ...] = ()
     prompts: tuple[tuple[str, str], ...] = ()  # (flag, config key): texts that bypass Hydra's grammar
     verbs: tuple[str, ...] = ()  # the first word after the command
+    verb_optional: bool = False  # without it the command does what it is named for
     path_key: str = ""  # config key of the path(s) that follow
     keeps_run: bool = True  # makes a run folder; those that only look do not
     not_read: tuple[str, ...] = NOT_READ  # settings of its groups that are another command's
@@ -71,11 +72,23 @@ COMMANDS: dict[str, Command] = {
         not_read=(*NOT_READ, *TRAINING),
         examples=("ggscope evaluate", "ggscope evaluate sae.path=runs/train/2026-01-31_12-00-00/sae evaluate.splice_tokens=8192", "ggscope evaluate sae.path=block3/sae evaluate.also=[block1/sae,block5/sae]", "ggscope evaluate evaluate.against=other_seed/sae evaluate.probe=labelled.csv"),
     ),
+    "drift": Command(
+        summary="the SAE over its model in several quantisations, and itself in several types: FVU, L0, CE recovered, overlap",
+        groups=("model", "corpus", "sae", "drift"),
+        not_read=(*NOT_READ, *TRAINING),
+        examples=(
+            "ggscope drift drift.requantise=[Q8_0,Q4_K_M,Q4_0]",
+            "ggscope drift model.path=model-F16.gguf drift.models=[model-Q8_0.gguf,model-Q4_K_M.gguf] drift.types=[F16,Q8_0,Q4_0/Q8_0]",
+        ),
+    ),
     "convert": Command(
         summary="write an SAE, ours or a published one, as GGUF and verify it; a latent as a control vector",
         groups=("model", "corpus", "sae", "convert"),
+        verbs=("verify",),
+        verb_optional=True,
+        path_key="sae.path",
         not_read=(*NOT_READ, *TRAINING),
-        examples=("ggscope convert convert.encoder_type=Q8_0", "ggscope convert convert.source=hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 model.path=gemma-2-2b.gguf", "ggscope convert convert.latent=123 convert.coeff=4"),
+        examples=("ggscope convert convert.encoder_type=Q8_0 convert.decoder_type=Q4_0", "ggscope convert convert.labels=labels.json convert.also=[block1/sae,block5/sae]", "ggscope convert verify sae.gguf convert.source=runs/train/2026-01-31_12-00-00", "ggscope convert convert.source=hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 model.path=gemma-2-2b.gguf", "ggscope convert convert.latent=123 convert.coeff=4"),
     ),
     "apply": Command(
         summary="generate with live features per token; steer, clamp or ablate latents",

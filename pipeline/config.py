@@ -209,6 +209,24 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DriftConfig:
+    """One SAE over quantisations of its model, and itself in the types of a file."""
+
+    models: list[str] = field(default_factory=list)  # further GGUF files of the model in model.path
+    requantise: list[str] = field(
+        default_factory=list
+    )  # types that llama.cpp makes of model.path, which is F32, F16 or BF16
+    types: list[str] = field(
+        default_factory=lambda: ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0"]
+    )  # ... or ENCODER/DECODER
+    tokens: int = 32_768  # rows for FVU, L0 and overlap
+    splice_tokens: int = 16_384  # rows for CE, each run through the model once for each type and three times more
+    copies_bytes: int = 2 << 30  # of the SAE in several types, held at once
+    seed: int = 0
+    format: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
     source: str = (
         ""  # checkpoint folder, published SAE (folder, file, hf://owner/repo/path); empty: the newest train run
@@ -216,6 +234,8 @@ class ConvertConfig:
     format: str = ""  # of a published SAE; empty: recognised by its files
     hook: str = ""  # of a published SAE whose hook point is not said or not known here
     hook_out: str = ""  # ... of a transcoder: what it reconstructs
+    also: list[str] = field(default_factory=list)  # further SAEs of this model, into the same file
+    labels: str = ""  # a JSON file of latents' labels, written into the file
     out: str = ""  # empty: in the run folder
     export: str = ""  # also write it as a folder that another library loads
     encoder_type: str = "F16"
@@ -339,6 +359,7 @@ class Config:
     together: TogetherConfig = field(default_factory=TogetherConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     intervention: InterventionConfig = field(default_factory=InterventionConfig)
     apply: ApplyConfig = field(default_factory=ApplyConfig)

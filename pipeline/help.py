@@ -45,7 +45,8 @@ def help_of(name: str, defaults: Mapping[str, str], groups: Mapping[str, tuple[s
 def usage(name: str) -> list[str]:
     """How words follow the command; nothing for one that takes settings only."""
     command = COMMANDS[name]
-    words = ["|".join(command.verbs)] if command.verbs else []
+    verbs = "|".join(command.verbs)
+    words = [f"[{verbs}]" if command.verb_optional else verbs] if verbs else []
     if command.path_key:
         words.append("[PATH...]" if takes_several(command.path_key) else "[PATH]")
     if not words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from convert.interop.exporting import TARGETS as EXPORT_TARGETS
 from convert.interop.registry import NAMES as FORMAT_NAMES
+from convert.keys import MATRIX_TYPES
 from sae.errors import ConfigError
 from sae.options import B_DEC_INITS, DECODER_ROWS, INPUT_NORMS, OPTIMIZERS, VARIANT_NAMES
 from sae.thresholds import MODES as THRESHOLD_MODES
@@ -40,8 +41,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.device": ("auto", "cpu", "cuda"),
     "convert.format": ("", *FORMAT_NAMES),
     "convert.export": ("", *EXPORT_TARGETS),
-    "convert.encoder_type": ("F32", "F16", "Q8_0"),
-    "convert.decoder_type": ("F32", "F16", "Q8_0"),
+    "convert.encoder_type": MATRIX_TYPES,
+    "convert.decoder_type": MATRIX_TYPES,
+    "drift.format": FORMATS,
     "convert.thresholds": ("none", *THRESHOLD_MODES),
     "intervention.kind": ("none", "steer", "clamp", "ablate", "reconstruct"),
     "intervention.phase": ("all", "prompt", "response"),
@@ -67,6 +69,7 @@ LEAST: dict[str, float] = {
     "trainer.tokens": 1, "trainer.batch_tokens": 1, "trainer.n_threads": 0, "trainer.seed": 0, "trainer.buffer_rows": 1,
     "evaluate.tokens": 0, "evaluate.splice_tokens": 0, "evaluate.random_model_tokens": 1, "evaluate.seed": 0,
     "evaluate.probe_test_share": 0, "evaluate.structure_latents": 0,
+    "drift.tokens": 1, "drift.splice_tokens": 1, "drift.copies_bytes": 0, "drift.seed": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,
     "apply.max_tokens": 0, "apply.temperature": 0, "apply.top_latents": 0, "apply.seed": 0,
     "lens.top": 1, "sweep.trials": 0, "sweep.seed": 0,

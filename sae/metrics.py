@@ -10,6 +10,7 @@
     l0, l1   = mean number of latents with a > 0, mean sum of the a
     density_F  = share of rows on which latent f fires;  dead_share = share of latents that fired on no row
     dense_share = share of latents that fire on more than a tenth of the rows
+    top_k_overlap = mean over rows of |A & B| / max(|A|, |B|), A and B the latents with a > 0 of two SAEs or two inputs
 
 Shape letters: N rows, D d_in, F latents, K slots.
 """
@@ -45,6 +46,31 @@ def token_fvu(x_ND: np.ndarray, x_hat_ND: np.ndarray, variance: float) -> np.nda
     if not variance > 0:
         raise ConfigError(f"the variance of the activations must be above zero, got {variance}")
     return squared_errors(x_ND, x_hat_ND) / variance
+
+
+def top_k_overlap(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """|A & B| / max(|A|, |B|) of every row, float64 (N,); NaN where nothing fires in either.
+
+    `first` and `second` are (idx_NK, vals_NK) of the same rows as `sae.runtime.encode` gives them; K may differ.
+    """
+    if len(first[0]) != len(second[0]):
+        raise ShapeError(f"expected the latents of the same rows twice, got {len(first[0])} and {len(second[0])} rows")
+    rows = len(first[0])
+    places = []
+    for idx_NK, vals_NK in (first, second):
+        row_M, slot_M = np.nonzero(vals_NK > 0)
+        places.append((row_M.astype(np.int64) << 32) | idx_NK[row_M, slot_M])
+    common_N, *sizes = (
+        np.bincount(place >> 32, minlength=rows) for place in (np.intersect1d(*places, assume_unique=True), *places)
+    )
+    largest_N = np.maximum(*sizes)
+    return np.divide(common_N, largest_N, out=np.full(rows, math.nan), where=largest_N > 0)
+
+
+def mean_overlap(overlap_N: np.ndarray) -> float:
+    """The mean of `top_k_overlap` over the rows on which anything fires; 1 where there are none."""
+    fires_N = ~np.isnan(overlap_N)
+    return float(overlap_N[fires_N].mean()) if fires_N.any() else 1.0
 
 
 class Moments:

@@ -12,10 +12,15 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError, ShapeError
+from .labels import checked_labels
 from .rows import RowMatrix
 
 VARIANTS = ("topk", "threshold", "groupmax")
 NORM_MODES = ("none", "layer")
+# what the stages read of `training`
+TRAINING_TYPES: dict[str, type | tuple[type, ...]] = {
+    "id": str, "store_sha256": str, "source": str, "config": dict, "outlier_threshold": (int, float),
+}  # fmt: skip
 LAYER_NORM_EPS = 1e-5  # of the SAEs trained here
 
 
@@ -67,6 +72,7 @@ class SAEWeights:
     ports: tuple[tuple[str, int], ...] = ()  # (hook point, width) where there are several
     host: dict[str, Any] = field(default_factory=dict)  # ModelId.as_dict() of the model it was trained on
     training: dict[str, Any] = field(default_factory=dict)  # summary: tokens, lr, seed, final metrics
+    labels: dict[int, str] = field(default_factory=dict)  # what people call a latent; sae/labels.py
 
     def __post_init__(self) -> None:
         for name in ("W_dec_FD", "W_enc_FD"):
@@ -93,6 +99,7 @@ class SAEWeights:
             if not isinstance(array, RowMatrix):
                 object.__setattr__(self, name, np.ascontiguousarray(array, dtype=np.float32))
         object.__setattr__(self, "ports", tuple((str(name), int(width)) for name, width in self.ports))
+        object.__setattr__(self, "labels", checked_labels(self.labels, latents))
         self._check_scalars(latents)
         self._check_sides(d_in, d_out)
 
@@ -109,6 +116,9 @@ class SAEWeights:
             raise ConfigError(f"variant 'groupmax' needs the {latents} latents divisible by k, got {self.k}")
         if not (math.isfinite(self.variance) and self.variance > 0):
             raise ConfigError(f"variance must be a positive number, got {self.variance}")
+        for name, kind in TRAINING_TYPES.items():
+            if not isinstance(self.training.get(name, kind[0]() if isinstance(kind, tuple) else kind()), kind):
+                raise ConfigError(f"training[{name!r}] is of the wrong type: {str(self.training[name])[:40]!r}")
         if self.norm_mode not in NORM_MODES:
             raise ConfigError(f"unknown norm mode {self.norm_mode!r}; known are {', '.join(NORM_MODES)}")
         if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0) or self.norm_correction not in (0, 1):

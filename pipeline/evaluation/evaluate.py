@@ -32,6 +32,7 @@ from .splice import CLEAN, SpliceConfig, SpliceResult, TokenWindow, batches, spl
 __all__ = [
     "CapturedRows",
     "captured_rows",
+    "clusters_of",
     "evaluate",
     "json_safe",
     "reconstruction_on_store",
@@ -233,12 +234,16 @@ def _reconstruction(
     }
 
 
+def clusters_of(losses: SpliceResult) -> tuple[np.ndarray, str]:
+    """Which rows an interval takes as one, (N,), and what that is: documents, or windows where those are few."""
+    by_document = len(np.unique(losses.document_N)) >= FEW_DOCUMENTS
+    return (losses.document_N, "document") if by_document else (losses.window_N, "window")
+
+
 def _losses(
     losses: SpliceResult, metrics: Mapping[str, ReconstructionMetrics], together: JointRuns | None
 ) -> dict[str, Any]:
-    documents = len(np.unique(losses.document_N))
-    by_document = documents >= FEW_DOCUMENTS
-    cluster_N = losses.document_N if by_document else losses.window_N
+    cluster_N, kind = clusters_of(losses)
     ce = {name: float(values.mean()) if len(values) else math.nan for name, values in losses.ce.items()}
     rows = {name: run_losses(losses, name, cluster_N) | quality(metrics[name]) for name in metrics}
     joint = {"joint": together.result(losses, cluster_N, rows[SAE])} if together else {}
@@ -248,9 +253,9 @@ def _losses(
         "same_rows": quality(metrics[SAE]),
         "splice_rows": len(losses.document_N),
         "splice_flagged_share": losses.flagged_rows / losses.rows,
-        "documents": documents,
+        "documents": len(np.unique(losses.document_N)),
         "clusters": len(np.unique(cluster_N)),
-        "cluster_kind": "document" if by_document else "window",
+        "cluster_kind": kind,
         "baselines": {name: row for name, row in rows.items() if name != SAE},
         **joint,
     }

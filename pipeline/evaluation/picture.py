@@ -65,7 +65,7 @@ def _density(ax: Any, result: Mapping[str, Any]) -> None:
     ax.set_xticks(range(math.ceil(edges[0]), 1))
     ax.xaxis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$" if value else "1")
     ax.set_ylim(0, 1.2 * max([1, *counts]))
-    _titled(ax, "how often the latents fire", "share of rows", "latents")
+    titled_panel(ax, "how often the latents fire", "share of rows", "latents")
 
 
 def _nearest(ax: Any, result: Mapping[str, Any]) -> None:
@@ -75,14 +75,14 @@ def _nearest(ax: Any, result: Mapping[str, Any]) -> None:
         label = name if mean is None else f"{name}, mean {mean:.2f}"
         _cosines(ax, found[key]["counts"], colour, label)
     ax.legend(fontsize=8, frameon=False, loc="upper left")
-    _titled(ax, "nearest other latent", f"cosine, of {found['searched']:,} latents", "latents")
+    titled_panel(ax, "nearest other latent", f"cosine, of {found['searched']:,} latents", "latents")
 
 
 def _encoder_decoder(ax: Any, result: Mapping[str, Any]) -> None:
     found = result["dictionary"]["encoder_decoder_cosine"]
     _cosines(ax, found["counts"], OWN, f"mean {found['mean']:.2f}")
     ax.legend(fontsize=8, frameon=False, loc="upper left")
-    _titled(ax, "encoder against decoder, each latent", "cosine", "latents")
+    titled_panel(ax, "encoder against decoder, each latent", "cosine", "latents")
 
 
 def _cosines(ax: Any, counts: Sequence[int], colour: str, label: str) -> None:
@@ -149,7 +149,7 @@ def _stability(ax: Any, stability: Mapping[str, Any]) -> None:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.2)
     ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.12), ncols=2)
-    _titled(ax, f"matched with the other SAE: {stability['shared']:.0%} shared", "", "")
+    titled_panel(ax, f"matched with the other SAE: {stability['shared']:.0%} shared", "", "")
 
 
 def _probing(ax: Any, probing: Mapping[str, Any]) -> None:
@@ -162,14 +162,14 @@ def _probing(ax: Any, probing: Mapping[str, Any]) -> None:
     ax.margins(x=0.15)
     ax.set_ylim(None, 1.02)
     ax.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.18), ncols=2)
-    _titled(ax, f"probing, {probing['test_texts']:,} texts held out", "k", "accuracy")
+    titled_panel(ax, f"probing, {probing['test_texts']:,} texts held out", "k", "accuracy")
 
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _titled(ax: Any, title: str, x: str, y: str) -> None:
+def titled_panel(ax: Any, title: str, x: str, y: str) -> None:
     ax.set_title(title, fontsize=9.5, loc="left", color=INK)
     ax.set_xlabel(x, fontsize=8.5)
     ax.set_ylabel(y, fontsize=8.5)

@@ -57,9 +57,7 @@ class GgmlEncoder(Encoder):
         kind = gguf.GGMLQuantizationType[self.dtype]
         self._limit = _largest_input(kind)
         k = weights.k if weights.variant == "topk" else 0
-        self._affine = Affine(
-            Backend(n_threads=n_threads, gpu=gpu), int(kind), raw, weights.d_in, weights.b_enc_F, k=k
-        )
+        self._affine = Affine(Backend(n_threads=n_threads, gpu=gpu), int(kind), raw, weights.d_in, weights.b_enc_F, k=k)
         self._step = max(1, PRE_ACT_BYTES // (4 * weights.num_latents))
 
     @property
@@ -105,9 +103,7 @@ class GgmlEncoder(Encoder):
         return idx_NK, vals_NK
 
 
-def _stored_bytes(
-    weights: SAEWeights, stored: StoredMatrix | None
-) -> tuple[str, np.ndarray | Iterator[np.ndarray]]:
+def _stored_bytes(weights: SAEWeights, stored: StoredMatrix | None) -> tuple[str, np.ndarray | Iterator[np.ndarray]]:
     """W_enc's type and its bytes, whole or piece by piece."""
     if stored is not None:
         return stored.dtype, stored.raw

@@ -46,6 +46,7 @@ class LatentCard:
     concept: str = ""  # a ground-truth property of the text where it fires, where one was found
     concept_share: float = 0.0  # of its strong firings
     concept_base: float = 0.0  # of all rows
+    label: str = ""  # what somebody called it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -131,12 +131,12 @@ def _latent_card(card: LatentCard) -> str:
         f'most often on <span class="tok">{visible(card.top_token)}</span> <b>{percent(card.top_token_share, 0)}</b>',
         f"strongest <b>{number(card.max_activation, 1)}</b>, median <b>{number(card.median_activation, 1)}</b>",
     ]
-    head = ""
+    head = f'<span class="label">{escape(card.label)}</span>' if card.label else ""
     if card.concept:
         base = percent(card.concept_base, 0)
         title = f"share of its strong firings, by the source's syntax tree; of all tokens {base} are"
         share = percent(card.concept_share, 0)
-        head = f'<span class="concept" title="{escape(title)}">{share} {escape(card.concept)}</span>'
+        head += f'<span class="concept" title="{escape(title)}">{share} {escape(card.concept)}</span>'
     head += "".join(f'<span class="tag">{tag}</span>' for tag in tags)
     spark = spark_bars(card.histogram, title=f"activations of latent {card.latent}, log counts")
     contexts = "".join(

@@ -121,9 +121,10 @@ def latent_cards(
     count: int,
     contexts: int,
 ) -> list[LatentCard]:
-    """Cards of the latents worth reading, those that read their surroundings first."""
+    """Cards of the latents worth reading: those with a label, then those that read their surroundings."""
     stats, rows = searched.stats, searched.firings.rows
-    named = [f for f in _by_agreement(searched) if stats.count_F[f] >= contexts]
+    wanted = dict.fromkeys([*weights.labels, *_by_agreement(searched)])
+    named = [f for f in wanted if stats.count_F[f] >= contexts]
     chosen = choose_latents(stats, rows, count, preferred=named)
     if not chosen:
         return []
@@ -171,6 +172,7 @@ def _card(
         concept=agreement.name if agreement else "",
         concept_share=agreement.share if agreement else 0.0,
         concept_base=agreement.base if agreement else 0.0,
+        label=weights.labels.get(latent, ""),
     )
 
 

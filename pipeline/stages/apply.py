@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ def run(context: RunContext) -> None:
             as_json=config.format == "jsonl",
             top=config.top_latents,
             bos=model.bos,
+            labels=[sae.weights.labels for sae in read],
         )
         session.close()
         places = ", ".join(f"{relative(sae.path)} at {sae.weights.hook}" for sae in read)
@@ -86,8 +89,10 @@ def tokens_of(model: Model, config: ApplyConfig) -> np.ndarray:
     return tokens
 
 
-def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None) -> list[ReadoutEvent]:
-    """Print every event as it comes and keep it in `path` (JSONL)."""
+def show(
+    stream: object, path: Path, *, as_json: bool, top: int, bos: int | None, labels: Sequence[Mapping[int, str]]
+) -> list[ReadoutEvent]:
+    """Print every event as it comes and keep it in `path` (JSONL), with the labels of each SAE's latents where there are any."""
     out = Console(highlight=False, soft_wrap=True)
     events: list[ReadoutEvent] = []
     if not as_json:
@@ -95,13 +100,15 @@ def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None
     with open(path, "w", encoding="utf-8") as file:
         for event in stream:  # type: ignore[attr-defined]
             events.append(event)
-            file.write(event.to_json() + "\n")
+            text = with_labels(event, labels) if any(labels) else event.to_json()
+            file.write(text + "\n")
             if as_json:
-                out.print(event.to_json(), markup=False)
+                out.print(text, markup=False)
             else:
-                out.print(line(event, top))
-                for reading in event.readings[1:]:
-                    out.print(f"{'':>4} {reading.hook} {reading.l0} {reading.fvu:.3f}  {strongest(reading.latents, top)}")
+                out.print(line(event, top, labels[0]))
+                for reading, own in zip(event.readings[1:], labels[1:], strict=False):
+                    found = strongest(reading.latents, top, own)
+                    out.print(f"{'':>4} {reading.hook} {reading.l0} {reading.fvu:.3f}  {found}")
     if not as_json:
         prompt = "".join(e.text for e in events if e.phase == "prompt" and not (e.pos == 0 and e.token == bos))
         made = "".join(e.text for e in events if e.phase == "response")
@@ -109,7 +116,16 @@ def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None
     return events
 
 
-def line(event: ReadoutEvent, top: int) -> str:
+def with_labels(event: ReadoutEvent, labels: Sequence[Mapping[int, str]]) -> str:
+    """The event as a line of JSON, with `labels`: {latent: label} of those it lists that have one."""
+    values = event.to_dict()
+    for reading, own in zip(values["readings"], labels, strict=False):
+        reading["labels"] = {str(latent): own[latent] for latent, _ in reading["latents"] if latent in own}
+    first = values["readings"][0]["labels"] if values["readings"] else {}
+    return json.dumps(values | {"labels": first}, ensure_ascii=False)
+
+
+def line(event: ReadoutEvent, top: int, labels: Mapping[int, str]) -> str:
     """One token as the terminal shows it."""
     text = escape(repr(event.text)[1:-1][:18].ljust(18))
     style = "green" if event.phase == "response" else "cyan"
@@ -117,8 +133,13 @@ def line(event: ReadoutEvent, top: int) -> str:
     start = f"{event.pos:>4} [{style}]{text}[/{style}]"
     if event.fvu is None or event.l0 is None:
         return f"{start} {'-':>3} {'-':>6} {logprob:>8}  (not read: BOS or special)"
-    return f"{start} {event.l0:>3} {event.fvu:>6.3f} {logprob:>8}  {strongest(event.latents, top)}"
+    return f"{start} {event.l0:>3} {event.fvu:>6.3f} {logprob:>8}  {strongest(event.latents, top, labels)}"
 
 
-def strongest(latents: tuple[tuple[int, float], ...], top: int) -> str:
-    return "  ".join(f"{latent}: {activation:.2f}" for latent, activation in latents[:top])
+def strongest(latents: tuple[tuple[int, float], ...], top: int, labels: Mapping[int, str]) -> str:
+    return "  ".join(f"{named(latent, labels)}: {activation:.2f}" for latent, activation in latents[:top])
+
+
+def named(latent: int, labels: Mapping[int, str]) -> str:
+    """`123`, or `123 (its label)`."""
+    return f"{latent} ({escape(labels[latent])})" if latent in labels else str(latent)

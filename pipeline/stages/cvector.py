@@ -17,6 +17,7 @@ from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..run import RunContext, file_sha256
 from .inputs import check_host, check_one_point, describe_model, load_sae, open_model, relative, sae_path, sae_sha256
+from .sae_files import located
 
 VECTOR_NAME = "control_vector.gguf"
 
@@ -55,7 +56,7 @@ def directions_of(config: CVectorConfig) -> list[DirectionConfig]:
 
 def resolved(context: RunContext, model: Model, one: DirectionConfig, own: Path) -> tuple[int, np.ndarray]:
     """The block and the direction of one sum; `own`: the SAE where none is named."""
-    path = Path(one.sae).expanduser() if one.sae else own
+    path = located(one.sae) if one.sae else own
     weights = load_sae(path, stored=True)
     check_one_point(context, weights)
     check_host(context, weights, model)

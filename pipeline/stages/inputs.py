@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from sae.checkpoint import TENSORS
 from sae.errors import ConfigError, StoreError
 from sae.weights import SAEWeights
 
 from ..config import ModelConfig
 from ..cores import usable_cores
-from ..run import RunContext, file_sha256, newest_finished, read_manifest, runs_of
+from ..run import RunContext, file_sha256, newest_finished, runs_of
 from ..store.backends import as_location
 from .hub import fetch_file
+from .sae_files import load_located, located, split_entry
 
 if TYPE_CHECKING:
     from ..llama.model import Model
@@ -159,9 +161,9 @@ def store_sha256(place: Path | str) -> str:
 
 
 def sae_path(context: RunContext) -> Path:
-    """`sae.path` (a checkpoint folder or a GGUF), or the SAE of the newest finished train run."""
+    """`sae.path` (`located`), or the SAE of the newest finished train run."""
     if context.config.sae.path:
-        return Path(context.config.sae.path).expanduser()
+        return located(context.config.sae.path)
     _, manifest = newest_finished("train", context.command)
     several = [path for key, path in manifest["outputs"].items() if key.startswith(f"{SAE_NAME}:")]
     if several:
@@ -172,21 +174,11 @@ def sae_path(context: RunContext) -> Path:
 
 
 def load_sae(path: Path, *, stored: bool = False) -> SAEWeights:
-    """An SAE from a GGUF file, a checkpoint folder or the run folder around one.
+    """An SAE from a GGUF file (or one of several in it), a checkpoint folder or the run folder around either.
 
     `stored`: the matrices of a GGUF as they are stored, rows made float32 when they are asked for.
     """
-    if path.suffix == ".gguf":
-        from convert.sae_gguf import read_sae_gguf
-
-        return read_sae_gguf(path, stored=stored)
-    from sae.checkpoint import load_weights
-
-    manifest = read_manifest(path)
-    if manifest is not None and "sae" in manifest.get("outputs", {}):
-        inside = path / SAE_NAME  # a copied or moved run folder still names the place it was made at
-        path = inside if inside.is_dir() else Path(manifest["outputs"]["sae"])
-    return load_weights(path)
+    return load_located(located(path), stored=stored)
 
 
 def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
@@ -207,9 +199,9 @@ def check_one_point(context: RunContext, weights: SAEWeights) -> None:
 
 
 def sae_sha256(path: Path) -> str:
-    """Hash of an SAE's file: the GGUF itself, or the tensors of a checkpoint folder; empty where neither is there."""
-    file = path if path.is_file() else path / "sae.safetensors"
-    return file_sha256(file) if file.exists() else ""
+    """Hash of an SAE's file: the GGUF itself, or the tensors of a checkpoint folder."""
+    file, _ = split_entry(located(path))
+    return file_sha256(file if file.is_file() else file / TENSORS)
 
 
 def relative(path: Path | str) -> str:

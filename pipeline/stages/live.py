@@ -20,6 +20,7 @@ from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..run import RunContext
 from .inputs import check_host, check_one_point, load_sae, sae_sha256, threads
+from .sae_files import located
 
 KINDS = ("none", "steer", "clamp", "ablate", "reconstruct")
 LONGEST = 1 << 20  # positions
@@ -46,7 +47,7 @@ class LiveSAEs:
     def get(self, name: str = "") -> LiveSAE:
         """The SAE of this path; "": the run's own."""
         if name not in self._open:
-            path = Path(name).expanduser() if name else self.own
+            path = located(name) if name else self.own
             same = next((sae for sae in self._open.values() if sae.path.resolve() == path.resolve()), None)
             self._open[name] = same or self._opened(path, first=not self._open)
         return self._open[name]

@@ -21,21 +21,21 @@ from ..config import ConvertConfig
 from ..llama.model import Model
 from ..run import RunContext, file_sha256, read_manifest
 from .hub import HUB, fetch_file, fetch_folder, parse_address
+from .sae_files import GGUF, sae_ggufs
 
 
-def is_published(config: ConvertConfig) -> bool:
-    """Whether `convert.source` is somebody else's SAE: no GGUF, no checkpoint of ours, no run folder."""
-    if not config.source:
-        return False
-    if config.format or config.source.startswith(HUB):
+def is_published(source: str, config: ConvertConfig) -> bool:
+    """Whether `source` is somebody else's SAE: no GGUF, no checkpoint of ours, no run folder."""
+    if config.format or source.startswith(HUB):
         return True
-    path = Path(config.source).expanduser()
-    return path.exists() and path.suffix != ".gguf" and not (path / META).is_file() and read_manifest(path) is None
+    path = Path(source).expanduser()
+    ours = path.suffix == GGUF or (path / META).is_file() or read_manifest(path) is not None
+    return path.exists() and not ours and not (path.is_dir() and sae_ggufs(path))
 
 
-def import_published(config: ConvertConfig) -> tuple[Path, Imported]:
-    """The SAE of `convert.source`, and where its files lie on this machine."""
-    path, label = located(config.source)
+def import_published(source: str, config: ConvertConfig) -> tuple[Path, Imported]:
+    """The SAE of `source`, and where its files lie on this machine."""
+    path, label = located(source)
     imported = import_sae(path, label=label, format_name=config.format, hook=config.hook, hook_out=config.hook_out)
     return path, imported
 

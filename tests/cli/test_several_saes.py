@@ -58,7 +58,7 @@ def test_every_sae_reads_at_its_own_point_what_it_reads_alone(saes, tmp_path):
 def test_edits_of_several_saes_act_together_and_each_alone(saes, tmp_path):
     plain = apply(saes, tmp_path, f"apply.also=[{saes[3]}]")
     latent = plain[2]["readings"][1]["latents"][0][0]
-    steer = f"{{kind:steer,latents:[5,9],coeffs:[30,-20]}}"
+    steer = "{kind:steer,latents:[5,9],coeffs:[30,-20]}"
     clamp = f"{{kind:clamp,sae:{saes[3]},latents:[{latent}],value:50}}"
     ablate = f"{{kind:ablate,sae:{saes[3]},latents:[{latent}]}}"
     replace = f"{{kind:reconstruct,sae:{saes[4]}}}"

@@ -1,0 +1,88 @@
+"""What `convert` reads: an SAE of ours or a published one, with its hash, and rows of its hook point to try it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from convert.interop.building import Imported
+from sae.errors import ConfigError
+from sae.weights import SAEWeights
+
+from ..config import ConvertConfig
+from ..evaluation.evaluate import captured_rows, take_windows
+from ..llama.hooks import HookPoint
+from ..llama.model import Model
+from ..run import RunContext
+from .corpora import window_table
+from .inputs import check_host, load_sae, outlier_norm, relative, sae_path, sae_sha256, session_options
+from .published import check_width, import_published, is_published, measured, published_sha256, report_notes
+from .sae_files import located
+
+UNNAMED = ConvertConfig()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One SAE to be written: `imported` says how a published one came in."""
+
+    path: Path
+    sha256: str
+    weights: SAEWeights
+    imported: Imported | None = None
+
+    @property
+    def named(self) -> str:
+        kind = f"{self.imported.format}, " if self.imported else ""
+        return f"{relative(self.path)} ({kind}sha256 {self.sha256[:12]}), {self.weights.num_latents} latents x {self.weights.d_in}"
+
+
+def open_sources(context: RunContext, config: ConvertConfig, first: str) -> list[Source]:
+    """The SAE of `first` ("": of the newest training) and those of `convert.also`, noted as inputs of the run."""
+    sources = [open_source(context, first, config), *(open_source(context, name, UNNAMED) for name in config.also)]
+    for i, source in enumerate(sources):
+        format_ = {"format": source.imported.format} if source.imported else {}
+        context.add_input(f"also_{i - 1}" if i else "sae", source.path, source.sha256, **format_)
+    return sources
+
+
+def open_source(context: RunContext, name: str, config: ConvertConfig) -> Source:
+    """ConfigError for SAEs over several hook points."""
+    if name and is_published(name, config):
+        path, imported = import_published(name, config)
+        report_notes(context, imported)
+        source = Source(path=path, sha256=published_sha256(path), weights=imported.weights, imported=imported)
+    else:
+        path = located(name) if name else sae_path(context)
+        source = Source(path=path, sha256=sae_sha256(path), weights=load_sae(path))
+    ports = source.weights.ports
+    if len(ports) > 2 or (ports and not source.weights.hook_out):
+        raise ConfigError(f"convert verifies on rows of one hook point, {relative(path)} reads several")
+    return source
+
+
+def tried(context: RunContext, model: Model, source: Source, tokens: int) -> tuple[Source, np.ndarray]:
+    """The SAE with what its files left open measured on the rows of its hook point, and these rows (N, D)."""
+    weights = source.weights
+    check_host(context, weights, model)
+    probe_ND = probe_rows(context, model, weights, tokens)
+    if source.imported is None:
+        return source, probe_ND
+    check_width(weights, probe_ND, model)
+    target_NO = probe_ND
+    if weights.hook_out:
+        target_NO = probe_rows(context, model, replace(weights, hook=weights.hook_out), tokens)
+    return replace(source, weights=measured(source.imported, probe_ND, target_NO, model)), probe_ND
+
+
+def probe_rows(context: RunContext, model: Model, weights: SAEWeights, tokens: int) -> np.ndarray:
+    """Fresh held-out activations at the SAE's hook, (N, D)."""
+    table = window_table(context, model, split="held_out", max_tokens=0)
+    chosen = take_windows(table, np.arange(table.n_windows), tokens)
+    hook = HookPoint.parse(weights.hook)
+    parts = captured_rows(
+        model, table, chosen, hook, outlier_norm=outlier_norm(weights), session=session_options(context.config.model)
+    )
+    return np.concatenate([part.x_ND for part in parts])
