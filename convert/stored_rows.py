@@ -18,7 +18,7 @@ import numpy as np
 from sae.errors import FormatError
 from sae.rows import RowMatrix
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 # F16 numbers at the head of a block; everything else of it is whole numbers, so a value is finite where these are
 _SCALES = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2}
 
