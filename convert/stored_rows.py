@@ -51,7 +51,9 @@ class StoredRows(RowMatrix):
                 while done < piece.size:
                     read = file.readinto(memoryview(piece)[done:])
                     if not read:
-                        raise FormatError(f"{self.path}: became shorter while it was read; give a file that is not written to")
+                        raise FormatError(
+                            f"{self.path}: became shorter while it was read; give a file that is not written to"
+                        )
                     done += read
                 yield piece
 

@@ -40,7 +40,6 @@ class Encoder(ABC):
             self._last = np.array(x_ND), found
         return self._last[1]
 
-
     def squared_error(self, x_ND: np.ndarray, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
         """||x - x_hat||^2 of each row, float64 (N,), for latents that `encode` gave."""
         gap_ND = np.subtract(x_ND, decode(self.weights, idx_NK, vals_NK, x_ND), dtype=np.float64)

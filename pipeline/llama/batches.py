@@ -82,7 +82,11 @@ class OneToken:
 
     def take(self, tokens: object, seq: object, pos: object, logits: str) -> Batch | None:
         """The batch of one good token. None for anything else: the general path computes it, or says what is wrong."""
-        found = [int(a[0]) for a in (tokens, seq, pos) if isinstance(a, np.ndarray) and a.shape == (1,) and a.dtype.kind == "i"]
+        found = [
+            int(a[0])
+            for a in (tokens, seq, pos)
+            if isinstance(a, np.ndarray) and a.shape == (1,) and a.dtype.kind == "i"
+        ]
         if len(found) != 3 or logits not in ("none", "last", "all"):
             return None
         token, s, p = found

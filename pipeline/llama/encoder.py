@@ -130,9 +130,7 @@ class GgmlEncoder(Encoder):
         return idx_NK, vals_NK
 
 
-def _stored_bytes(
-    weights: SAEWeights, stored: StoredMatrix | None
-) -> tuple[str, np.ndarray | Iterator[np.ndarray]]:
+def _stored_bytes(weights: SAEWeights, stored: StoredMatrix | None) -> tuple[str, np.ndarray | Iterator[np.ndarray]]:
     """W_enc's type and its bytes, whole or piece by piece."""
     if stored is not None:
         return stored.dtype, stored.raw

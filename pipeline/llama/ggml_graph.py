@@ -181,7 +181,14 @@ class Affine:
     """
 
     def __init__(
-        self, backend: Backend, kind: int, raw: np.ndarray | Iterable[np.ndarray], D: int, bias_F: np.ndarray, *, k: int = 0
+        self,
+        backend: Backend,
+        kind: int,
+        raw: np.ndarray | Iterable[np.ndarray],
+        D: int,
+        bias_F: np.ndarray,
+        *,
+        k: int = 0,
     ) -> None:
         """`k` > 0: the device selects, where it can (`selects`)."""
         self.backend, self.D, self.F, self.k = backend, D, len(bias_F), k

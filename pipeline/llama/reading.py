@@ -60,17 +60,13 @@ class Kernels:
         _check(self._largest(pre_NF.ctypes.data, rows, latents, k, *places, min(rows, threads)))
         return idx_NK, vals_NK
 
-    def squared_error(
-        self, decoder: Decoder, x_ND: np.ndarray, idx_NK: np.ndarray, vals_NK: np.ndarray
-    ) -> np.ndarray:
+    def squared_error(self, decoder: Decoder, x_ND: np.ndarray, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
         """||x - x_hat||^2 of each row, float64 (N,)."""
         error_N = np.empty(len(x_ND))
         arrays = (decoder.b_dec_D, x_ND, idx_NK, vals_NK)
         addresses = [array.ctypes.data for array in arrays]
         sizes = *idx_NK.shape, error_N.ctypes.data
-        _check(
-            self._squared_error(decoder.kind, decoder.address, decoder.row_bytes, x_ND.shape[1], *addresses, *sizes)
-        )
+        _check(self._squared_error(decoder.kind, decoder.address, decoder.row_bytes, x_ND.shape[1], *addresses, *sizes))
         return error_N
 
 

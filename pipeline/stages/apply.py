@@ -101,7 +101,9 @@ def show(stream: object, path: Path, *, as_json: bool, top: int, bos: int | None
             else:
                 out.print(line(event, top))
                 for reading in event.readings[1:]:
-                    out.print(f"{'':>4} {reading.hook} {reading.l0} {reading.fvu:.3f}  {strongest(reading.latents, top)}")
+                    out.print(
+                        f"{'':>4} {reading.hook} {reading.l0} {reading.fvu:.3f}  {strongest(reading.latents, top)}"
+                    )
     if not as_json:
         prompt = "".join(e.text for e in events if e.phase == "prompt" and not (e.pos == 0 and e.token == bos))
         made = "".join(e.text for e in events if e.phase == "response")

@@ -59,7 +59,9 @@ def test_the_equations_run_on_stored_matrices(files, monkeypatch):
     np.testing.assert_array_equal(decode(stored, idx, vals), decode(whole, idx, vals))
     for kind, word in ((Steer, "coeffs"), (Clamp, "values")):
         changes = [
-            kind(point=POINT, weights=w, latents=(3, 8), **{word: (2.0, -1.0)}).change(x_ND, np.zeros(20), np.arange(20))
+            kind(point=POINT, weights=w, latents=(3, 8), **{word: (2.0, -1.0)}).change(
+                x_ND, np.zeros(20), np.arange(20)
+            )
             for w in (stored, whole)
         ]
         np.testing.assert_allclose(*changes, rtol=1e-4, atol=1e-5)
@@ -101,7 +103,7 @@ def test_a_file_of_values_that_are_not_finite_or_that_shrinks_is_refused(tmp_pat
     data[start + 1] = 0x7C
     data[start] = 0
     (tmp_path / "bad.gguf").write_bytes(data)
-    with pytest.raises(FormatError, match="enc.weight holds values that are not finite"):
+    with pytest.raises(FormatError, match="weight holds values that are not finite"):
         read_sae_gguf(tmp_path / "bad.gguf", stored=True)
     rows = read_sae_gguf(path, stored=True).W_enc_FD
     short = dataclasses.replace(read_sae_gguf(path, stored=True)).W_enc_FD
