@@ -1,7 +1,8 @@
 """`python -m bench.live [--quick] [--json FILE]`: what reading an SAE adds to a generated token.
 
 A random Llama of the 1B shape in Q8_0 (of fewer blocks with `--quick`) and the demo model. Beside each added time
-stands the byte floor: the encoder's bytes at the speed of a read-only sum over 1 GiB, taken in turns with the rest.
+stands the byte floor: the encoder's bytes at the speed of a read-only sum over 1 GiB, taken in turns with the rest. Where
+`make bench-env` was run: a token with a reading beside HF transformers with SAELens on the same weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bench import live_beside
 from bench import live_cases as cases
 from bench.common import Row, cache_folder, machine, report, write_json
 
@@ -34,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         own = settings.for_demo() if name == "demo" else settings
         found, more = cases.measure(name, cases.prepare(name, folder, own, _say), own, _say)
         rows += found
+        if name == "llama1b" and options.peers == "auto" and live_beside.available():
+            found, versions = live_beside.peer_rows(name, cases.prepare(name, folder, own, _say), folder, own, _say)
+            rows += found
+            more |= versions
         facts |= more | {"seconds": round(time.monotonic() - started)}
         if options.json:
             write_json(options.json, rows, facts)
@@ -46,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a model of 4 blocks, fewer tokens and sizes")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     parser.add_argument("--models", nargs="+", choices=("llama1b", "demo"), default=["llama1b", "demo"])
+    parser.add_argument(
+        "--peers", choices=("auto", "none"), default="auto", help="HF with SAELens, where `make bench-env` was run"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, help="generated tokens")
     parser.add_argument("--latents", type=int, nargs="+", help="sizes of the SAEs")

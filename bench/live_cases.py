@@ -30,7 +30,7 @@ from pipeline.llama.encoder import GgmlEncoder
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session
 from pipeline.llama.symbols import lc
-from pipeline.readout import Reader
+from pipeline.readout import Reader, Reading
 from sae.encoders import NumpyEncoder
 from sae.native.build import build
 from sae.weights import SAEWeights
@@ -132,28 +132,44 @@ def _sides(
     sides: dict[str, Step] = {"bare": _bare_step(bare)}
     sizes: dict[str, tuple[int, str, int]] = {}
     try:
-        sides["callback"] = _session_step(_session(model, n_ctx, settings), None)
+        sides["callback"] = session_step(session_of(model, n_ctx, settings), None)
         sides["sum"] = _sum_step(settings)
         for latents in settings.latents:
             say(f"encoders of {model.n_embd} x {latents}")
             for label, reader, n_bytes in _readers(model, latents, settings):
                 key = f"{latents} {label}"
-                sides[key] = _session_step(_session(model, n_ctx, settings), reader)
+                sides[key] = session_step(session_of(model, n_ctx, settings), reader)
                 sizes[key] = (latents, label, n_bytes)
         yield sides, sizes
     finally:
         lc.llama_free(bare)
 
 
-def _readers(model: Model, latents: int, settings: Settings) -> Iterator[tuple[str, Reader, int]]:
-    """A random SAE's reader for every type of its encoder, and numpy's for one size."""
+def random_sae(model: Model, latents: int, settings: Settings) -> SAEWeights:
+    """An SAE without biases at the middle block, encoder and decoder the same rows of norm 1."""
     rng = np.random.default_rng(settings.seed)
     W_FD = rng.standard_normal((latents, model.n_embd), np.float32) / np.float32(np.sqrt(model.n_embd))
     mean_D = np.zeros(model.n_embd, np.float32)
-    weights = SAEWeights(
+    return SAEWeights(
         W_enc_FD=W_FD, b_enc_F=np.zeros(latents), W_dec_FD=W_FD, b_dec_D=mean_D, mean_D=mean_D, variance=1.0,
         k=settings.k, hook=f"blocks.{model.n_layer // 2}.hook_resid_post",
     )  # fmt: skip
+
+
+def timed(step: Step, token_T: Sequence[int], start: int) -> list[float]:
+    """Seconds of each token of one side."""
+    seconds = []
+    for t, token in enumerate(token_T):
+        began = time.perf_counter()
+        step(token, start + t)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def _readers(model: Model, latents: int, settings: Settings) -> Iterator[tuple[str, Reader, int]]:
+    """A random SAE's reader for every type of its encoder, and numpy's for one size."""
+    weights = random_sae(model, latents, settings)
+    W_FD = weights.W_enc_FD
     for label in settings.types:
         kind = gguf.GGMLQuantizationType[label]
         raw = np.ascontiguousarray(gguf.quants.quantize(W_FD, kind)).view(np.uint8).reshape(-1)
@@ -164,11 +180,12 @@ def _readers(model: Model, latents: int, settings: Settings) -> Iterator[tuple[s
         yield "numpy-f32", Reader(weights, top=settings.k, encoder=NumpyEncoder(weights)), W_FD.nbytes
 
 
-def _session(model: Model, n_ctx: int, settings: Settings) -> Session:
+def session_of(model: Model, n_ctx: int, settings: Settings) -> Session:
     return Session(model, n_ctx=n_ctx, n_batch=min(n_ctx, 32), n_threads=settings.threads)
 
 
-def _session_step(session: Session, reader: Reader | None) -> Step:
+def session_step(session: Session, reader: Reader | None, keep: list[Reading] | None = None) -> Step:
+    """Decode a token and take its reading; the last one stays in `keep`."""
     hooks = [reader.hook()] if reader is not None else []
     seq_N = np.zeros(1, np.int32)
 
@@ -176,8 +193,10 @@ def _session_step(session: Session, reader: Reader | None) -> Step:
         if pos == 0:
             session.clear()
         session.decode(np.array([token]), seq_N, np.array([pos]), hooks=hooks, logits="last")
-        if reader is not None and len(reader.take(0, [pos])) != 1:
-            raise BenchError("no reading")
+        if reader is not None:
+            (reading,) = reader.take(0, [pos])
+            if keep is not None:
+                keep[:] = [reading]
 
     return step
 

@@ -18,7 +18,7 @@ import numpy as np
 from sae.errors import FormatError
 from sae.rows import RowMatrix
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 # F16 numbers at the head of a block; everything else of it is whole numbers, so a value is finite where these are
 _SCALES = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2}
 
@@ -32,20 +32,16 @@ class StoredRows(RowMatrix):
         self.path, self._start = path, start
         self.type_name, self.shape = type_name, shape
         self.kind = gguf.GGMLQuantizationType[type_name]
-        self._raw_FB = raw.reshape(shape[0], -1)
-
-    @property
-    def n_bytes(self) -> int:
-        return self._raw_FB.size
+        self.raw_FB = raw.reshape(shape[0], -1)  # the bytes of each row
 
     def rows(self, index: Any) -> np.ndarray:
-        raw = self._raw_FB[index]
-        flat = np.ascontiguousarray(raw).reshape(-1, self._raw_FB.shape[1])
+        raw = self.raw_FB[index]
+        flat = np.ascontiguousarray(raw).reshape(-1, self.raw_FB.shape[1])
         values = gguf.quants.dequantize(flat, self.kind).astype(np.float32, copy=False)
         return values.reshape(*raw.shape[:-1], self.shape[1])
 
     def pieces(self) -> Iterator[np.ndarray]:
-        width = self._raw_FB.shape[1]
+        width = self.raw_FB.shape[1]
         buffer = np.empty((max(1, PIECE_BYTES // width), width), np.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start)
@@ -68,7 +64,7 @@ class StoredRows(RowMatrix):
                 block = gguf.GGML_QUANT_SIZES[self.kind][1]
                 values = piece.reshape(-1, block)[:, : 2 * _SCALES[self.type_name]].copy().view("<f2")
             else:
-                values = gguf.quants.dequantize(piece.reshape(-1, self._raw_FB.shape[1]), self.kind)
+                values = gguf.quants.dequantize(piece.reshape(-1, self.raw_FB.shape[1]), self.kind)
             if not np.isfinite(values).all():
                 return False
         return True

@@ -14,7 +14,6 @@ import numpy as np
 
 from sae.encoders import Encoder, encoder_of
 from sae.errors import ConfigError
-from sae.runtime import decode
 from sae.weights import SAEWeights
 
 from .llama.hooks import HookPoint
@@ -119,8 +118,7 @@ class Reader:
             return []
         x_ND = np.array(rows)
         idx_NK, vals_NK = self.encoder.encode(x_ND)
-        gap_ND = np.subtract(x_ND, decode(self.weights, idx_NK, vals_NK, x_ND), dtype=np.float64)
-        fvu_N = np.einsum("nd,nd->n", gap_ND, gap_ND) / self.weights.variance
+        fvu_N = self.encoder.squared_error(x_ND, idx_NK, vals_NK) / self.weights.variance
         return [self._reading(*row) for row in zip(idx_NK, vals_NK, fvu_N.tolist(), strict=True)]
 
     def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, fvu: float) -> Reading:

@@ -11,7 +11,7 @@ from typing import final
 import numpy as np
 
 from .errors import ShapeError
-from .runtime import encode
+from .runtime import decode, encode
 from .weights import SAEWeights
 
 
@@ -39,6 +39,11 @@ class Encoder(ABC):
                 array.flags.writeable = False
             self._last = np.array(x_ND), found
         return self._last[1]
+
+    def squared_error(self, x_ND: np.ndarray, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
+        """||x - x_hat||^2 of each row, float64 (N,), for latents that `encode` gave."""
+        gap_ND = np.subtract(x_ND, decode(self.weights, idx_NK, vals_NK, x_ND), dtype=np.float64)
+        return np.einsum("nd,nd->n", gap_ND, gap_ND)
 
 
 @final

@@ -72,5 +72,32 @@ class Batch:
         )
 
 
+class OneToken:
+    """A batch of one token whose arrays are used again: generation decodes thousands of these."""
+
+    def __init__(self, next_pos_S: np.ndarray, *, n_vocab: int, each: int, together: int) -> None:
+        """`next_pos_S`: the session's own array; `each`: tokens a sequence may have, `together`: all of them, 0: no limit."""
+        self._next_pos_S, self._n_vocab, self._each, self._together = next_pos_S, n_vocab, each, together
+        self._batch = Batch(*(np.zeros(1) for _ in range(4)))
+
+    def take(self, tokens: object, seq: object, pos: object, logits: str) -> Batch | None:
+        """The batch of one good token. None for anything else: the general path computes it, or says what is wrong."""
+        found = [
+            int(a[0])
+            for a in (tokens, seq, pos)
+            if isinstance(a, np.ndarray) and a.shape == (1,) and a.dtype.kind == "i"
+        ]
+        if len(found) != 3 or logits not in ("none", "last", "all"):
+            return None
+        token, s, p = found
+        if not (0 <= token < self._n_vocab and 0 <= s < len(self._next_pos_S)) or p != self._next_pos_S[s]:
+            return None
+        if p >= self._each or (self._together and int(self._next_pos_S.sum()) >= self._together):
+            return None
+        batch = self._batch
+        batch.tokens_N[0], batch.seq_N[0], batch.pos_N[0], batch.output_N[0] = token, s, p, logits != "none"
+        return batch
+
+
 def _pointer(array: np.ndarray, kind: type) -> object:
     return ctypes.cast(array.ctypes.data, kind)

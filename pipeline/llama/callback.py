@@ -67,6 +67,13 @@ class Cells:
 
     def append(self, seq_N: np.ndarray, pos_N: np.ndarray) -> np.ndarray:
         """Cells of new tokens: the next free ones, in order of arrival (nothing is ever removed singly)."""
+        if len(seq_N) == 1:  # as below, without arrays of one
+            stream = 0 if self.unified else int(seq_N[0])
+            start = self.used.get(stream, 0)
+            self.used[stream] = start + 1
+            cell = stream * self.stride + start
+            self.seq_C[cell], self.pos_C[cell] = seq_N[0], pos_N[0]
+            return np.array([cell])
         cells_N = np.empty(len(seq_N), np.int64)
         for stream in [0] if self.unified else np.unique(seq_N).tolist():
             rows = np.arange(len(seq_N)) if self.unified else np.flatnonzero(seq_N == stream)

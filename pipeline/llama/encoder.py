@@ -3,8 +3,9 @@
     pre = W_enc u + b_enc,  u the row less b_dec, normalised where the SAE has layer norm
 
 u is made in float32 on the host (a few thousand numbers): folding W_enc b_dec into the bias would leave the product
-to round a row several times as large. Then W_enc u + b_enc and, of the variant "topk", the k largest in ggml; the
-other variants select by the general path's code. ggml rounds u to what its kernel of the type multiplies with: F16 for
+to round a row several times as large. Then W_enc u + b_enc in ggml, of one row and a Q8_0 matrix in `reading.c` where
+it can be had; of the variant "topk" the k largest in `reading.c`, else in ggml; the other variants select by the
+general path's code. ggml rounds u to what its kernel of the type multiplies with: F16 for
 F16, BF16 for BF16, blocks of 8-bit integers for the quantised types. A row beyond the range of those takes the general
 path.
 
@@ -28,6 +29,7 @@ from sae.runtime import PRE_ACT_BYTES, encode, encoder_input, joined, select
 from sae.weights import SAEWeights
 
 from .ggml_graph import Affine, Backend
+from .reading import decoder_of, kernels
 from .switching import quick_switching
 
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0")
@@ -56,8 +58,15 @@ class GgmlEncoder(Encoder):
             raise LlamaError(f"no encoder of type {self.dtype}; expected one of {', '.join(MATRIX_TYPES)}")
         kind = gguf.GGMLQuantizationType[self.dtype]
         self._limit = _largest_input(kind)
-        k = weights.k if weights.variant == "topk" else 0
-        self._affine = Affine(Backend(n_threads=n_threads, gpu=gpu), int(kind), raw, weights.d_in, weights.b_enc_F, k=k)
+        backend = Backend(n_threads=n_threads, gpu=gpu)
+        self._native = kernels() if backend.is_cpu else None
+        k = weights.k if weights.variant == "topk" and self._native is None else 0
+        self._affine = Affine(backend, int(kind), raw, weights.d_in, weights.b_enc_F, k=k)
+        self._decoder = None if weights.needs_input else decoder_of(weights.W_dec_FD, weights.b_dec_D)
+        in_blocks = self.dtype == "Q8_0" and self._affine.buffer_type == backend.default_buffers
+        self._one_row = in_blocks and self._native is not None and self._native.has_q8_0
+        self._pre_1F = np.empty((1, weights.num_latents if self._one_row else 0), np.float32)
+        self._n_threads = n_threads
         self._step = max(1, PRE_ACT_BYTES // (4 * weights.num_latents))
 
     @property
@@ -90,9 +99,27 @@ class GgmlEncoder(Encoder):
         _log.info("rows beyond what a %s product holds: encoded by numpy", self.dtype)
         return False
 
+    def squared_error(self, x_ND: np.ndarray, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
+        if self._native is None or self._decoder is None:
+            return super().squared_error(x_ND, idx_NK, vals_NK)
+        x_ND = np.ascontiguousarray(x_ND, np.float32)
+        return self._native.squared_error(self._decoder, x_ND, idx_NK, vals_NK)
+
+    def _pre_acts(self, u_ND: np.ndarray) -> np.ndarray:
+        """Pre-activations, valid until the next call."""
+        if not self._one_row or len(u_ND) != 1:
+            return self._affine.pre_acts(u_ND)
+        assert self._native is not None
+        u_D = np.ascontiguousarray(u_ND[0])
+        address, b_F = self._affine.weight_address, self.weights.b_enc_F
+        self._native.affine_q8_0(address, u_D, b_F, self._pre_1F[0], self._n_threads)
+        return self._pre_1F
+
     def _block(self, u_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self._native is not None and self.weights.variant == "topk":
+            return self._native.largest(self._pre_acts(u_ND), self.weights.k, self._n_threads)
         if not self._affine.selects:
-            return select(self.weights, self._affine.pre_acts(u_ND))
+            return select(self.weights, self._pre_acts(u_ND))
         idx_NK, vals_NK = self._affine.largest(u_ND)
         order_NK = np.lexsort((idx_NK, -vals_NK))
         row_N1 = np.arange(len(u_ND))[:, None]

@@ -215,12 +215,17 @@ class Affine:
                 tensor_set(self._weight, piece.ctypes.data, done, piece.nbytes)
             done += piece.nbytes
         if done != n_bytes:
-            raise LlamaError(f"{done} bytes of weights, expected {n_bytes} ({self.F} rows)")
+            raise LlamaError(f"{done} bytes of weights, expected {self.F} rows of {n_bytes // self.F}")
 
     @property
     def layout(self) -> str:
         """Name of the kind of memory the weights lie in."""
         return _buft_name(self.buffer_type).decode()
+
+    @property
+    def weight_address(self) -> int:
+        """Where the matrix lies, on the CPU."""
+        return tensor_at(self._weight).data
 
     def pre_acts(self, x_ND: np.ndarray) -> np.ndarray:
         """pre_NF float32; on the CPU a view that the next call overwrites."""

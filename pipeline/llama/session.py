@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -13,7 +14,7 @@ import numpy as np
 from sae.errors import ConfigError, LlamaError, ShapeError
 
 from ..cores import usable_cores
-from .batches import Batch, split_equal, split_simple
+from .batches import Batch, OneToken, split_equal, split_simple
 from .callback import Cells, DecodePlan, EvalCallback, Hook, Rows
 from .graph import GraphMap, Target
 from .hooks import HookPoint
@@ -97,6 +98,9 @@ class Session:
         streams = 1 if self.kv_unified else self.n_seq_max
         self._callback.cells = Cells.empty(self.n_ctx_seq * streams, streams=streams)
         self._next_pos = np.zeros(self.n_seq_max, np.int64)
+        self._token = OneToken(
+            self._next_pos, n_vocab=model.n_vocab, each=self.n_ctx_seq, together=self.n_ctx if self.kv_unified else 0
+        )
         self._key: str | None = None
         if self._inputs is None:
             self.graph = self._probe()
@@ -138,7 +142,7 @@ class Session:
         llama.cpp fails; an exception of a hook comes out as it was raised. After any of the last two the KV is
         cleared, and the session goes on working.
         """
-        batch = self._batch(tokens_N, seq_N, pos_N, logits)
+        batch = self._token.take(tokens_N, seq_N, pos_N, logits) or self._batch(tokens_N, seq_N, pos_N, logits)
         reads = [] if self._inputs is None else self._inputs.reads(hooks)
         targets = self._targets(hooks, batch) if self._inputs is None else {}
         key = edits_key
@@ -293,14 +297,14 @@ class Session:
             self._callback.abandon()
             self.clear()
             raise
-        for s in np.unique(batch.seq_N):
-            self._next_pos[s] += int((batch.seq_N == s).sum())
+        np.add.at(self._next_pos, batch.seq_N, 1)
 
     def _logits(self, rows: int) -> np.ndarray:
         pointer = lc.llama_get_logits(self._handle)
         if not pointer:
             raise LlamaError("llama.cpp has no logits for this batch")
-        return np.ctypeslib.as_array(pointer, (rows, self.model.n_vocab)).copy()
+        values = (ctypes.c_float * (rows * self.model.n_vocab)).from_address(ctypes.addressof(pointer.contents))
+        return np.frombuffer(values, np.float32).reshape(rows, -1).copy()
 
 
 def capture(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import live, live_cases, models
+from bench import live, live_beside, live_cases, models
 
 SHAPE = models.Shape(d=64, blocks=2, heads=4, kv_heads=2, ff=96, vocab=512, context=256)
 SMALL = live_cases.Settings(
@@ -21,7 +21,17 @@ def cache(tmp_path, monkeypatch):
 
 def test_every_side_gives_a_row_and_the_floor_is_the_encoders_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(live_cases.Settings, "quick", classmethod(lambda cls: SMALL))
-    arguments = ["--quick", "--json", str(tmp_path / "live.json"), "--models", "llama1b", "--threads", "1"]
+    arguments = [
+        "--quick",
+        "--json",
+        str(tmp_path / "live.json"),
+        "--models",
+        "llama1b",
+        "--threads",
+        "1",
+        "--peers",
+        "none",
+    ]
     assert live.main([*arguments, "--folder", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "live.json").read_text())
     rows = {row["case"]: row for row in found["rows"]}
@@ -47,3 +57,21 @@ def test_the_floor_and_the_added_time_are_those_of_the_seconds_given():
     assert token.ratio == pytest.approx(40 / 42)
     small = live_cases._reading_rows("m", {**seconds, "a": [0.031, 0.051]}, {"a": (8, "F16", 1 << 24)}, settings)[0]
     assert small.target == pytest.approx(0.3125 / (1.25 * 0.3125 + 0.1))
+
+
+@pytest.mark.skipif(not live_beside.available(), reason="needs the environment of `make bench-env`")
+def test_hf_with_saelens_reads_the_same_latents_of_the_same_weights(tmp_path):
+    path = live_cases.prepare("llama1b", tmp_path, SMALL, lambda text: None)
+    rows, facts = live_beside.peer_rows("llama1b", path, tmp_path, SMALL, lambda text: None)
+    assert [row.peer for row in rows] == ["hf-saelens-bfloat16", "hf-saelens-float32"]
+    shared = [int(row.note.split(";")[1].split()[0]) for row in rows]
+    assert shared[1] >= 75, "Q8_0 against float32: only latents near the edge differ"
+    assert all(row.ours > 0 and row.ratio == pytest.approx(row.theirs / row.ours) for row in rows)
+    assert set(facts) == {"transformers", "sae_lens"}
+
+
+def test_a_row_beside_the_peer_is_the_ratio_of_the_medians():
+    turns = {"ours": [0.01, 0.02, 0.03], "theirs": [0.05, 0.06, 0.04], "plain": [0.03], "shared": 0.5}
+    row = live_beside._row("case", "peer", turns)
+    assert (row.ours, row.theirs, row.ratio) == pytest.approx((20.0, 50.0, 2.5))
+    assert "50 % of the latents" in row.note

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import resources
 
 import numpy as np
 import pytest
 
 from convert.control_vector import read_control_vector
-from convert.sae_gguf import write_sae_gguf
+from convert.sae_gguf import read_sae_gguf, write_sae_gguf
+from pipeline.cli import main
 from pipeline.llama.identity import model_id
 from sae.checkpoint import load_weights, save_weights
 from sae.untrained import untrained_weights
-
-from .conftest import ggscope, last_line
 
 BLOCKS = (1, 3, 4)
 D, F = 256, 512
@@ -37,26 +37,48 @@ def saes(tmp_path_factory):
     return made
 
 
-def apply(saes, folder, *args, prompt="import os\n", code=0):
-    options = [f"sae.path={saes[1]}", "apply.format=jsonl", "apply.max_tokens=4", "model.n_threads=1"]
-    done = ggscope("apply", *options, *args, "--prompt", prompt, cwd=folder, code=code)
-    return [json.loads(line) for line in done.stdout.splitlines()] if code == 0 else last_line(done)
+@pytest.fixture
+def ggscope(tmp_path, monkeypatch, capsys):
+    """The command line in this process, which is quicker: (stdout, the last line of stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ggscope"])
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args, code=0):
+        assert main([str(arg) for arg in args]) == code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return captured.out, (captured.err.strip().splitlines() or [""])[-1]
+
+    return call
+
+
+@pytest.fixture
+def apply(saes, ggscope):
+    """Events of an apply of the SAE at block 1 (or another one)."""
+
+    def call(*args, sae=None, code=0):
+        options = [f"sae.path={sae or saes[1]}", "apply.format=jsonl", "apply.max_tokens=4", "model.n_threads=1"]
+        out, said = ggscope("apply", *options, *args, "--prompt", "import os\n", code=code)
+        return [json.loads(line) for line in out.splitlines()] if code == 0 else said
+
+    return call
 
 
 def edits(*items):
     return f"apply.interventions=[{','.join(items)}]"
 
 
-def test_every_sae_reads_at_its_own_point_what_it_reads_alone(saes, tmp_path):
-    together = apply(saes, tmp_path, f"apply.also=[{saes[3]},{saes[4]}]")
+def test_every_sae_reads_at_its_own_point_what_it_reads_alone(saes, apply):
+    together = apply(f"apply.also=[{saes[3]},{saes[4]}]")
     for i, block in enumerate(BLOCKS):
-        alone = apply({1: saes[block]}, tmp_path)
+        alone = apply(sae=saes[block])
         assert [e["readings"][i : i + 1] for e in together] == [e["readings"] for e in alone]
     assert [r["hook"] for r in together[-1]["readings"]] == [f"blocks.{block}.hook_resid_post" for block in BLOCKS]
 
 
-def test_edits_of_several_saes_act_together_and_each_alone(saes, tmp_path):
-    plain = apply(saes, tmp_path, f"apply.also=[{saes[3]}]")
+def test_edits_of_several_saes_act_together_and_each_alone(saes, apply):
+    plain = apply(f"apply.also=[{saes[3]}]")
     latent = plain[2]["readings"][1]["latents"][0][0]
     steer = "{kind:steer,latents:[5,9],coeffs:[30,-20]}"
     clamp = f"{{kind:clamp,sae:{saes[3]},latents:[{latent}],value:50}}"
@@ -66,7 +88,7 @@ def test_edits_of_several_saes_act_together_and_each_alone(saes, tmp_path):
     for name, items in {
         "steer": [steer], "clamp": [clamp], "ablate": [ablate], "replace": [replace], "all": [steer, clamp, replace]
     }.items():  # fmt: skip
-        runs[name] = apply(saes, tmp_path, f"apply.also=[{saes[3]}]", edits(*items))
+        runs[name] = apply(f"apply.also=[{saes[3]}]", edits(*items))
     seen = {name: tuple(e["logprob"] for e in run if e["phase"] == "prompt") for name, run in runs.items()}
     assert len(set(seen.values())) == len(seen)
     # the second SAE sees what the edits before its point led to, and not its own block's edit
@@ -75,21 +97,21 @@ def test_edits_of_several_saes_act_together_and_each_alone(saes, tmp_path):
     assert runs["all"][1]["readings"] == runs["steer"][1]["readings"]
 
 
-def test_the_group_and_the_list_say_the_same(saes, tmp_path):
-    group = apply(saes, tmp_path, "intervention=steer", "intervention.latents=[5]", "intervention.coeff=40")
-    assert apply(saes, tmp_path, edits("{kind:steer,latents:[5],coeff:40}")) == group
-    kept = apply(saes, tmp_path, "intervention=reconstruct", "intervention.keep_error=true")
-    plain = apply(saes, tmp_path)
+def test_the_group_and_the_list_say_the_same(saes, apply):
+    group = apply("intervention=steer", "intervention.latents=[5]", "intervention.coeff=40")
+    assert apply(edits("{kind:steer,latents:[5],coeff:40}")) == group
+    kept = apply("intervention=reconstruct", "intervention.keep_error=true")
+    plain = apply()
     np.testing.assert_allclose(
         [e["logprob"] for e in kept[1:]], [e["logprob"] for e in plain[1:]], atol=2e-2
     )  # the demo model is F16: x_hat + (x - x_hat) is x up to its rounding
-    assert [e["logprob"] for e in apply(saes, tmp_path, "intervention=reconstruct")] != [e["logprob"] for e in plain]
+    assert [e["logprob"] for e in apply("intervention=reconstruct")] != [e["logprob"] for e in plain]
 
 
-def test_the_text_output_names_the_point_of_every_further_reading(saes, tmp_path):
+def test_the_text_output_names_the_point_of_every_further_reading(saes, tmp_path, ggscope):
     options = [f"sae.path={saes[1]}", f"apply.also=[{saes[3]}]", "apply.max_tokens=2", "run_dir=shown"]
-    done = ggscope("apply", *options, "--prompt", "import os", cwd=tmp_path)
-    assert done.stdout.count("blocks.3.hook_resid_post") >= 3
+    out, _ = ggscope("apply", *options, "--prompt", "import os")
+    assert out.count("blocks.3.hook_resid_post") >= 3
     manifest = json.loads((tmp_path / "shown" / "manifest.json").read_text())
     assert manifest["metrics"]["also"][0]["hook"] == "blocks.3.hook_resid_post"
     assert {"sae", "sae:1", "model"} == set(manifest["inputs"])
@@ -108,22 +130,20 @@ def test_the_text_output_names_the_point_of_every_further_reading(saes, tmp_path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_done_is_one_line(args, expected, saes, tmp_path):
-    assert expected in apply(saes, tmp_path, *args, code=2)
+def test_what_cannot_be_done_is_one_line(args, expected, apply):
+    assert expected in apply(*args, code=2)
 
 
-def test_cvector_sums_latents_of_several_saes_block_by_block(saes, tmp_path):
+def test_cvector_sums_latents_of_several_saes_block_by_block(saes, tmp_path, ggscope):
     further = f"cvector.directions=[{{sae:{saes[3]},latents:[7],coeffs:[3]}},{{latents:[5],coeffs:[1]}},{{latents:[2],coeffs:[4],block:2}}]"
     options = [f"sae.path={saes[1]}", "cvector.latents=[5,9]", "cvector.coeffs=[8,-2.1]", further]
-    done = ggscope("cvector", *options, "cvector.out=cv.gguf", cwd=tmp_path)
-    assert "--control-vector cv.gguf" in done.stdout
+    out, _ = ggscope("cvector", *options, "cvector.out=cv.gguf")
+    assert "--control-vector cv.gguf" in out
     found = read_control_vector(tmp_path / "cv.gguf")
     W_FD = load_weights(saes[1]).W_dec_FD.astype(np.float64)
     assert sorted(found) == [1, 2, 3]
     np.testing.assert_allclose(found[1], 9 * W_FD[5] - 2.1 * W_FD[9], rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(found[2], (4 * W_FD[2]).astype(np.float32))
-    from convert.sae_gguf import read_sae_gguf
-
     np.testing.assert_array_equal(found[3], np.float32(3) * read_sae_gguf(saes[3]).W_dec_FD[7])
 
 
@@ -137,6 +157,6 @@ def test_cvector_sums_latents_of_several_saes_block_by_block(saes, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_control_vectors_that_cannot_be_are_one_line(args, expected, saes, tmp_path):
-    assert expected in last_line(ggscope("cvector", f"sae.path={saes[1]}", *args, cwd=tmp_path, code=2))
+def test_control_vectors_that_cannot_be_are_one_line(args, expected, saes, tmp_path, ggscope):
+    assert expected in ggscope("cvector", f"sae.path={saes[1]}", *args, code=2)[1]
     assert not list(tmp_path.rglob("*.gguf"))
