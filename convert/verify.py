@@ -33,11 +33,11 @@ class Tolerance:
 TOLERANCES = {
     "F32": Tolerance(relative=0.0, fvu=0.0, overlap=1.0),
     "F16": Tolerance(relative=5e-4, fvu=1e-3, overlap=0.99),
-    "BF16": Tolerance(relative=4e-3, fvu=5e-3, overlap=0.97),
+    "BF16": Tolerance(relative=4e-3, fvu=2e-3, overlap=0.98),
     "Q8_0": Tolerance(relative=2e-2, fvu=1e-2, overlap=0.95),
-    "Q5_1": Tolerance(relative=8e-2, fvu=5e-2, overlap=0.8),
-    "Q4_1": Tolerance(relative=1.6e-1, fvu=0.15, overlap=0.65),
-    "Q4_0": Tolerance(relative=1.6e-1, fvu=0.15, overlap=0.65),
+    "Q5_1": Tolerance(relative=8e-2, fvu=2e-2, overlap=0.9),
+    "Q4_1": Tolerance(relative=1.6e-1, fvu=5e-2, overlap=0.8),
+    "Q4_0": Tolerance(relative=1.6e-1, fvu=5e-2, overlap=0.8),
 }
 _FACTS = (
     "hook", "hook_out", "ports", "variant", "k", "b_dec_subtracted", "norm_mode", "norm_eps", "norm_correction", "variance", "labels",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # could move a terminal's cursor, hide
 _JOINERS = "\u200c\u200d"  # of this kind, but part of how some scripts and emoji are spelled
 
 
-def checked_labels(labels: Mapping[Any, Any] | Iterable[tuple[Any, Any]], num_latents: int) -> dict[int, str]:
-    """`{latent: text}` in the order of the latents.
+def checked_labels(pairs: Iterable[tuple[Any, Any]], num_latents: int) -> dict[int, str]:
+    """`{latent: text}` of (latent, text) pairs, in the order of the latents.
 
     ConfigError for a latent outside 0..num_latents-1 or named twice, and for a text that is empty, longer than MAX_BYTES
     or holds characters that are not shown.
     """
     found: dict[int, str] = {}
-    for latent, text in labels.items() if isinstance(labels, Mapping) else labels:
+    for latent, text in pairs:
         digits = isinstance(latent, str) and latent.isascii() and latent.isdigit() and len(latent) < 10
         if not digits and type(latent) is not int:
             raise ConfigError(f"a label's latent must be a number, got {str(latent)[:40]!r}")
@@ -49,11 +49,14 @@ def read_labels(path: str | Path, *, num_latents: int, sae_id: str | None = None
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise FormatError(f"{path}: {path.stat().st_size} bytes are too many for labels (at most {MAX_FILE_BYTES})")
-        pairs = json.loads(path.read_bytes(), object_pairs_hook=_Pairs)
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= MAX_FILE_BYTES else b""
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); give a JSON file of labels") from None
+    if size > MAX_FILE_BYTES:
+        raise FormatError(f"{path}: {size} bytes are too many for labels (at most {MAX_FILE_BYTES})")
+    try:
+        pairs = json.loads(data, object_pairs_hook=_Pairs)
     except (ValueError, RecursionError):
         raise FormatError(f'{path}: is no JSON; expected labels like {{"123": "what latent 123 is"}}') from None
     try:

@@ -99,7 +99,7 @@ class SAEWeights:
             if not isinstance(array, RowMatrix):
                 object.__setattr__(self, name, np.ascontiguousarray(array, dtype=np.float32))
         object.__setattr__(self, "ports", tuple((str(name), int(width)) for name, width in self.ports))
-        object.__setattr__(self, "labels", checked_labels(self.labels, latents))
+        object.__setattr__(self, "labels", checked_labels(self.labels.items(), latents))
         self._check_scalars(latents)
         self._check_sides(d_in, d_out)
 

@@ -19,6 +19,7 @@ SMALL = {
     "extract": ["corpus.max_tokens=40000"],
     "train": ["sae.num_latents=512", "trainer.tokens=120000", "trainer.dead_after_tokens=20000"],
     "evaluate": ["evaluate.tokens=10000", "evaluate.splice_tokens=2048"],
+    "drift": ["drift.tokens=1000", "drift.splice_tokens=300", "drift.types=[F32,Q4_0]"],
     "apply": ["apply.max_tokens=8"],
     "report": ["report.tokens=10000", "report.top_latents=8"],
 }

@@ -33,7 +33,7 @@ def draw_drift(path: Path, result: Mapping[str, Any]) -> None:
     panels = figure.subplots(2, 2)
     for ax, (key, title) in zip(panels.flat, PANELS, strict=True):
         for i, model in enumerate(models):
-            colour = colormaps["viridis"](0.9 * i / max(1, len(models) - 1))
+            colour = colormaps["viridis"](0.82 * i / max(1, len(models) - 1))
             aside = (i - (len(models) - 1) / 2) * min(0.12, 0.6 / len(models))
             _line(ax, model, key, colour, aside)
         ax.set_xticks(range(len(types)), types)

@@ -210,8 +210,8 @@ def test_values_beyond_f16_are_refused(tmp_path):
 
 
 def test_an_unknown_type_lists_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match="F32, F16, Q8_0, got 'Q4_0'"):
-        write_sae_gguf(tmp_path / "sae.gguf", random_sae(), encoder_type="Q4_0")
+    with pytest.raises(ConfigError, match="F32, F16, BF16, Q8_0, Q5_1, Q4_1, Q4_0, got 'Q4_K'"):
+        write_sae_gguf(tmp_path / "sae.gguf", random_sae(), encoder_type="Q4_K")
 
 
 def _rewrite(path, out, *, fields=None, drop=(), tensors=None, added=None):
@@ -224,7 +224,8 @@ def _rewrite(path, out, *, fields=None, drop=(), tensors=None, added=None):
         value, kind = (fields or {}).get(key, (field.contents(), field.types[0]))
         writer.add_key_value(key, value, kind)
     for key, (value, kind) in (added or {}).items():
-        writer.add_key_value(key, value, kind)
+        item = (gguf.GGUFValueType.get_type(value[0]),) if kind == ARRAY else ()
+        writer.add_key_value(key, value, kind, *item)
     for tensor in reader.tensors:
         if tensor.name not in drop:
             writer.add_tensor(tensor.name, (tensors or {}).get(tensor.name, tensor.data))
@@ -236,7 +237,7 @@ def _rewrite(path, out, *, fields=None, drop=(), tensors=None, added=None):
 
 
 U32, STRING, BOOL = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.STRING, gguf.GGUFValueType.BOOL
-F64 = gguf.GGUFValueType.FLOAT64
+F64, ARRAY = gguf.GGUFValueType.FLOAT64, gguf.GGUFValueType.ARRAY
 
 
 @pytest.mark.parametrize(
@@ -262,6 +263,12 @@ F64 = gguf.GGUFValueType.FLOAT64
         ({"tensors": {"sae.0.mean": np.full(64, np.inf, np.float32)}}, "not finite"),
         ({"tensors": {"sae.0.mean": np.zeros(64, np.float16)}}, "is F16, expected F32"),
         ({"tensors": {"sae.0.mean": np.zeros(64, np.int32)}}, "has type 26"),
+        ({"fields": {"sae.0.training": ('{"outlier_threshold": "x"}', STRING)}}, "outlier_threshold.* wrong type"),
+        ({"fields": {"sae.0.training": ('{"id": [1]}', STRING)}}, "'id'.* wrong type"),
+        ({"added": {"sae.0.labels": (["a"] * 95, ARRAY)}}, "labels should be an array of 96 strings"),
+        ({"added": {"sae.0.labels": ([1] * 96, ARRAY)}}, "labels should be an array of 96 strings"),
+        ({"added": {"sae.0.labels": ("text", STRING)}}, "labels should be an array of 96 strings"),
+        ({"added": {"sae.0.labels": (["\x1b[2J"] * 96, ARRAY)}}, "characters that are not shown"),
     ],
 )
 def test_an_inconsistent_file_is_refused_in_one_line_that_says_what(tmp_path, change, message):
@@ -320,9 +327,10 @@ def _read_or_refuse(path):
         return str(error), None
 
 
-def _fuzz(tmp_path, rounds, seed):
-    sae = random_sae(d_in=32, num_latents=8, k=2)
-    whole = write_sae_gguf(tmp_path / "sae.gguf", sae).read_bytes()
+def _fuzz(tmp_path, rounds, seed, encoder_type="F16", decoder_type="F16", labels=None):
+    sae = random_sae(d_in=32, num_latents=8, k=2, labels=labels or {})
+    types = {"encoder_type": encoder_type, "decoder_type": decoder_type}
+    whole = write_sae_gguf(tmp_path / "sae.gguf", sae, **types).read_bytes()
     table_end = whole.rfind(b"sae.0.dec.norm") + 40
     rng, refused = np.random.default_rng(seed), 0
     for i in range(rounds):
@@ -352,9 +360,15 @@ def test_damaged_files_raise_format_errors_and_nothing_else(tmp_path):
     _fuzz(tmp_path, 1500, seed=0)
 
 
+@pytest.mark.parametrize("types", [("Q4_0", "Q5_1"), ("BF16", "Q4_1"), ("Q8_0", "F32")])
+def test_damaged_files_of_other_types_and_with_labels_raise_format_errors_and_nothing_else(tmp_path, types):
+    _fuzz(tmp_path, 500, 2, *types, labels={0: "first", 7: "last"})
+
+
 @pytest.mark.long
 def test_many_damaged_files_raise_format_errors_and_nothing_else(tmp_path):
     _fuzz(tmp_path, 20_000, seed=1)
+    _fuzz(tmp_path, 10_000, 3, "Q4_0", "Q5_1", labels={0: "first", 7: "last"})
 
 
 def test_hostile_counts_end_at_once(tmp_path):

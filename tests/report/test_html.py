@@ -62,7 +62,7 @@ def card(latent, r2, text="return"):
     return LatentCard(
         latent=latent, density=0.002, max_activation=4.25, median_activation=1.0, token_r2=r2, top_token=EVIL,
         top_token_share=0.4, contexts=[context], promoted=[(EVIL, 1.0), (EVIL_ATTRIBUTE, 0.5)], demoted=[("\n", -1.0)],
-        histogram=[5, 2, 0, 1], concept=EVIL, concept_share=0.9, concept_base=0.1,
+        histogram=[5, 2, 0, 1], concept=EVIL, concept_share=0.9, concept_base=0.1, label=f"label {EVIL}",
     )  # fmt: skip
 
 

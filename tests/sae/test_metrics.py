@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.errors import ConfigError, ShapeError
-from sae.metrics import Moments, ReconstructionMetrics, density_histogram, token_fvu
+from sae.metrics import (
+    Moments,
+    ReconstructionMetrics,
+    density_histogram,
+    mean_overlap,
+    token_fvu,
+    top_k_overlap,
+)
 
 D, F, K = 12, 20, 4
 
@@ -134,3 +141,24 @@ def test_arrays_that_do_not_belong_together_are_refused():
         ReconstructionMetrics(D, F).result()
     with pytest.raises(ConfigError, match="above zero"):
         token_fvu(x_ND, x_hat_ND, 0.0)
+
+
+def test_top_k_overlap_is_that_of_sets_and_rows_without_latents_do_not_count():
+    rng = np.random.default_rng(0)
+    codes = []
+    for width in (5, 9):  # "threshold" pads each result to its own widest row
+        idx_NK = np.array([rng.permutation(40)[:width] for _ in range(300)], np.int32)
+        vals_NK = np.maximum(rng.standard_normal((300, width)), 0).astype(np.float32)
+        idx_NK[vals_NK == 0] = 0  # an unused slot names latent 0
+        vals_NK[:4] = 0
+        codes.append((idx_NK, vals_NK))
+    sets = [[{int(i) for i, v in zip(*row, strict=True) if v > 0} for row in zip(*code, strict=True)] for code in codes]
+    wanted = [len(a & b) / max(len(a), len(b)) if a or b else np.nan for a, b in zip(*sets, strict=True)]
+    found = top_k_overlap(*codes)
+    np.testing.assert_array_equal(found, wanted)
+    assert np.isnan(found[:4]).all()
+    assert mean_overlap(found) == pytest.approx(np.nanmean(wanted), rel=1e-12)
+    assert mean_overlap(found[:4]) == 1.0
+    assert np.nanmin(top_k_overlap(codes[0], codes[0])) == 1
+    with pytest.raises(ShapeError, match="300 and 299 rows"):
+        top_k_overlap(codes[0], (codes[1][0][1:], codes[1][1][1:]))
