@@ -37,6 +37,8 @@ class StoredRows(RowMatrix):
     def rows(self, index: Any) -> np.ndarray:
         raw = self.raw_FB[index]
         flat = np.ascontiguousarray(raw).reshape(-1, self.raw_FB.shape[1])
+        if not len(flat):  # gguf's 4 and 5 bit types cannot take none
+            return np.zeros((*raw.shape[:-1], self.shape[1]), np.float32)
         values = gguf.quants.dequantize(flat, self.kind).astype(np.float32, copy=False)
         return values.reshape(*raw.shape[:-1], self.shape[1])
 

@@ -304,7 +304,7 @@ class Session:
         if not pointer:
             raise LlamaError("llama.cpp has no logits for this batch")
         values = (ctypes.c_float * (rows * self.model.n_vocab)).from_address(ctypes.addressof(pointer.contents))
-        return np.frombuffer(values, np.float32).reshape(rows, -1).copy()
+        return np.frombuffer(memoryview(values), np.float32).reshape(rows, -1).copy()
 
 
 def capture(
