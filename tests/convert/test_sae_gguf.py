@@ -224,6 +224,7 @@ F64, ARRAY = gguf.GGUFValueType.FLOAT64, gguf.GGUFValueType.ARRAY
         ({"fields": {"sae.0.d_in": (65, U32)}}, r"ne=\[64, 96\], expected \[65, 96\]"),
         ({"fields": {"sae.0.hook.block": (3, U32)}}, "hook.block does not fit"),
         ({"fields": {"sae.0.hook.point": ("resid", STRING)}}, "expected a hook point"),
+        ({"fields": {"sae.0.hook.point": ("ggml:\x1b[2J", STRING)}}, "expected a hook point"),
         ({"fields": {"sae.0.variant": ("gated", STRING)}}, "is 'gated', this program knows topk, threshold"),
         ({"fields": {"sae.0.norm.mode": ("layer_norm", STRING)}}, "this program knows none"),
         ({"fields": {"sae.0.variance": (float("nan"), F64)}}, "finite number"),
