@@ -36,7 +36,7 @@ TENSOR_HINTS = {
     "attn.hook_z": "kqv_out-{}",
 }
 _IN_BLOCK = re.compile(r"blocks\.(\d{1,6})\.([a-z_.]+)")
-_ELSEWHERE = re.compile(r"ggml:.+|ln_final\.hook_normalized|logits")
+_ELSEWHERE = re.compile(r"ggml:[ -~]+|ln_final\.hook_normalized|logits")
 
 
 def entry(index: int, name: str) -> str:

@@ -253,7 +253,10 @@ def entry_hooks(path: str | Path) -> list[str]:
     """The hook point of each SAE of the file. Raises FormatError like `read_sae_gguf`."""
     file = read_gguf(path)
     count = Header(file).file.fields[keys.SAE_COUNT]
-    return [Header(file, entry).text("hook.point") for entry in range(count)]
+    hooks = [Header(file, entry).text("hook.point") for entry in range(count)]
+    for hook in hooks:
+        keys.hook_block(hook)  # refuses what is no hook point: these are shown
+    return hooks
 
 
 def sae_file_info(path: str | Path, entry: int = 0) -> SAEFileInfo:

@@ -137,10 +137,12 @@ def take_words(name: str, args: list[str]) -> tuple[str, list[str], list[str]]:
     command, rest = COMMANDS[name], list(args)
     verb = ""
     if command.verbs:
-        if not command.verb_optional or (rest and rest[0] in command.verbs):
-            verb = rest.pop(0) if rest else ""
-        if verb not in command.verbs and not command.verb_optional:
-            close = difflib.get_close_matches(verb, command.verbs, 1)
+        word = rest[0] if rest else ""
+        close = difflib.get_close_matches(word, command.verbs, 1)
+        if word in command.verbs or not command.verb_optional or (close and not Path(word).exists()):
+            verb = word
+            rest = rest[1:]
+        if verb not in command.verbs and (verb or not command.verb_optional):
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(
                 f"expected `ggscope {name} {'|'.join(command.verbs)} ...`, got {verb or 'nothing'!r}{hint}"

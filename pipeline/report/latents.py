@@ -121,9 +121,10 @@ def latent_cards(
     count: int,
     contexts: int,
 ) -> list[LatentCard]:
-    """Cards of the latents worth reading: those with a label, then those that read their surroundings."""
+    """Cards of the latents worth reading, those that read their surroundings first; a few labelled ones are preferred."""
     stats, rows = searched.stats, searched.firings.rows
-    wanted = dict.fromkeys([*weights.labels, *_by_agreement(searched)])
+    labelled = weights.labels if len(weights.labels) <= count else {}  # all of them labelled says nothing
+    wanted = dict.fromkeys([*labelled, *_by_agreement(searched)])
     named = [f for f in wanted if stats.count_F[f] >= contexts]
     chosen = choose_latents(stats, rows, count, preferred=named)
     if not chosen:

@@ -39,14 +39,15 @@ def _inside(folder: Path) -> Path:
     """What a folder holds: a checkpoint, the output of its run (a copied run still names its old place), one GGUF."""
     if (folder / META).is_file():
         return folder
-    outputs = (read_manifest(folder) or {}).get("outputs")
-    output = outputs.get("sae") if isinstance(outputs, dict) else None
+    found = (read_manifest(folder) or {}).get("outputs")
+    outputs = found if isinstance(found, dict) else {}
+    output = outputs.get("sae")
     for made in (folder / Path(output).name, Path(output)) if isinstance(output, str) else ():
         if (made.suffix == GGUF and made.is_file()) or (made / META).is_file():
             return made
-    saes = sae_ggufs(folder)
+    saes = [*sae_ggufs(folder), *(path for key, path in outputs.items() if key.startswith("sae:"))]  # trained together
     if len(saes) == 1:
-        return saes[0]
+        return Path(saes[0])
     if saes:
         raise ConfigError(f"{folder} holds {len(saes)} SAEs; name one: {', '.join(map(str, saes[:8]))}")
     raise ConfigError(

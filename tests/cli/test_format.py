@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from convert.sae_gguf import read_sae_gguf, write_sae_gguf
-from pipeline.config import ModelConfig
+from pipeline.config import Config, DriftConfig, ModelConfig
 from pipeline.llama.identity import model_id
+from pipeline.run import RunContext
+from pipeline.stages.drift import model_files
 from pipeline.stages.inputs import model_path
 from sae.checkpoint import save_weights
+from sae.errors import ConfigError
 from sae.untrained import untrained_weights
 from tests.cli.conftest import ggscope, last_line
 
@@ -76,7 +79,8 @@ def test_a_file_of_other_weights_fails_with_exit_code_3_and_one_without_a_source
     changed = dataclasses.replace(sae, W_dec_FD=sae.W_dec_FD * np.float32(1.2))
     write_sae_gguf(folder / "changed.gguf", changed)
     done = ggscope("convert", "verify", "changed.gguf", "convert.source=a", *FEW, cwd=folder, code=3)
-    assert "does not match its source: relative.W_dec_FD" in last_line(done)
+    assert "does not match its source: relative.W_enc_FD" in last_line(done)  # rounded to Q8_0, then called F16
+    assert "relative.W_dec_FD 2.2" in last_line(done)
     done = ggscope("convert", "verify", "changed.gguf", *FEW, cwd=folder, code=2)
     assert "name what changed.gguf was made from: convert.source=SAE" in last_line(done)
 
@@ -119,12 +123,18 @@ def test_drift_measures_every_type_on_every_file_and_says_the_worst(folder):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("settings", "said"),
     [
-        (["drift.types=[F17]"], "ENCODER/DECODER, got 'F17'"),
-        (["drift.requantise=[Q1]"], "drift.requantise: expected F16, BF16"),
-        (["drift.models=[nothing.gguf]"], "nothing.gguf does not exist"),
+        ({"requantise": ["Q1"]}, "drift.requantise: expected F16, BF16, .*, got Q1"),
+        ({"models": ["nothing.gguf"]}, r"drift.models: nothing\.gguf does not exist"),
     ],
 )
-def test_what_drift_cannot_measure_is_one_line(args, said, folder):
-    assert said in last_line(ggscope("drift", "sae.path=a", *args, cwd=folder, code=2))
+def test_files_that_drift_cannot_have_are_refused_before_any_is_written(settings, said, tmp_path):
+    context = RunContext(command="drift", folder=tmp_path, config=Config(drift=DriftConfig(**settings)))
+    with pytest.raises(ConfigError, match=said):
+        model_files(context)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_verb_is_no_path(folder):
+    assert "got 'verfy'; did you mean verify?" in last_line(ggscope("convert", "verfy", "made", cwd=folder, code=2))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 
 import gguf
@@ -161,32 +160,6 @@ def test_the_stock_gguf_reader_sees_the_documented_names_types_and_shapes(tmp_pa
     assert values["sae.0.bos_excluded"] is True
 
 
-def test_llama_cpp_itself_reads_the_file(tmp_path):
-    from llama_cpp import llama_cpp
-
-    class Params(ctypes.Structure):
-        _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
-
-    lib, path = llama_cpp._lib, write_sae_gguf(tmp_path / "sae.gguf", random_sae())
-    for name, result, *arguments in (
-        ("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, Params),
-        ("gguf_get_n_tensors", ctypes.c_int64, ctypes.c_void_p),
-        ("gguf_find_tensor", ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p),
-        ("gguf_find_key", ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p),
-        ("gguf_get_val_u32", ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int64),
-        ("gguf_get_tensor_size", ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int64),
-        ("gguf_free", None, ctypes.c_void_p),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    file = lib.gguf_init_from_file(str(path).encode(), Params(True, None))
-    assert file
-    assert lib.gguf_get_n_tensors(file) == 6
-    assert lib.gguf_get_tensor_size(file, lib.gguf_find_tensor(file, b"sae.0.enc.weight")) == 96 * 64 * 2
-    assert lib.gguf_get_val_u32(file, lib.gguf_find_key(file, b"sae.0.num_latents")) == 96
-    lib.gguf_free(file)
-
-
 def test_a_file_already_there_survives_a_failed_write(tmp_path):
     path = write_sae_gguf(tmp_path / "sae.gguf", random_sae())
     before = path.read_bytes()
@@ -251,6 +224,7 @@ F64, ARRAY = gguf.GGUFValueType.FLOAT64, gguf.GGUFValueType.ARRAY
         ({"fields": {"sae.0.d_in": (65, U32)}}, r"ne=\[64, 96\], expected \[65, 96\]"),
         ({"fields": {"sae.0.hook.block": (3, U32)}}, "hook.block does not fit"),
         ({"fields": {"sae.0.hook.point": ("resid", STRING)}}, "expected a hook point"),
+        ({"fields": {"sae.0.hook.point": ("ggml:\x1b[2J", STRING)}}, "expected a hook point"),
         ({"fields": {"sae.0.variant": ("gated", STRING)}}, "is 'gated', this program knows topk, threshold"),
         ({"fields": {"sae.0.norm.mode": ("layer_norm", STRING)}}, "this program knows none"),
         ({"fields": {"sae.0.variance": (float("nan"), F64)}}, "finite number"),

@@ -139,7 +139,7 @@ def test_llama_cpp_s_own_reader_sees_types_offsets_and_bytes_of_every_type(tmp_p
         ("gguf_get_tensor_offset", ctypes.c_size_t, P, I64), ("gguf_get_data_offset", ctypes.c_size_t, P),
         ("gguf_get_tensor_size", ctypes.c_size_t, P, I64), ("gguf_get_n_tensors", I64, P),
         ("gguf_find_key", I64, P, ctypes.c_char_p), ("gguf_get_arr_n", ctypes.c_size_t, P, I64),
-        ("gguf_get_arr_str", ctypes.c_char_p, P, I64, ctypes.c_size_t),
+        ("gguf_get_arr_str", ctypes.c_char_p, P, I64, ctypes.c_size_t), ("gguf_get_val_u32", ctypes.c_uint32, P, I64),
     ):  # fmt: skip
         function = getattr(LIB, name)
         function.restype, function.argtypes = result, arguments
@@ -149,6 +149,7 @@ def test_llama_cpp_s_own_reader_sees_types_offsets_and_bytes_of_every_type(tmp_p
         file = LIB.gguf_init_from_file(str(path).encode(), Params(True, None))
         assert file
         assert LIB.gguf_get_n_tensors(file) == 6
+        assert LIB.gguf_get_val_u32(file, LIB.gguf_find_key(file, b"sae.0.num_latents")) == 96
         for name, kind in (("enc", encoder), ("dec", decoder)):
             i = LIB.gguf_find_tensor(file, f"sae.0.{name}.weight".encode())
             assert LIB.gguf_get_tensor_type(file, i) == int(gguf.GGMLQuantizationType[kind])

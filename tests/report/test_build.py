@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.tiny_llama import write_tiny_llama
 
 ONE = {"n_threads": 1, "kv_type": "f32", "flash_attn": "off"}
 HOOK = "blocks.2.hook_resid_post"
+NAMED = (5, 17, 40)
 TEXT = '"""Docs of {0}."""\n\n\ndef f{0}(a, b="<script>"):\n    # note {0}\n    return [{0} * (a + b)]\n\n'
 
 
@@ -38,7 +40,8 @@ def built(tmp_path_factory):
         with Session(model, n_ctx=512, n_seq_max=4, **ONE) as session:
             x_ND = np.concatenate([c[HOOK] for c in capture(session, tokens, [HookPoint.parse(HOOK)])])
         free_ND = x_ND[table.flags_N == 0]
-        weights = untrained_weights(64, 128, 4, free_ND.mean(axis=0), 30.0, HOOK, {}, 0, sample_ND=free_ND)
+        plain = untrained_weights(64, 128, 4, free_ND.mean(axis=0), 30.0, HOOK, {}, 0, sample_ND=free_ND)
+        weights = dataclasses.replace(plain, labels={latent: f"called {latent}" for latent in NAMED})
         inputs = ReportInputs(
             model=model, weights=weights, windows=table, evaluation={"fvu": 0.5, "ce_recovered": 0.9},
             config=ReportConfig(top_latents=6, contexts=3, tokens=0, prompt="def f1("), session=ONE,
@@ -61,6 +64,15 @@ def test_the_file_is_one_page_with_all_sections_and_no_leftover(built):
     assert "<script" not in page
     assert sorted(p.name for p in folder.iterdir()) == ["metrics.jsonl", "report.html", "tiny.gguf"]
     assert "6 latents shown" in headline(data)
+
+
+def test_labels_stand_on_the_cards(built):
+    folder, data, *_ = built
+    page = (folder / "report.html").read_text()
+    labels = {card.latent: card.label for card in data.latents}
+    assert labels == {latent: f"called {latent}" if latent in NAMED else "" for latent in labels}
+    assert set(labels) & set(NAMED)
+    assert all(f'<span class="label">{label}</span>' in page for label in labels.values() if label)
 
 
 def test_contexts_show_the_tokens_and_activations_of_the_table(built):

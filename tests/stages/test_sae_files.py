@@ -55,6 +55,13 @@ def test_a_folder_with_one_sae_gguf_is_that_and_a_model_beside_it_does_not_count
         located(tmp_path)
 
 
+def test_a_run_that_trained_several_lists_them(tmp_path):
+    outputs = {"sae:k4": "runs/train/x/k4/sae", "sae:k8": "runs/train/x/k8/sae", "metrics:k4": "m"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"command": "train", "outputs": outputs}))
+    with pytest.raises(ConfigError, match=r"holds 2 SAEs; name one: runs/train/x/k4/sae, runs/train/x/k8/sae$"):
+        located(tmp_path)
+
+
 def test_what_is_not_there_or_no_sae_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere/sae\.gguf does not exist"):
         located("nowhere/sae.gguf#0")
