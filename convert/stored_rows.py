@@ -49,7 +49,7 @@ class StoredRows(RowMatrix):
                 piece = buffer[: self.shape[0] - first].reshape(-1)
                 done = 0
                 while done < piece.size:
-                    read = file.readinto(memoryview(piece)[done:])
+                    read = file.readinto(piece.data[done:])
                     if not read:
                         raise FormatError(
                             f"{self.path}: became shorter while it was read; give a file that is not written to"
