@@ -179,6 +179,8 @@ def _tensor(path: Path, name: str, tensor: Any) -> np.ndarray:
 
 def plain(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     """Float32 or int64; FormatError for strings, objects and complex numbers."""
+    if not isinstance(array, np.ndarray):  # numpy hands out what is no .npy file as bytes
+        raise FormatError(f"{path}: {name[:80]!r} is no array")
     if array.dtype.kind == "f":
         return array.astype(np.float32, copy=False)
     if array.dtype.kind in "iub":

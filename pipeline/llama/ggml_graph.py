@@ -22,6 +22,7 @@ from sae.errors import LlamaError
 
 from .symbols import (
     TYPE_F32,
+    InitParams,
     device_at,
     device_count,
     device_name,
@@ -38,11 +39,7 @@ TYPE_I32 = 26
 CONTEXT_BYTES = 1 << 18  # the structures of a dozen tensors and one graph
 
 
-class _InitParams(ctypes.Structure):
-    _fields_ = (("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool))
-
-
-_init = function("ggml_init", _P, _InitParams)
+_init = function("ggml_init", _P, InitParams)
 _free = function("ggml_free", None, _P)
 new_1d = function("ggml_new_tensor_1d", _P, _P, ctypes.c_int, _I64)
 new_2d = function("ggml_new_tensor_2d", _P, _P, ctypes.c_int, _I64, _I64)
@@ -114,7 +111,7 @@ def _device(kinds: Sequence[int]) -> int:
 @contextmanager
 def _context() -> Iterator[int]:
     """A ggml context for tensors that are only looked at."""
-    context = _init(_InitParams(CONTEXT_BYTES, None, True))
+    context = _init(InitParams(CONTEXT_BYTES, None, True))
     try:
         yield context
     finally:
@@ -125,7 +122,7 @@ class Tensors:
     """Tensors (a context) and the memory they lie in; both go with this object."""
 
     def __init__(self) -> None:
-        self.context = _init(_InitParams(CONTEXT_BYTES, None, True))
+        self.context = _init(InitParams(CONTEXT_BYTES, None, True))
         weakref.finalize(self, _free, self.context)
 
     def allocate(self, buffer_type: int, *, weights: bool = False, in_memory: bool = False) -> None:

@@ -5,7 +5,6 @@
 
 #define QK 32
 #define BLOCK_BYTES 34
-#define CHUNK 128 /* latents a thread takes at a time: a neighbour on one core must not keep the other waiting */
 
 int ggscope_topk_f32(const float * pre_NF, int64_t N, int64_t F, int64_t K, int32_t * idx_NK, int64_t threads);
 
@@ -100,12 +99,10 @@ int ggscope_affine_q8_0(
     float * scale = (float *) (offset + D / 4);
     int8_t * q = (int8_t *) (scale + blocks);
     quantise(u_D, D, q, scale, offset);
-    #pragma omp parallel for num_threads((int) threads) schedule(dynamic, 1)
-    for (int64_t start = 0; start < F; start += CHUNK) {
-        int64_t stop = start + CHUNK < F ? start + CHUNK : F;
-        for (int64_t f = start; f < stop; f++) {
-            pre_F[f] = product(W + f * blocks * BLOCK_BYTES, blocks, q, scale, offset) + b_F[f];
-        }
+    /* one stream of memory for each thread: chunks handed out as they come cost a tenth */
+    #pragma omp parallel for num_threads((int) threads) schedule(static)
+    for (int64_t f = 0; f < F; f++) {
+        pre_F[f] = product(W + f * blocks * BLOCK_BYTES, blocks, q, scale, offset) + b_F[f];
     }
     free(room);
     return 0;

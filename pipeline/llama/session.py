@@ -303,8 +303,9 @@ class Session:
         pointer = lc.llama_get_logits(self._handle)
         if not pointer:
             raise LlamaError("llama.cpp has no logits for this batch")
-        values = (ctypes.c_float * (rows * self.model.n_vocab)).from_address(ctypes.addressof(pointer.contents))
-        return np.frombuffer(memoryview(values), np.float32).reshape(rows, -1).copy()
+        shape = (rows, self.model.n_vocab)
+        values = (ctypes.c_float * (shape[0] * shape[1])).from_address(ctypes.addressof(pointer.contents))
+        return np.frombuffer(memoryview(values), np.float32).reshape(shape).copy()
 
 
 def capture(

@@ -47,7 +47,7 @@ class GgmlTensor(ctypes.Structure):
 NAME_OFFSET: int = GgmlTensor.name.offset
 
 
-class _InitParams(ctypes.Structure):
+class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool))
 
 
@@ -90,12 +90,12 @@ def tensor_at(address: int) -> Any:
 
 def _layout_problems() -> list[str]:
     """Fields of two tensors made through the API that do not read back as they were made."""
-    init = function("ggml_init", _P, _InitParams)
+    init = function("ggml_init", _P, InitParams)
     free = function("ggml_free", None, _P)
     new = function("ggml_new_tensor_3d", _P, _P, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
     view = function("ggml_view_1d", _P, _P, _P, ctypes.c_int64, ctypes.c_size_t)
     rename = function("ggml_set_name", _P, _P, ctypes.c_char_p)
-    context = init(_InitParams(1 << 14, None, True))
+    context = init(InitParams(1 << 14, None, True))
     try:
         base = rename(new(context, TYPE_F32, 3, 5, 7), b"layout probe")
         part = view(context, base, 11, 8)

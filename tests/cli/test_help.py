@@ -18,7 +18,7 @@ from pipeline.corpus.sources.tokens import TOKEN_DTYPES
 from pipeline.executors import KINDS as EXECUTORS
 from pipeline.interventions.base import PHASES
 from pipeline.ranges import CHOICES, check_ranges
-from pipeline.stages.apply import KINDS as INTERVENTIONS
+from pipeline.stages.live import KINDS as INTERVENTIONS
 from pipeline.stages.rows import SOURCES
 from sae.errors import ConfigError
 
@@ -34,7 +34,7 @@ def test_settings_and_groups_show_their_choices_beside_the_default(capsys):
     assert "corpus=stdlib (datasets | jsonl | parquet | stdin | stdlib | text | tokens)" in lines
     assert "executor=local (local | pool | ray | submitit)" in lines
     assert "extract.batch_tokens=2048" in lines
-    assert "intervention=none (ablate | clamp | none | steer)" in help_lines("apply", capsys)
+    assert "intervention=none (ablate | clamp | none | reconstruct | steer)" in help_lines("apply", capsys)
     assert "logger=jsonl (jsonl | mlflow | tensorboard | trackio | wandb)" in help_lines("train", capsys)
 
 

@@ -103,6 +103,12 @@ def test_nothing_in_a_torch_file_or_an_npz_runs(tmp_path):
     assert not mark.exists()
 
 
+def test_an_npz_member_that_is_no_array_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "params.npz", "w") as packed:
+        packed.writestr("W_enc.npy", b"no magic bytes")
+    refused(tmp_path / "params.npz", "no array")
+
+
 def test_without_torch_a_torch_file_is_one_line(tmp_path, monkeypatch):
     torch.save({"w": torch.zeros(3)}, tmp_path / "w.pt")
     monkeypatch.setitem(sys.modules, "torch", None)
