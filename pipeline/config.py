@@ -75,6 +75,7 @@ class StoreConfig:
 class ExtractConfig:
     dtype: str = "auto"
     backend: str = "auto"
+    load: str = "auto"  # auto: only the blocks that the hook points need, where that gives the same bits
     plan_only: bool = False  # print rows, bytes, seconds and free disk, and stop
     batch_tokens: int = 2048  # tokens of one llama_decode
     ubatch_tokens: int = 512
