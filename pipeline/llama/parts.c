@@ -32,13 +32,12 @@ static ssize_t parts_read(void * cookie, char * to, size_t bytes) {
     struct stream * s = cookie;
     const int64_t at = s->position;
     int64_t border = s->size, source = -1;
-    for (int64_t i = 0; i < s->count && at < border && source < 0; i++) {
+    for (int64_t i = 0; i < s->count; i++) {
         const struct part * p = &s->parts[i];
-        if (at < p->start) {
-            border = p->start;
-        } else if (at < p->start + p->length) {
-            border = p->start + p->length;
-            source = p->source + at - p->start;
+        if (at < p->start + p->length) { /* the first part that does not end before */
+            border = at < p->start ? p->start : p->start + p->length;
+            source = at < p->start ? -1 : p->source + at - p->start;
+            break;
         }
     }
     const int64_t left = (at < s->head_bytes ? s->head_bytes : border) - at;

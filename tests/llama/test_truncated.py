@@ -88,6 +88,18 @@ def test_the_input_of_a_block_needs_the_blocks_before_it_and_that_one(name):
     assert equal(*found)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3moe", "gpt_oss"])
+def test_layer_inputs_of_a_model_of_the_first_blocks_are_those_of_the_whole_model(name):
+    path, names = deep(name), ["blocks.0.hook_resid_pre", "blocks.2.hook_resid_post"]
+    chosen = [HookPoint.parse(text) for text in names]
+    found = []
+    for blocks in (0, blocks_to_load(path, names)):
+        with Model(path, blocks=blocks) as model, exact(model, layer_inp=chosen) as session:
+            found.append(capture(session, sequences(), chosen))
+    assert model.blocks == 4
+    assert equal(*found)
+
+
 @pytest.mark.parametrize(("name", "sliding"), [("olmo2", True), ("gpt_oss", True), ("gpt_oss", False)])
 def test_blocks_that_all_see_a_window_do_without_the_one_that_sees_everything(name, sliding):
     """llama.cpp keeps two caches for such models; one of them is empty then."""
