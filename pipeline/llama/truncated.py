@@ -24,11 +24,12 @@ from sae.errors import LlamaError
 
 from .hooks import blocks_read
 from .identity import model_id
+from .layer_inp import other_build
 from .parts import Part, stream_of
 from .symbols import GgmlTensor, function, tensor_at
 
-# Architectures tested to give the same bits from a truncated load. In llama.cpp 0.3.36 their `load_arch_hparams` take
-# from the number of blocks nothing but the name of the model's size. Not among them: gemma2 and gemma3, whose scale of
+# Architectures tested to give the same bits from a truncated load. In the build read (layer_inp.py) they take from the
+# number of blocks nothing but the name of the model's size (`load_arch_hparams`). Not among them: gemma2 and gemma3, whose scale of
 # attention follows that size (27B: 46 and 62 blocks); all others, unread: some have layers behind the last block
 # (multi-token prediction), share keys between blocks counted from the end, or list blocks by kind.
 ARCHITECTURES = frozenset(
@@ -42,7 +43,7 @@ _BY_BLOCK = frozenset(
 _BLOCK_COUNT, _LAYERS_BEHIND = "block_count", "nextn_predict_layers"
 _HEAD, _EMBEDDING = b"output.weight", b"token_embd.weight"
 _BLOCK = re.compile(rb"blk\.(\d+)\.")
-_GGUF_UINT32, _GGUF_ARRAY = 4, 9  # of gguf_type
+_GGUF_UINT32, _GGUF_STRING, _GGUF_ARRAY = 4, 8, 9  # of gguf_type
 _ZEROS = (41, 2, 1)  # Q1_0, Q4_0, F16 of ggml_type: the first whose blocks fit the rows
 _P, _C, _I = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
 
@@ -57,7 +58,6 @@ _free = function("gguf_free", None, _P)
 _copy_kv = function("gguf_set_kv", None, _P, _P)
 _n_kv = function("gguf_get_n_kv", _I, _P)
 _key = function("gguf_get_key", _C, _P, _I)
-_find_key = function("gguf_find_key", _I, _P, _C)
 _kv_type = function("gguf_get_kv_type", ctypes.c_int, _P, _I)
 _array_type = function("gguf_get_arr_type", ctypes.c_int, _P, _I)
 _array_n = function("gguf_get_arr_n", ctypes.c_size_t, _P, _I)
@@ -81,6 +81,8 @@ _type_size = function("ggml_type_size", ctypes.c_size_t, ctypes.c_int)
 
 def unavailable(architecture: str) -> str:
     """Why a model of this architecture is only loaded whole, in a clause; empty when the first blocks can be had."""
+    if why := other_build():
+        return why
     if architecture in ARCHITECTURES:
         return ""
     return f"not tested for architecture '{architecture}' (tested: {', '.join(sorted(ARCHITECTURES))})"
@@ -136,9 +138,10 @@ def _copy_header(source: Any, made: Any, architecture: str, blocks: int) -> None
     for key, i in key_of.items():
         name = key.decode("utf-8", "replace")
         if name.startswith(prefix) and _kv_type(source, i) == _GGUF_ARRAY:
-            if name.removeprefix(prefix) not in _BY_BLOCK:
+            kind = _array_type(source, i)
+            if name.removeprefix(prefix) not in _BY_BLOCK or kind == _GGUF_STRING:
                 raise LlamaError(f"whether {name} has a value for each block is not known")
-            _set_array(made, key, _array_type(source, i), _array_data(source, i), min(blocks, _array_n(source, i)))
+            _set_array(made, key, kind, _array_data(source, i), min(blocks, _array_n(source, i)))
 
 
 def _keep_tensors(source: Any, tensors: Any, made: Any, blocks: int) -> tuple[list[Part], int]:

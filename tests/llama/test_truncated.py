@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import pytest
 
+from pipeline.llama import layer_inp, parts, truncated
 from pipeline.llama import model as model_module
-from pipeline.llama import parts, truncated
 from pipeline.llama.hooks import HookPoint, blocks_read
 from pipeline.llama.model import Model
 from pipeline.llama.parts import Part, stream_of
@@ -131,6 +131,14 @@ def test_an_architecture_that_is_not_known_is_loaded_whole_and_says_so(name, lis
             assert session.decode([2], [0], [0], logits="last").shape == (1, model.n_vocab)
     (line,) = said
     assert line == f"loading all blocks of {name}.gguf, not the first 1: {unavailable(name)}"
+
+
+def test_another_build_of_llama_cpp_loads_all_blocks(monkeypatch, listen):
+    said = listen(model_module)
+    monkeypatch.setattr(layer_inp, "READ_BUILD", ("0.3.37", "0.26.0"))
+    with Model(tiny()[0].path, blocks=2) as model:
+        assert model.blocks == BLOCKS
+    assert "it is known for llama-cpp-python 0.3.37" in said[0]
 
 
 UNKNOWN = {
