@@ -257,19 +257,15 @@ def _peer_names(settings: Settings) -> list[str]:
 
 
 def _our_peak(worker: Worker, model: BenchModel, kind: str, settings: Settings, say: Say) -> int:
-    """Peak resident bytes above the imports of a fresh process: load (mapped or read, the better), capture 8 windows."""
+    """Peak resident bytes above the imports of a fresh process: load, by default settings, and capture 8 windows."""
     say(f"{model.name}: memory of {kind}")
     shape = {"batch_tokens": OUR_MEMORY_BATCH * settings.context, "ubatch_tokens": 512}
     request = {"context": settings.context, "threads": settings.threads, "seed": settings.seed, "shape": shape}
     request |= {"path": str(model.file(kind)), "points": [point_of(model.mid)], "windows": MEMORY_WINDOWS}
 
-    def peak(asked: Worker, mmap: bool) -> int:
-        asked.ask("start_memory")
-        asked.ask("run", mmap=mmap, **request)
-        return asked.ask("memory")["bytes"]
-
-    with our_worker(settings.threads) as another:
-        return min(peak(another, mmap=False), peak(worker, mmap=True))
+    worker.ask("start_memory")
+    worker.ask("run", **request)
+    return worker.ask("memory")["bytes"]
 
 
 def _their_peak(worker: Worker, model: BenchModel, name: str, settings: Settings, say: Say) -> int:

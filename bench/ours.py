@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bench.common import cache_folder, forget_peak, peak_bytes, random_windows, resident_bytes, serve
+from pipeline.capture.work import blocks_needed
 from pipeline.config import ExtractConfig, ModelConfig, StoreConfig
 from pipeline.corpus.plan import Plan
 from pipeline.corpus.windows import COLUMN_DTYPES, FLAG_BOS, FLAG_FIRST, FLAGS_ALL, DocumentInfo, WindowTable
@@ -36,14 +37,16 @@ from pipeline.store.schema import HookInfo, StoreMeta
 from pipeline.store.writer import StoreWriter
 
 READ_PIECE_BYTES = 8 << 20
-models: dict[str, Model] = {}
+models: dict[tuple[str, int], Model] = {}
 memory_facts: dict[str, int] = {}
 
 
-def model_at(path: str, *, mmap: bool = True) -> Model:
-    if path not in models:
-        models[path] = Model(path, use_mmap=mmap)
-    return models[path]
+def model_at(path: str, points: Sequence[str] = ()) -> Model:
+    """The model as `extract` loads it for these points by default; without any, all of it."""
+    blocks = blocks_needed(Path(path), points, ExtractConfig())
+    if (path, blocks) not in models:
+        models[path, blocks] = Model(path, blocks=blocks)
+    return models[path, blocks]
 
 
 def random_table(windows: int, context: int, vocab: int, seed: int) -> WindowTable:
@@ -108,10 +111,10 @@ def beside(busy: bool) -> Iterator[None]:
 
 def run(
     path: str, points: list[str], windows: int, context: int, shape: dict[str, int], threads: int, seed: int,
-    busy: bool = False, settings: dict[str, Any] | None = None, mmap: bool = True,
+    busy: bool = False, settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Tokens/s of a capture."""
-    model = model_at(path, mmap=mmap)
+    model = model_at(path, points)
     table = random_table(windows, context, model.n_vocab, seed)
     memory_facts["table_bytes"] = sum(np.asarray(column).nbytes for column in table.columns().values())
     with beside(busy):
@@ -177,7 +180,7 @@ def decode_all(context_pointer: Any, table: WindowTable, plan: Plan, *, outputs:
 
 def activation(path: str, out: str, point: str, windows: int, context: int, threads: int, seed: int) -> dict[str, Any]:
     """Write the values (rows, D) float32, window after window, in the setting extract uses."""
-    model = model_at(path)
+    model = model_at(path, [point])
     tokens_BT = random_windows(windows, context, model.n_vocab, seed)
     with Session(
         model,

@@ -17,7 +17,7 @@ class ModelConfig:
     file: str = ""  # ... and the file in it
     n_threads: int = 0  # 0: all cores
     n_gpu_layers: int = 0  # -1: all
-    mmap: bool = True  # false: read the file instead, which saves memory where llama.cpp repacks its weights (Q4_0)
+    mmap: bool = True  # false: read a whole file instead, which saves memory where llama.cpp repacks weights (Q4_0)
     n_ctx: int = 0  # 0: what the command needs
     kv_type: str = "f16"
     flash_attn: str = "auto"
@@ -75,6 +75,7 @@ class StoreConfig:
 class ExtractConfig:
     dtype: str = "auto"
     backend: str = "auto"
+    load: str = "auto"  # auto: only the blocks that the hook points need, where that gives the same bits
     plan_only: bool = False  # print rows, bytes, seconds and free disk, and stop
     batch_tokens: int = 2048  # tokens of one llama_decode
     ubatch_tokens: int = 512

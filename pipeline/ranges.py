@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "corpus.bos": ("auto", "always", "never"),
     "store.format": FORMATS,
     "extract.dtype": ("auto", "float16", "bfloat16", "float32"),
+    "extract.load": ("auto", "whole"),
     "extract.backend": ("auto", "callback", "layer_inp"),
     "executor.kind": ("local", "pool", "ray", "submitit"),
     "executor.cluster": ("slurm", "local", ""),

@@ -188,7 +188,7 @@ def newest_finished(command: str, needed_for: str, output: str = "") -> tuple[Pa
 
 # settings, and whole groups, that change how fast or how often something is written, never the result
 NOT_RESULT_RELEVANT = {
-    "model.n_threads", "model.mmap", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.save_best",
+    "model.n_threads", "model.mmap", "extract.load", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.save_best",
     "trainer.log_steps", "trainer.queue_batches", "store.verify",
     "extract.plan_only", "executor",
 }  # fmt: skip

@@ -127,7 +127,7 @@ def write_tiny_llama(
     tied: bool = False,
     chat_markers: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Write the GGUF (matrices in `dtype`: F32, F16, BF16 or Q8_0); return the weights it holds, float32, HF order.
+    """Write the GGUF (matrices in `dtype`: F32, F16, BF16, Q8_0 or Q4_0); return the weights it holds, float32, HF order.
 
     With `chat_markers` the last two tokens are those that the chat template spells.
     """
@@ -137,7 +137,7 @@ def write_tiny_llama(
     kind = gguf.GGMLQuantizationType[dtype]
     writer = gguf.GGUFWriter(os.fspath(path), "llama")
     writer.add_name("tiny")
-    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}[dtype])
+    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2}[dtype])
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(d)
     writer.add_block_count(blocks)

@@ -15,6 +15,7 @@ from ..config import ExtractConfig, ModelConfig, StoreConfig
 from ..corpus.plan import Plan, make_plan
 from ..corpus.spool import open_table
 from ..llama.model import Model
+from ..llama.truncated import blocks_to_load
 from ..store.schema import StoreMeta
 from ..store.writer import ShardWriter
 from .capturer import Capturer
@@ -53,6 +54,11 @@ class CaptureWork:
             capture_shards(_opened(self, place.n_threads or self.model.n_threads), writer, wanted, done)
 
 
+def blocks_needed(path: Path, points: Sequence[str], config: ExtractConfig) -> int:
+    """What a capture of these points loads, as `Model` takes it: 0 is all blocks."""
+    return blocks_to_load(path, points) if config.load == "auto" else 0
+
+
 @functools.lru_cache(maxsize=1)
 def _meta(store: str) -> StoreMeta:
     """What does not change while a store is written, asked of object storage once."""
@@ -73,7 +79,8 @@ def _opened(work: CaptureWork, n_threads: int) -> Capturer:
         _kept = None
     table = open_table(Path(work.spool))
     plan = make_plan(table, hooks=dict(work.hooks), extract=work.extract, store=work.layout)
-    model = Model(work.model_path, n_gpu_layers=work.model.n_gpu_layers, use_mmap=work.model.mmap)
+    blocks = blocks_needed(Path(work.model_path), list(plan.hooks), work.extract)
+    model = Model(work.model_path, n_gpu_layers=work.model.n_gpu_layers, use_mmap=work.model.mmap, blocks=blocks)
     try:
         _refuse_other(work, plan, model)
     except BaseException:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sae.errors import HookError
 
-from .hooks import HookPoint, describe_tensors, described, expand
+from .hooks import MODEL_SITES, HookPoint, describe_tensors, described, expand
 from .inventory import Inventory, Node, root, rows_only, score_product, strip
 
 _NOT_ATTENTION = re.compile("SSM_|RWKV_|GATED_LINEAR_ATTN|GATED_DELTA|LIGHTNING")
@@ -279,15 +279,25 @@ class Resolver:
 
 
 class GraphMap:
-    """The hook points of a context's graph, and any tensor of it by name."""
+    """The hook points of a context's graph, and any tensor of it by name.
 
-    def __init__(self, inventory: Inventory, *, n_vocab: int, architecture: str, blocks: int) -> None:
+    Of `blocks` blocks the first `loaded` are in it (truncated.py): then nothing behind them is, and no raw names.
+    """
+
+    def __init__(self, inventory: Inventory, *, n_vocab: int, architecture: str, blocks: int, loaded: int) -> None:
         self.first = inventory.nodes[0].name
         self.architecture = architecture
-        self.blocks = blocks
+        self.blocks, self.loaded = blocks, loaded
         self._resolver = Resolver(inventory, n_vocab=n_vocab, architecture=architecture)
         self.targets = self._resolver.resolve()
+        if self.truncated:
+            for site in MODEL_SITES:
+                self.targets.pop(HookPoint(site), None)
         self.nodes = inventory.nodes
+
+    @property
+    def truncated(self) -> bool:
+        return self.loaded < self.blocks
 
     def find(self, point: HookPoint) -> Target:
         """The tensor behind a point; HookError lists what exists."""
@@ -298,6 +308,8 @@ class GraphMap:
         why = ""
         if point.site == "pattern" and any(n.op == "FLASH_ATTN_EXT" for n in self.nodes):
             why = " (flash attention never forms the pattern: set flash_attn=off)"
+        if self.truncated:
+            why += f" (only the first {self.loaded} blocks are loaded)"
         raise HookError(
             f"no hook point '{point}'{why}; this {self.architecture} model has blocks 0..{self.blocks - 1} and "
             f"{described(self.targets)}"
@@ -316,6 +328,8 @@ class GraphMap:
         return expand(texts, [target.point for target in self.in_order()], [node.name for node in self.nodes])
 
     def _find_raw(self, point: HookPoint) -> Target:
+        if self.truncated:
+            raise HookError(f"'{point}' is looked for in all blocks, and only the first {self.loaded} are loaded")
         name, _, number = point.tensor.partition("#")
         found = [n for n in self.nodes if n.name == name]
         if number:

@@ -114,6 +114,19 @@ def expand(texts: Iterable[str], known: Sequence[HookPoint], raw_names: Iterable
     return list(found)
 
 
+def blocks_read(texts: Iterable[str]) -> int | None:
+    """How many blocks, from the first on, have to be computed for texts as `expand` takes them; None: no saying less
+    than all of them."""
+    most = 0
+    for text in texts:
+        match = _IN_BLOCKS.fullmatch(text)
+        blocks = _blocks(match) if match else None
+        if match is None or not blocks:  # a point of the whole model, a raw name, `*`, a misspelling
+            return None
+        most = max(most, max(blocks) + (_SITE_OF.get(match[4]) != "resid_pre"))
+    return most
+
+
 def _raw_matches(text: str, names: list[str]) -> list[HookPoint]:
     pattern = _glob(text.removeprefix(RAW_PREFIX))
     if matches := [HookPoint("ggml", None, name) for name in names if pattern.fullmatch(name)]:

@@ -53,13 +53,18 @@ _set = _optional("_Z30llama_set_embeddings_layer_inpP13llama_contextjb", None, _
 _get = _optional("_Z30llama_get_embeddings_layer_inpP13llama_contextj", _FLOATS, _P, _U32)
 
 
+def other_build() -> str:
+    """That this is not the build whose source was read, in a clause; empty when it is."""
+    build = (version("llama-cpp-python"), ggml_version().decode())
+    if build == READ_BUILD:
+        return ""
+    return f"it is known for llama-cpp-python {READ_BUILD[0]} (ggml {READ_BUILD[1]}), this is {' (ggml '.join(build)})"
+
+
 def unavailable(architecture: str) -> str:
     """Why layer inputs cannot be read here, in a clause; empty when they can."""
-    build = (version("llama-cpp-python"), ggml_version().decode())
-    if build != READ_BUILD:
-        return (
-            f"it is known for llama-cpp-python {READ_BUILD[0]} (ggml {READ_BUILD[1]}), this is {' (ggml '.join(build)})"
-        )
+    if why := other_build():
+        return why
     if _set is None or _get is None:
         return "this build of llama.cpp has no llama_get_embeddings_layer_inp"
     if architecture not in ARCHITECTURES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from sae.errors import LlamaError, ShapeError
 from . import identity
 from .log import log_tail
 from .symbols import lc
+from .truncated import first_blocks
 
 if TYPE_CHECKING:
     from .graph import GraphMap
     from .session import Session
     from .unembed import Unembedding
+
+_log = logging.getLogger(__name__)
 
 
 class Model:
@@ -31,6 +35,10 @@ class Model:
     `n_gpu_layers` is passed to llama.cpp (-1: all; without a GPU it changes nothing). `progress` gets the share
     loaded, 0 to 1. FormatError for a file that is missing, truncated or not GGUF; LlamaError with llama.cpp's own
     words when it cannot load it.
+
+    `blocks`: load only so many of the first blocks (0: all), for captures that stop there; there are no logits then,
+    and the file is read, not mapped. Where that cannot be had (truncated.py) all are loaded, which is logged.
+    `blocks` says what was loaded; `id` and `n_layer` stay those of the file.
     """
 
     def __init__(
@@ -39,17 +47,24 @@ class Model:
         *,
         n_gpu_layers: int = 0,
         use_mmap: bool = True,
+        blocks: int = 0,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         self._handle: Any = None
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self.path = Path(path)
         self.id = identity.model_id(self.path)
-        self._handle = _load(self.path, n_gpu_layers, use_mmap, progress)
         self.offloads: bool = n_gpu_layers != 0 and lc.llama_supports_gpu_offload()
+        loading = _Loading(self.path, n_gpu_layers, use_mmap, progress)
+        if 0 < blocks < self.id.n_layer:
+            self._handle = _load_first(loading, self.id.architecture, blocks)
+        self.truncated = self._handle is not None
+        if not self.truncated:
+            self._handle = loading.load()
         self._vocab = lc.llama_model_get_vocab(self._handle)
         self.n_embd: int = lc.llama_model_n_embd(self._handle)
-        self.n_layer: int = lc.llama_model_n_layer(self._handle)
+        self.blocks: int = lc.llama_model_n_layer(self._handle)
+        self.n_layer: int = self.id.n_layer if self.truncated else self.blocks
         self.n_vocab: int = lc.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: int = lc.llama_model_n_ctx_train(self._handle)
         self.bos = _token_or_none(lc.llama_vocab_bos(self._vocab))
@@ -186,30 +201,51 @@ def _token_or_none(token: int) -> int | None:
     return None if token < 0 else int(token)
 
 
-def _load(path: Path, n_gpu_layers: int, use_mmap: bool, progress: Callable[[float], None] | None) -> Any:
-    log_tail.install()
-    log_tail.clear()
-    lc.llama_backend_init()
-    failure: list[BaseException] = []
+class _Loading:
+    """One way of loading a file."""
 
-    def report(share: float, _user_data: Any) -> bool:
-        try:
-            if progress is not None:
-                progress(float(share))
-        except BaseException as error:  # noqa: BLE001 - a C callback: raised again below
-            failure.append(error)
-        return not failure
+    def __init__(self, path: Path, n_gpu_layers: int, use_mmap: bool, progress: Callable[[float], None] | None) -> None:
+        self.path, self.n_gpu_layers, self.use_mmap, self._progress = path, n_gpu_layers, use_mmap, progress
 
-    params = lc.llama_model_default_params()
-    params.n_gpu_layers = n_gpu_layers
-    params.load_mode = lc.LLAMA_LOAD_MODE_MMAP if use_mmap else lc.LLAMA_LOAD_MODE_NONE
-    callback = lc.llama_progress_callback(report)
-    params.progress_callback = callback
-    handle = lc.llama_model_load_from_file(os.fsencode(path), params)
-    if failure:
-        if handle:
-            lc.llama_model_free(handle)
-        raise failure[0]
-    if not handle:
-        raise LlamaError(f"llama.cpp cannot load {path}: {log_tail.reason('no reason given')}")
-    return handle
+    def load(self, stream: int | None = None) -> Any:
+        """llama.cpp's pointer, of the file or of a C stream; LlamaError, or what `progress` raised."""
+        log_tail.install()
+        log_tail.clear()
+        lc.llama_backend_init()
+        failure: list[BaseException] = []
+
+        def report(share: float, _user_data: Any) -> bool:
+            try:
+                if self._progress is not None:
+                    self._progress(float(share))
+            except BaseException as error:  # noqa: BLE001 - a C callback: raised again below
+                failure.append(error)
+            return not failure
+
+        params = lc.llama_model_default_params()
+        params.n_gpu_layers = self.n_gpu_layers
+        mapped = self.use_mmap and stream is None
+        params.load_mode = lc.LLAMA_LOAD_MODE_MMAP if mapped else lc.LLAMA_LOAD_MODE_NONE
+        callback = lc.llama_progress_callback(report)
+        params.progress_callback = callback
+        if stream is None:
+            handle = lc.llama_model_load_from_file(os.fsencode(self.path), params)
+        else:
+            handle = lc.llama_model_load_from_file_ptr(stream, params)
+        if failure:
+            if handle:
+                lc.llama_model_free(handle)
+            raise failure[0]
+        if not handle:
+            raise LlamaError(f"llama.cpp cannot load {self.path}: {log_tail.reason('no reason given')}")
+        return handle
+
+
+def _load_first(loading: _Loading, architecture: str, blocks: int) -> Any:
+    """The first blocks alone, or None where only the whole file can be loaded."""
+    try:
+        with first_blocks(loading.path, architecture, blocks) as stream:
+            return loading.load(stream)
+    except (LlamaError, OSError) as error:
+        _log.info("loading all blocks of %s, not the first %d: %s", loading.path.name, blocks, error)
+        return None

@@ -142,6 +142,8 @@ class Session:
         llama.cpp fails; an exception of a hook comes out as it was raised. After any of the last two the KV is
         cleared, and the session goes on working.
         """
+        if self.model.truncated and logits != "none" and not stop_early:
+            raise LlamaError(f"only {self.model.blocks} blocks of this model are loaded: it has no logits")
         batch = self._token.take(tokens_N, seq_N, pos_N, logits) or self._batch(tokens_N, seq_N, pos_N, logits)
         reads = [] if self._inputs is None else self._inputs.reads(hooks)
         targets = self._targets(hooks, batch) if self._inputs is None else {}
@@ -218,7 +220,11 @@ class Session:
         self.clear()
         identity = self.model.id
         return GraphMap(
-            inventory, n_vocab=self.model.n_vocab, architecture=identity.architecture, blocks=identity.n_layer
+            inventory,
+            n_vocab=self.model.n_vocab,
+            architecture=identity.architecture,
+            blocks=identity.n_layer,
+            loaded=self.model.blocks if self.model.truncated else identity.n_layer,
         )
 
     def _batch(self, tokens: Any, seq: Any, pos: Any, logits: str) -> Batch:

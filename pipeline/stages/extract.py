@@ -8,9 +8,8 @@ from typing import Any
 from sae.errors import ConfigError
 
 from ..corpus.plan import Plan, make_plan
-from ..extract import Estimate, estimate, extract, hook_widths
+from ..extract import Estimate, estimate, extract
 from ..llama.hooks import HookPoint, describe
-from ..llama.layer_inp import choose_backend
 from ..run import RunContext
 from ..store.backends import Location, absolute
 from ..store.picture import draw_stats
@@ -18,8 +17,8 @@ from ..store.reader import ActivationStore
 from ..store.schema import is_store
 from ..store.writer import invalidate
 from .corpora import window_table
-from .executing import capture_work, executor_of, refuse_early
-from .inputs import STORE_NAME, counted, describe_model, open_model, relative, store_sha256, warn_not_finite
+from .executing import capture_model, capture_work, executor_of, refuse_early
+from .inputs import STORE_NAME, counted, describe_model, relative, store_sha256, warn_not_finite
 
 PICTURE_NAME = "statistics.png"
 
@@ -31,10 +30,8 @@ def run(context: RunContext) -> None:
     path = absolute(config.store.path or context.folder / STORE_NAME)  # workers may start in another folder
     if context.resumed and is_store(path):
         take_back_damaged(context, path)
-    with open_model(context) as model:
-        # what is misspelt or cannot be had is found before the corpus is read
-        widths = hook_widths(model, config.hooks.points, config.model)
-        choose_backend(config.extract.backend, model, [HookPoint.parse(name) for name in widths])
+    # what is misspelt or cannot be had is found before the corpus is read
+    with capture_model(context) as (model, widths):
         refuse_early(config, path)
         executor = executor_of(context)
         table = window_table(context, model, spool=True)

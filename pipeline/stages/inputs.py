@@ -52,12 +52,12 @@ def model_path(config: ModelConfig) -> Path:
     return Path(str(resources.files("pipeline") / "data" / "pylm.gguf"))
 
 
-def open_model(context: RunContext) -> Model:
-    """The model of the settings, noted as an input of the run."""
+def open_model(context: RunContext, *, blocks: int = 0) -> Model:
+    """The model of the settings, or its first blocks, noted as an input of the run."""
     from ..llama.model import Model
 
     config = context.config.model
-    model = Model(model_path(config), n_gpu_layers=config.n_gpu_layers, use_mmap=config.mmap)
+    model = Model(model_path(config), n_gpu_layers=config.n_gpu_layers, use_mmap=config.mmap, blocks=blocks)
     context.add_input("model", model.path, model.id.sha256, architecture=model.id.architecture)
     return model
 

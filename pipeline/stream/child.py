@@ -25,10 +25,9 @@ from ..capture.shards import outliers, stored_rows
 from ..corpus.plan import make_plan
 from ..corpus.windows import FLAG_NOT_FINITE, FLAGS_ALL, WindowTable
 from ..executors.processes import die_with_parent, portable
-from ..extract import hook_widths
 from ..run import RunContext
 from ..stages.corpora import window_table
-from ..stages.inputs import open_model
+from ..stages.executing import capture_model
 from ..store.backends import LocalBackend
 from ..store.schema import DOCS_FILE, HookInfo, dump_json
 from ..store.statistics import RunningMoments, ShardStats, shard_stats
@@ -62,8 +61,7 @@ def serve(connection: Connection, memory_fd: int) -> None:
     """Open model and corpus, send the header, then answer every (slot, block) with (slot, block, rows without flags, rows not finite)."""
     config, folder, known, slots = connection.recv()
     context = RunContext(command="train", folder=Path(folder), config=config, resumed=known is not None)
-    with open_model(context) as model:
-        widths = hook_widths(model, config.hooks.points)
+    with capture_model(context) as (model, widths):
         if len(widths) != 1:
             raise ConfigError(f"trainer.source=stream trains at one hook point, hooks.points names {', '.join(widths)}")
         table = window_table(context, model, spool=True)

@@ -69,6 +69,23 @@ def test_an_error_of_the_child_comes_out_as_it_was_raised(folder, tmp_path, chan
     assert getattr(caught.value, "exit_code", 0) == 2
 
 
+def test_a_child_with_the_blocks_it_needs_captures_the_bits_of_one_with_all(folder, tmp_path):
+    found = []
+    for load in ("auto", "whole"):
+        config = settings(folder)
+        config = replace(
+            config, hooks=HooksConfig(points=["blocks.0.hook_resid_post"]), extract=replace(config.extract, load=load)
+        )
+        (tmp_path / load).mkdir()
+        with CaptureProcess(config, tmp_path / load) as process:
+            process.follow(range(3))
+            rows = [process.take() for _ in range(3)]
+            stored = [row.stored_nD.tobytes() for row in rows]
+            found.append((process.header.model, process.header.calibration.as_dict(), stored))
+    assert found[0] == found[1]
+    assert min(map(len, found[0][2])) > 0
+
+
 def test_windows_the_model_cannot_take_are_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="context_tokens=1024 is more than the 512"):
         CaptureProcess(settings(folder, context_tokens=1024), tmp_path)
