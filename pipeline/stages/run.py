@@ -186,7 +186,10 @@ def metrics_of(context: RunContext, name: str) -> dict[str, Any]:
 def finish(context: RunContext) -> None:
     """The short table of numbers, and where the report lies."""
     evaluation = metrics_of(context, "evaluate")
-    table = Table(title="SAE beside its baselines at the same L0, held-out text", title_justify="left")
+    title = (
+        f"SAE beside its baselines at the same L0, held-out text ({evaluation.get('splice_rows', 0):,} rows, dead over "
+    )
+    table = Table(title=f"{title}{evaluation.get('rows', 0):,})", title_justify="left")
     columns = {
         "fvu": "FVU",
         "l0": "L0",
@@ -198,7 +201,8 @@ def finish(context: RunContext) -> None:
     table.add_column("")
     for title in columns.values():
         table.add_column(title, justify="right")
-    for name, values in {"sae": evaluation, **evaluation.get("baselines", {})}.items():
+    own = evaluation | evaluation.get("same_rows", {})  # FVU and L0 on the rows the baselines have
+    for name, values in {"sae": own, **evaluation.get("baselines", {})}.items():
         cells = [values.get(key) for key in columns]
         table.add_row(
             LABELS.get(name, name),
