@@ -65,7 +65,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         summary="fit a k-sparse autoencoder on a store, or on a capture running beside it",
         groups=("store", "hooks", "sae", "trainer", "together", "logger", "model", "corpus", "extract"),
-        not_read=(*NOT_READ, "model.n_ctx", "sae.path", "store.verify"),
+        not_read=(*NOT_READ, "model.n_ctx", "sae.path", "store.verify", "extract.plan_only"),
         examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train 'together.k=[16,32,64]'", "ggscope train 'trainer.lr_search=[5e-4,1e-3,2e-3,4e-3]'", "ggscope train -m sae.k=16,32,64", "ggscope train sae.variant=batchtopk", "ggscope train sae.kind=transcoder 'sae.inputs=[blocks.3.hook_resid_mid]' 'sae.outputs=[blocks.3.hook_mlp_out]'", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr", "ggscope train trainer.source=stream model.path=my.gguf 'hooks.points=[blocks.12.hook_resid_post]' corpus=text 'corpus.paths=[notes/*.md]'"),
     ),
     "evaluate": Command(

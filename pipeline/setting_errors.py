@@ -58,8 +58,8 @@ def several_values(key: str, value: str) -> str:
 def unknown(key: str, name: str, known: Sequence[str]) -> str:
     """A setting that is misspelt."""
     dotted = key.replace("/", ".")
-    close = difflib.get_close_matches(dotted, known, 3, 0.5)
-    close += [k for k in known if k.split(".")[-1] == dotted.split(".")[-1] and k not in close]
+    close = [dotted] if dotted in known else difflib.get_close_matches(dotted, known, 3, 0.5)
+    close += [k for k in known if k.split(".")[-1] == dotted.split(".")[-1] and k not in close and dotted not in known]
     hint = f"did you mean {' or '.join(close[:3])}?" if close else f"see `ggscope {name} --help`"
     return f"unknown setting {key!r}; {hint}"
 

@@ -55,7 +55,7 @@ def draw_training(run: Path, names: Sequence[str], path: Path, searched: dict[st
         for name, found in rows.items():
             tokens = [row["tokens"] for row in found]
             ax.plot(
-                tokens, [row[key] for row in found], color=colours[name], linewidth=1.4, label=name, clip_on=False,
+                tokens, [row[key] for row in found], color=colours[name], linewidth=1.4, label=name, clip_on=False, zorder=3,
                 marker="o" if len(found) <= FEW_ROWS else None, markersize=3.5,
             )  # fmt: skip
         titled(ax, title, "tokens")

@@ -91,7 +91,7 @@ def test_the_version_is_the_package_s(capsys):
         (["train", "together.k=16,32"], "type 'together.k=[16,32]'"),
         (["train", "sae.k=16,32"], "a run for each is -m sae.k=16,32"),
         (["train", "trainer=adamw"], "trainer=adamw: expected adam or muon or signum"),
-        (["train", "corpus=jsonl.yaml"], "did you mean corpus=jsonl?"),
+        (["extract", "corpus=json"], "did you mean corpus=jsonl?"),
         (["train", "sae=topk"], "did you mean sae.variant=topk?"),
         (["train", "hooks=blocks.3"], "give one of them: hooks.points"),
         (["train", "corpus/kind=text"], "did you mean corpus.kind?"),
