@@ -107,9 +107,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         summary="one HTML file: training curve, evaluation, latents with their contexts, lens, steering",
-        groups=("model", "corpus", "store", "sae", "report"),
+        groups=("model", "corpus", "sae", "report"),
         also_reads=MISMATCH,
-        not_read=(*NOT_READ, *TRAINING, *WRITING, *HELD_OUT, "model.n_ctx"),
+        not_read=(*TRAINING, *HELD_OUT, "model.n_ctx"),
         examples=("ggscope report", "ggscope report report.steer_latent=123"),
     ),
     "compare": Command(

@@ -82,6 +82,10 @@ def conditions(name: str, config: Config) -> Iterator[tuple[str, tuple[str, ...]
             yield f"intervention={kind}", ("intervention.value",)
     if "evaluate" in groups and not config.evaluate.probe:
         yield "evaluate.probe empty", ("evaluate.probe_",)
+    if name == "evaluate" and not config.evaluate.baselines:
+        yield "evaluate.baselines=false", ("store.",)
+    if name == "convert" and config.convert.source:
+        yield "convert.source", ("sae.path",)
     if "convert" in groups and config.convert.latent < 0:
         yield "convert.latent=-1", ("convert.coeff",)
 

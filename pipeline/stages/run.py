@@ -60,7 +60,7 @@ def run(context: RunContext) -> None:
     )
     stage(context, "convert", "convert", f"convert.source={sae}")
     stage(
-        context, "report", "report", f"store.path={store}", f"sae.path={relative(folder / 'convert' / 'sae.gguf')}",
+        context, "report", "report", f"sae.path={relative(folder / 'convert' / 'sae.gguf')}",
         f"report.evaluation={relative(folder / 'evaluate' / 'evaluation.json')}",
         f"report.metrics={relative(folder / 'train' / 'metrics.jsonl')}",
     )  # fmt: skip
