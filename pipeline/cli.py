@@ -26,6 +26,8 @@ from .commands import COMMANDS
 from .config import Config
 from .help import help_of, overview, takes_several
 from .ranges import check_ranges
+from .setting_errors import one_line, unknown
+from .unread import warnings
 
 # numpy's BLAS threads spin for a while after each product and then take the cores from llama.cpp's threads, which
 # wait for each other: evaluate took 1.5 times as long. Must be set before numpy is loaded; 2**4 cycles is the least.
@@ -170,11 +172,15 @@ def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
     checked, skip = [], False
     multirun = not {"-m", "--multirun"}.isdisjoint(args)
     for arg in args:
+        if "=" in arg and not skip:
+            arg = arg.lstrip("+")  # Hydra's sign for a new key: here every setting is there
         if skip or arg.startswith("-"):
             if not skip and arg.split("=")[0] not in HYDRA_FLAGS | HYDRA_FLAGS_WITH_VALUE:
                 raise ConfigError(f"unknown flag {arg}; settings are key=value, see `ggscope {name} --help`")
             skip = not skip and arg in HYDRA_FLAGS_WITH_VALUE
             checked.append(arg)
+        elif "/" in (key := arg.partition("=")[0]) and "=" in arg:
+            raise ConfigError(unknown(key, name, list(flat_defaults(name))))
         elif arg.startswith("format=") and f"{name}.format" in flat_defaults(name):
             checked.append(f"{name}.{arg}")
         elif "=" in arg and not arg.startswith("~") and arg.partition("=")[0].strip() == arg.partition("=")[0]:
@@ -217,9 +223,9 @@ def run_stage(name: str, config: Config, verb: str = "") -> None:
 
 
 def hydra_task(
-    name: str, words: tuple[str, list[str]], texts: dict[str, str], failures: list[Exception]
+    name: str, words: tuple[str, list[str]], texts: dict[str, str], keys: list[str], failures: list[Exception]
 ) -> Callable[[Any], None]:
-    """The function Hydra calls once a job; `words` are verb and paths. A failure in this process is kept, so that Hydra adds no lines of its own."""
+    """The function Hydra calls once a job; `words` are verb and paths, `keys` the settings typed. A failure in this process is kept, so that Hydra adds no lines of its own."""
     owner = os.getpid()
 
     def task(cfg: Any) -> None:
@@ -228,6 +234,8 @@ def hydra_task(
         try:
             config = OmegaConf.to_object(cfg)
             assert isinstance(config, Config)
+            for line in warnings(name, keys, config):
+                print(f"warning: {line}", file=sys.stderr)
             run_stage(name, with_paths(name, with_texts(config, texts), words[1]), words[0])
         except Exception as error:
             if os.getpid() != owner:  # a launcher's worker: the exception is the only way back
@@ -251,7 +259,7 @@ def run_command(name: str, args: list[str]) -> None:
     sys.argv = [f"ggscope {name}", *overrides]
     failures: list[Exception] = []
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(
-        hydra_task(name, (verb, paths), texts, failures)
+        hydra_task(name, (verb, paths), texts, [item.partition("=")[0] for item in overrides if "=" in item], failures)
     )()
     for later in failures[1:]:
         exit_code_of(later, name)
@@ -288,25 +296,6 @@ def sweep(name: str, words: list[str], texts: dict[str, str], overrides: list[st
     run_sweep(name, config, [name, *words, *said], settings, flags)
 
 
-def suggestion(message: str, name: str) -> str:
-    """One line for an error of Hydra's, with a `did you mean` where a key is misspelt."""
-    import re
-
-    first = " ".join(line.strip() for line in message.splitlines() if line.strip())
-    found = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", first) or re.search(
-        r"Could not override '([^']+)'", first
-    )
-    full = re.search(r"full_key: ([\w.]+)", first) or re.search(r"Could not override '([^']+)'", first)
-    if found:
-        key = full.group(1) if full else found.group(1)
-        known = list(flat_defaults(name))
-        close = difflib.get_close_matches(key, known, 3, 0.5)
-        close += [k for k in known if k.split(".")[-1] == key.split(".")[-1] and k not in close]
-        hint = f"did you mean {' or '.join(close[:3])}?" if close else f"see `ggscope {name} --help`"
-        return f"unknown setting {key!r}; {hint}"
-    return first.removesuffix("Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace.").strip()
-
-
 def report_bug(error: BaseException) -> int:
     with tempfile.NamedTemporaryFile("w", prefix="ggscope-bug-", suffix=".txt", delete=False, encoding="utf-8") as f:
         f.write("".join(traceback.format_exception(error)))
@@ -331,7 +320,7 @@ def exit_code_of(error: BaseException, name: str) -> int:
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         text = str(error) if cause is error else f"{error} {cause}"
-        print(f"ggscope {name}: {suggestion(text, name)}", file=sys.stderr)
+        print(f"ggscope {name}: {one_line(text, name, list(flat_defaults(name)))}", file=sys.stderr)
         return 2
     if isinstance(error, OSError) and error.errno != errno.ENOSPC and error.filename is not None:
         print(f"ggscope {name}: {error.filename}: {error.strerror}; name a path that can be used", file=sys.stderr)

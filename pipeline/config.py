@@ -142,7 +142,7 @@ class TrainerConfig:
     tokens: int = 4_000_000  # rows trained on, repeats of the store included
     batch_tokens: int = 2048
     lr: float = 2e-3
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # at most a quarter of the steps
     decay_share: float = 0.2  # linear decay to zero over the last share of the steps
     beta1: float = 0.9
     beta2: float = 0.999
@@ -151,7 +151,7 @@ class TrainerConfig:
     momentum: float = 0.95  # of signum and muon
     auxk_coef: float = 1 / 32
     auxk_k: int = 0  # 0: d_in / 2
-    dead_after_tokens: int = 10_000_000
+    dead_after_tokens: int = 0  # 0: a twentieth of trainer.tokens, at most 10M
     encoder_dtype: str = "auto"
     auxk_dtype: str = "auto"  # of AuxK's matrix products
     kernel: str = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .commands import COMMANDS
 from .config import Config
@@ -69,7 +69,7 @@ def with_choices(setting: str, choices: Sequence[str]) -> str:
     return f"  {setting:<{WIDTH}}({shown})" if shown else f"  {setting}"
 
 
-def settings_of(name: str, defaults: Mapping[str, str]) -> list[str]:
+def settings_of(name: str, defaults: Iterable[str]) -> list[str]:
     """The settings that a command reads, in the order of the schema."""
     command = COMMANDS[name]
     return [k for k in defaults if k.split(".")[0] in command.groups and not k.startswith(command.not_read)]

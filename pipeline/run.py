@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sae.errors import ConfigError, InterruptedRunError
+from sae.errors import ConfigError, InterruptedRunError, SAEError
 
 from .config import Config
 
@@ -106,7 +106,7 @@ class RunContext:
             "versions": versions(),
             "argv": sys.argv[1:],
             "inputs": self.inputs,
-            "outputs": self.outputs,
+            "outputs": {name: movable(path, self.folder) for name, path in self.outputs.items()},
             "metrics": self.metrics,
         }
         write_json(self.folder / MANIFEST, manifest)
@@ -134,6 +134,15 @@ class RunContext:
             yield call
 
 
+def movable(path: str, folder: Path) -> str:
+    """The path from the run folder on where both lie in one project (the working directory), so that it can be moved."""
+    place, project = Path(path).absolute(), Path.cwd()
+    if "://" in path:
+        return path
+    together = place.is_relative_to(project) and folder.is_relative_to(project)
+    return os.path.relpath(place, folder) if together or place.is_relative_to(folder) else str(place)
+
+
 def new_folder(command: str, config: Config, root: Path = Path("runs")) -> Path:
     """Make `runs/<command>/<time>/`, or `run_dir` where one is named."""
     if config.run_dir:
@@ -156,11 +165,23 @@ def new_folder(command: str, config: Config, root: Path = Path("runs")) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest with the places of its outputs as they are now; None where there is none that can be read."""
     try:
         value = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    outputs, here = value.get("outputs"), folder.resolve()
+    places = {n: p for n, p in outputs.items() if isinstance(p, str)} if isinstance(outputs, dict) else {}
+    return value | {
+        "outputs": {n: p if "://" in p else os.path.normpath(here / p) for n, p in places.items()}  # / keeps absolute
+    }
+
+
+def nothing_done(folder: Path) -> bool:
+    """Whether a run folder holds no more than what every run starts with."""
+    return {path.name for path in folder.iterdir()} <= {MANIFEST, LOCK}
 
 
 def runs_of(command: str, root: Path = Path("runs")) -> list[tuple[Path, dict[str, Any]]]:
@@ -175,13 +196,13 @@ def runs_of(command: str, root: Path = Path("runs")) -> list[tuple[Path, dict[st
     return sorted(found, key=lambda item: (item[1].get("started", ""), item[0].name), reverse=True)
 
 
-def newest_finished(command: str, needed_for: str, output: str = "") -> tuple[Path, dict[str, Any]]:
+def newest_finished(command: str, output: str = "") -> tuple[Path, dict[str, Any]]:
     """The newest finished run of `command` under the working directory, of those that made `output` where one is named."""
     for folder, manifest in runs_of(command):
         if manifest.get("status") == "finished" and (not output or output in manifest.get("outputs", {})):
             return folder, manifest
     raise ConfigError(
-        f"{needed_for}: expected a finished `ggscope {command}` run under {Path('runs').resolve()}, found none; "
+        f"expected a finished `ggscope {command}` run under {Path('runs').resolve()}, found none; "
         f"run `ggscope {command}` first or name the input by path"
     )
 
@@ -208,7 +229,12 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path:
     """The folder that `resume=RUN_DIR|latest` names, after its config was compared with this one."""
     if config.resume == "latest":
-        unfinished = [f for f, m in runs_of(command) if m.get("status") != "finished"]
+        unfinished = [
+            folder
+            for folder, manifest in runs_of(command)
+            if manifest.get("status") != "finished"
+            and not (manifest.get("status") == "failed" and nothing_done(folder))
+        ]
         if not unfinished:
             raise ConfigError(f"resume=latest: no unfinished `ggscope {command}` run under {Path('runs').resolve()}")
         folder = unfinished[0]
@@ -257,6 +283,17 @@ def running(context: RunContext) -> Iterator[RunContext]:
             yield context
 
 
+def take_back(context: RunContext) -> None:
+    """Leave nothing of a run that was refused before it did anything: the next try finds no folder in its way."""
+    for name in (MANIFEST, LOCK):
+        (context.folder / name).unlink(missing_ok=True)
+    made = [] if context.config.run_dir else [context.folder, *context.folder.parents[:2]]  # runs/COMMAND/TIME
+    for folder in made:
+        if any(folder.iterdir()):
+            break
+        folder.rmdir()
+
+
 @contextmanager
 def _manifest_kept(context: RunContext) -> Iterator[None]:
     context.write("running")
@@ -270,6 +307,14 @@ def _manifest_kept(context: RunContext) -> Iterator[None]:
             f"interrupted; continue with `ggscope {context.command} resume={context.folder}` and the same settings"
         ) from error
     except BaseException as error:
-        context.write("failed", f"{type(error).__name__}: {error}")
+        if (
+            isinstance(error, SAEError)
+            and error.exit_code == 2
+            and not context.resumed
+            and nothing_done(context.folder)
+        ):
+            take_back(context)
+        else:
+            context.write("failed", f"{type(error).__name__}: {error}")
         raise
     context.write(context.ends_as)

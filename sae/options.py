@@ -13,6 +13,7 @@ INPUT_NORMS = ("dataset", "none", "layer")
 B_DEC_INITS = ("mean", "geometric_median", "zero")
 OPTIMIZERS = ("adam", "signum", "muon")
 TOP_K_FAMILY = ("topk", "batchtopk", "matryoshka")
+WITHOUT_K = ("jumprelu", "relu", "gated")  # how many latents fire is what their penalty comes to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,13 +22,17 @@ FREE_KEYS = (
 SHARED_KEYS = ("batch_tokens", "tokens", *FREE_KEYS)  # the same for SAEs trained on the same batches
 KERNELS = ("auto", "torch", "native")
 PARALLEL = ("data", "latent")
+MAX_WARMUP_SHARE = 0.25  # of the steps: a short run leaves its warm-up too
+MOST_DEAD_AFTER_TOKENS = 10_000_000
+DEAD_AFTER_SHARE = 0.05  # of the tokens, where a run is too short for that many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """What decides the result of a training run (and, marked *, what only decides how it is run).
 
-    The learning rate at step t of T is lr * min(1, (t + 1) / warmup_steps) * min(1, (T - t) / (decay_share T)).
+    The learning rate at step t of T is lr * min(1, (t + 1) / w) * min(1, (T - t) / (decay_share T))
+    with w = min(warmup_steps, T / 4).
 
     Raises:
         ConfigError: a value out of range.
@@ -44,7 +48,7 @@ class TrainConfig:
     seed: int = 0
     auxk_coef: float = 1 / 32
     auxk_k: int = 0  # 0: d_in / 2
-    dead_after_tokens: int = 10_000_000
+    dead_after_tokens: int = 0  # 0: a twentieth of tokens, at most 10M; once made, the number that it comes to
     init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: what reconstructs best (sae/initial.py)
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
     auxk_dtype: str = "auto"  # auto | float32 | bfloat16
@@ -64,9 +68,16 @@ class TrainConfig:
     prefetch_batches: int = 2  # * read ahead in a thread; 0: no thread
 
     def __post_init__(self) -> None:
-        for name in ("num_latents", "k", "batch_tokens", "tokens", "dead_after_tokens", "log_steps", "keep_last"):
+        for name in ("num_latents", "k", "batch_tokens", "tokens", "log_steps", "keep_last"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "auxk_coef", "auxk_k", "checkpoint_steps", "prefetch_batches"):
+        for name in (
+            "warmup_steps",
+            "dead_after_tokens",
+            "auxk_coef",
+            "auxk_k",
+            "checkpoint_steps",
+            "prefetch_batches",
+        ):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("k", self.k <= self.num_latents, f"at most num_latents = {self.num_latents}")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "above 0")
@@ -80,6 +91,9 @@ class TrainConfig:
         self._check("momentum", 0 <= self.momentum < 1, "in [0, 1)")
         self.options.check_variant(self.variant, self.num_latents, self.k)
         object.__setattr__(self, "betas", tuple(self.betas))
+        if not self.dead_after_tokens:
+            share = max(1, int(self.tokens * DEAD_AFTER_SHARE))
+            object.__setattr__(self, "dead_after_tokens", min(MOST_DEAD_AFTER_TOKENS, share))
 
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:
@@ -92,7 +106,8 @@ class TrainConfig:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the step with this number, counted from 0."""
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        warmup_steps = min(self.warmup_steps, int(self.steps * MAX_WARMUP_SHARE))
+        warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         decay_steps = self.decay_share * self.steps
         decay = min(1.0, (self.steps - step) / decay_steps) if decay_steps else 1.0
         return self.lr * warm * decay

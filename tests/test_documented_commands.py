@@ -99,6 +99,24 @@ def test_some_page_of_the_docs_has_a_command():
     assert DOCS["scaling.md"]
 
 
+def unquoted(line: str) -> str:
+    """The line without what stands in quotes."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+
+
+def test_commands_are_quoted_where_a_shell_would_look_for_files():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "conf").rglob("*.yaml")]
+    lines = [line for path in pages for line in path.read_text(encoding="utf-8").splitlines()]
+    shown = [line for page in pages if page.suffix == ".md" for body in
+             re.findall(r"^```sh[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+             for line in body.splitlines()]  # fmt: skip
+    shown += [command for line in lines for command in re.findall(r"`(ggscope [^`]* [a-z.]+=[^`]*)`", line)]
+    shown += [line for line in lines if line.startswith("# ") and re.search(r" corpus=\w+ ", line)]
+    shown += [example for command in COMMANDS.values() for example in command.examples]
+    assert len(shown) > 60
+    assert [line for line in shown if re.search(r"[\[\]*?]", unquoted(line))] == []
+
+
 def test_help_s_examples_use_settings_that_exist():
     from pipeline.cli import checked_overrides, flat_defaults, take_texts, take_words
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline.config import Config, ExecutorConfig, ExtractConfig, LoggerConfig, TrainerConfig
 from pipeline.loggers import JsonlLogger, open_loggers
 from pipeline.run import RunContext, new_folder, newest_finished, read_manifest, resume_folder, running, write_json
-from sae.errors import ConfigError, InterruptedRunError
+from sae.errors import CheckFailedError, ConfigError, InterruptedRunError
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +39,14 @@ def test_the_manifest_says_running_then_finished_with_inputs_outputs_and_numbers
     manifest = read_manifest(context.folder)
     assert manifest["status"] == "finished"
     assert manifest["inputs"]["store"] == {"path": "a.zarr", "sha256": "00ff"}
-    assert (manifest["outputs"], manifest["metrics"]) == ({"sae": "x"}, {"fvu": 0.25})
+    assert (manifest["outputs"], manifest["metrics"]) == ({"sae": str(Path("x").resolve())}, {"fvu": 0.25})
     assert manifest["config"]["trainer"]["lr"] == 0.002
     assert {"python", "numpy", "llama-cpp-python"} <= set(manifest["versions"])
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(KeyboardInterrupt(), "interrupted"), (ConfigError("no"), "failed"), (ValueError("x"), "failed")],
+    [(KeyboardInterrupt(), "interrupted"), (CheckFailedError("no"), "failed"), (ValueError("x"), "failed")],
 )
 def test_a_run_that_ends_badly_says_so(error, status):
     context = started()
@@ -56,13 +57,13 @@ def test_a_run_that_ends_badly_says_so(error, status):
 
 def test_the_newest_finished_run_is_taken_and_unfinished_ones_are_not():
     with pytest.raises(ConfigError, match="ggscope train"):
-        newest_finished("train", "evaluate")
+        newest_finished("train")
     done = started()
     with running(done):
         pass
     with pytest.raises(ConfigError), running(started()):
         raise ConfigError("broken")
-    assert newest_finished("train", "evaluate")[0].resolve() == done.folder
+    assert newest_finished("train")[0].resolve() == done.folder
 
 
 def test_a_run_that_was_to_make_something_is_passed_over_where_it_did_not():
@@ -71,9 +72,9 @@ def test_a_run_that_was_to_make_something_is_passed_over_where_it_did_not():
         done.outputs["store"] = "a.zarr"
     with running(started("extract")):
         pass
-    assert newest_finished("extract", "train", "store")[0].resolve() == done.folder
+    assert newest_finished("extract", "store")[0].resolve() == done.folder
     with pytest.raises(ConfigError, match="ggscope extract"):
-        newest_finished("extract", "train", "picture")
+        newest_finished("extract", "picture")
 
 
 def test_a_planned_run_is_not_finished_and_is_resumed_without_plan_only():
@@ -82,10 +83,64 @@ def test_a_planned_run_is_not_finished_and_is_resumed_without_plan_only():
         planned.ends_as = "planned"
     assert read_manifest(planned.folder)["status"] == "planned"
     with pytest.raises(ConfigError, match="found none"):
-        newest_finished("extract", "train")
+        newest_finished("extract")
     assert resume_folder("extract", Config(resume="latest"), ("extract",)) == planned.folder
     with pytest.raises(ConfigError, match=r"extract\.dtype"):
         resume_folder("extract", Config(extract=ExtractConfig(dtype="float32"), resume="latest"), ("extract",))
+
+
+def test_a_run_refused_before_it_did_anything_leaves_nothing():
+    with pytest.raises(ConfigError), running(started()):
+        raise ConfigError("no")
+    assert not list(Path().iterdir())
+    named = Config(run_dir="mine")
+    for _ in range(2):  # the folder is free for the next try
+        with pytest.raises(ConfigError, match="no"), running(started(config=named)):
+            raise ConfigError("no")
+    assert not list(Path("mine").iterdir())
+
+
+def test_resume_latest_takes_the_newest_run_in_which_something_was_done():
+    interrupted = started()
+    with pytest.raises(InterruptedRunError), running(interrupted):
+        raise KeyboardInterrupt
+    empty = started()
+    with pytest.raises(ValueError, match="x"), running(empty):
+        raise ValueError("x")
+    assert resume_folder("train", Config(resume="latest"), ("trainer",)) == interrupted.folder
+    worked = started()
+    (worked.folder / "checkpoints").mkdir()
+    with pytest.raises(ConfigError), running(worked):
+        raise ConfigError("the disk is too small")
+    assert read_manifest(worked.folder)["status"] == "failed"
+    assert resume_folder("train", Config(resume="latest"), ("trainer",)) == worked.folder
+    with (
+        pytest.raises(ConfigError),
+        running(RunContext(command="train", folder=empty.folder, config=Config(), resumed=True)),
+    ):
+        raise ConfigError("refused again")
+    assert read_manifest(empty.folder)["status"] == "failed"  # a resumed run is never taken back
+
+
+def test_outputs_are_found_where_a_moved_project_has_them_now(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    done = started("extract")
+    with running(done):
+        done.outputs |= {
+            "store": str(done.folder / "a.zarr"),
+            "beside": "stores/b.zarr",
+            "far": "s3://bucket/c",
+            "out": "/d",
+        }
+    assert str(tmp_path) not in json.dumps(json.loads((done.folder / "manifest.json").read_text())["outputs"])
+    (tmp_path / "old").rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path / "new")
+    folder, manifest = newest_finished("extract")
+    assert manifest["outputs"] == {
+        "store": str(folder.resolve() / "a.zarr"), "beside": str(tmp_path / "new" / "stores" / "b.zarr"),
+        "far": "s3://bucket/c", "out": "/d",
+    }  # fmt: skip
 
 
 def test_resume_finds_the_unfinished_run_and_names_a_changed_setting():

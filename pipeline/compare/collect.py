@@ -9,6 +9,7 @@ from typing import Any
 
 from sae.checkpoint import read_meta
 from sae.errors import ConfigError
+from sae.options import WITHOUT_K
 
 from ..run import read_manifest, runs_of
 from ..sweep.sweep import SWEEP
@@ -23,7 +24,7 @@ class Row:
     name: str
     variant: str
     num_latents: int
-    k: int
+    k: int | None  # None too where the variant has none
     lr: float | None
     tokens: int | None
     fvu: float | None  # over the last log_steps of the training
@@ -34,6 +35,8 @@ class Row:
     ce_recovered: float | None
     delta_ce_nats: float | None
     path: str
+    hook: str  # of a transcoder or crosscoder all its hook points
+    rows_sha256: str  # of the store, or of the corpus of a stream
 
 
 def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
@@ -82,13 +85,14 @@ def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str
         path = Path(manifest["outputs"][f"sae:{name}" if name else "sae"])
         meta = read_meta(path)
         config = meta["training"].get("config", {})
+        training, variant = meta["training"], config.get("variant", meta["variant"])
         evaluation = evaluations.get(numbers.get("sae_id", ""), {})
         dead = numbers.get("dead")
         yield Row(
             name=f"{run.name}/{name}" if name else run.name,
-            variant=config.get("variant", meta["variant"]),
+            variant=variant,
             num_latents=meta["num_latents"],
-            k=meta["k"],
+            k=None if variant in WITHOUT_K else meta["k"],
             lr=config.get("lr"),
             tokens=numbers.get("tokens"),
             fvu=numbers.get("fvu"),
@@ -99,6 +103,8 @@ def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str
             ce_recovered=evaluation.get("ce_recovered"),
             delta_ce_nats=evaluation.get("delta_ce_nats"),
             path=str(path),
+            hook=" ".join(name for name, _ in meta.get("ports", ())) or meta["hook"],
+            rows_sha256=training.get("store_sha256") or training.get("corpus_hash", ""),
         )
 
 
@@ -109,6 +115,21 @@ def evaluations_by_sae() -> dict[str, dict[str, Any]]:
         sae_id = manifest.get("metrics", {}).get("sae_id")
         if manifest.get("status") == "finished" and sae_id and sae_id not in found:
             found[sae_id] = manifest["metrics"]
+    return found
+
+
+def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each hook point and store, whose FVU are shares of one variance; other FVU do not compare.
+
+    By name: the hook point, and the store's hash where a hook point has rows of several.
+    """
+    stores: dict[str, set[str]] = {}
+    for row in rows:
+        stores.setdefault(row.hook, set()).add(row.rows_sha256)
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.hook, row.rows_sha256)):  # stable
+        name = row.hook if len(stores[row.hook]) == 1 else f"{row.hook}, store {row.rows_sha256[:12]}"
+        found.setdefault(name, []).append(row)
     return found
 
 

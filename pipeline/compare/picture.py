@@ -1,8 +1,8 @@
-"""FVU and CE recovered over L0, with the line of those that no other SAE beats in both."""
+"""FVU and CE recovered over L0, with the line of those that no other SAE beats in both; a row of panels a group."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +11,79 @@ from .collect import Row, front
 
 FEW = 14  # points that are still named
 LINE = "#c8371e"
+# where a name may stand beside its point: (points right, points up, alignment), the first that is free
+PLACES = [(6 * side, up, "left" if side > 0 else "right") for up in (4, -10, 15, -21, 26, -32, 37) for side in (1, -1)]
 
 
-def draw_pareto(rows: Sequence[Row], path: Path) -> None:
-    """Write the PNG. Held-out FVU where every SAE has it, else that of the training, so that like is beside like."""
-    from matplotlib import colormaps
+def draw_pareto(grouped: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Write the PNG. Held-out FVU where every SAE of a group has it, else that of the training: like beside like."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 5), dpi=120, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12.5, 5 * len(grouped)), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    sizes = sorted({row.num_latents for row in rows})
-    colours = {size: colormaps["viridis"](0.85 * i / max(1, len(sizes) - 1)) for i, size in enumerate(sizes)}
-    evaluated = all(row.held_out_fvu is not None for row in rows)
-    fvu = "held_out_fvu" if evaluated else "fvu"
-    plot(left, rows, fvu, colours, lower_is_better=True)
-    titled(left, f"FVU {'on held-out text' if evaluated else 'at the end of training'}, lower is better", "L0")
-    plot(right, rows, "ce_recovered", colours, lower_is_better=False)
-    titled(right, "CE recovered on held-out text, higher is better", "L0")
-    if all(row.ce_recovered is None for row in rows):
-        right.text(0.5, 0.5, "no SAE was evaluated", transform=right.transAxes, ha="center", color=INK)
-    left.legend(fontsize=7.5, frameon=False)
+    panels = figure.subplots(len(grouped), 2, squeeze=False)
+    named = []
+    for (name, rows), (left, right) in zip(grouped.items(), panels, strict=True):
+        evaluated = all(row.held_out_fvu is not None for row in rows)
+        fvu, what = ("held_out_fvu", "on held-out text") if evaluated else ("fvu", "at the end of training")
+        start = f"{name}\n" if len(grouped) > 1 else ""
+        for ax, key, title, lower_is_better in (
+            (left, fvu, f"FVU {what}, lower is better", True),
+            (right, "ce_recovered", "CE recovered on held-out text, higher is better", False),
+        ):
+            named.append((ax, plot(ax, rows, key, lower_is_better=lower_is_better)))
+            titled(ax, f"{start}{title}", "L0")
+        if all(row.ce_recovered is None for row in rows):
+            right.text(0.5, 0.5, "no SAE was evaluated", transform=right.transAxes, ha="center", color=INK)
+            right.set(xticks=[], yticks=[])
+        left.legend(fontsize=7.5, frameon=False)
+    figure.draw_without_rendering()  # the layout is made, so that it is known where text ends
+    figure.set_layout_engine("none")
+    for ax, points in named:
+        if len(points) <= FEW:
+            name_points(ax, points)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def plot(ax: Any, rows: Sequence[Row], key: str, colours: dict[int, Any], *, lower_is_better: bool) -> None:
-    """Points by size of the dictionary, and the front."""
+def plot(ax: Any, rows: Sequence[Row], key: str, *, lower_is_better: bool) -> list[tuple[str, float, float]]:
+    """Points by size of the dictionary, and the front; returns (name, L0, value) of each."""
+    from matplotlib import colormaps
+
     sign = 1 if lower_is_better else -1
     found = [(row, row.l0, value) for row in rows if (value := getattr(row, key)) is not None and row.l0 is not None]
     best = front([(l0, sign * value) for _, l0, value in found])
     ax.plot(
         [l0 for l0, _ in best], [sign * value for _, value in best], color=LINE, linewidth=1, zorder=1, label="front"
     )
-    for size, colour in colours.items():
+    sizes = sorted({row.num_latents for row in rows})
+    for i, size in enumerate(sizes):
         mine = [(l0, value) for row, l0, value in found if row.num_latents == size]
         if mine:
+            colour = colormaps["viridis"](0.85 * i / max(1, len(sizes) - 1))
             ax.scatter(*zip(*mine, strict=True), color=colour, s=34, zorder=2, label=f"{size} latents")
-    ax.margins(x=0.18, y=0.08)  # room for the names
-    if len(found) <= FEW:
-        for row, l0, value in found:
-            ax.annotate(
-                short(row, rows), (l0, value), fontsize=6.5, color=INK, xytext=(4, 4), textcoords="offset points"
+    ax.margins(x=0.18, y=0.12)  # room for the names
+    return [(short(row, rows), l0, value) for row, l0, value in found]
+
+
+def name_points(ax: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write the names so that none covers another or a point; one that finds no free place is left out."""
+    from matplotlib.transforms import Bbox
+
+    at = ax.transData.transform([(x, y) for _, x, y in points])
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
+    if legend := ax.get_legend():
+        taken.append(legend.get_window_extent())
+    for name, x, y in points:
+        for right, up, align in PLACES:
+            text = ax.annotate(
+                name, (x, y), fontsize=6.5, color=INK, xytext=(right, up), textcoords="offset points", ha=align
             )
+            box = text.get_window_extent()
+            if not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def short(row: Row, rows: Sequence[Row]) -> str:

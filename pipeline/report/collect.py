@@ -148,8 +148,9 @@ def _summary(i: ReportInputs) -> str:
     w = i.weights
     trained = w.training.get("tokens")
     on = f", trained on {count(trained)} activations" if trained else ""
+    active = f"{'about' if w.variant == 'threshold' else 'at most'} {w.k} active per token"
     return (
-        f"{count(w.num_latents)} latents, at most {w.k} active per token{on} that llama.cpp computed while the model "
+        f"{count(w.num_latents)} latents, {active}{on} that llama.cpp computed while the model "
         f"read {i.corpus_name}; judged on documents kept out of the training."
     )
 
@@ -162,7 +163,7 @@ def _identity(i: ReportInputs) -> list[tuple[str, str]]:
             f"{_model_name(i.model)}: {m.architecture}, {m.n_layer} blocks, {m.n_embd} wide, sha256 {m.sha256[:16]}",
         ),
         ("hook point", w.hook),
-        ("SAE", f"{w.variant}, {w.num_latents} latents, k = {w.k}"),
+        ("SAE", f"{w.variant}, {w.num_latents} latents" + (f", k = {w.k}" if w.variant != "threshold" else "")),
     ]
 
 

@@ -16,6 +16,7 @@ BARS = {
     "untrained": "SAE before\ntraining",
     "random_model": "SAE of a random-\nweights model",
 }
+FEW_ROWS = 30  # that are marked one by one: a line through one or two says nothing
 OWN, OTHER, INK = "#1667c9", "#9aa7b5", "#1d2126"
 
 
@@ -44,9 +45,11 @@ def _training(ax: Any, training: TrainingCurve | None) -> None:
     ax.set_title("FVU while training", fontsize=9.5, loc="left", color=INK)
     if training is not None and training.tokens:
         start = min(len(training.tokens) // 20, 20)
-        ax.plot(training.tokens[start:], training.fvu[start:], color=OWN, linewidth=1.4)
+        tokens, marker = training.tokens[start:], "o" if len(training.tokens) <= FEW_ROWS else None
+        ax.plot(tokens, training.fvu[start:], color=OWN, linewidth=1.4, marker=marker, markersize=3.5)
     ax.set_xlabel("tokens trained on", fontsize=8.5)
     ax.xaxis.set_major_formatter(lambda value, _: short(value))
+    ax.set_xlim(left=0)
     ax.set_ylim(bottom=0)
     _plain(ax)
     ax.grid(axis="y", color="#e3e6ea", linewidth=0.8)

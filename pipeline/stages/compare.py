@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sae.errors import ConfigError
 
-from ..compare.collect import Row, collect
+from ..compare.collect import Row, collect, groups
 from ..compare.picture import draw_pareto
 from ..run import RunContext, write_json
 from .inputs import counted, print_wide, relative
@@ -34,25 +34,37 @@ def run(context: RunContext) -> None:
     if unfinished:
         context.console.print(f"left out, not finished: {', '.join(unfinished)}", style="yellow", highlight=False)
     write_json(context.folder / TABLE, [asdict(row) for row in rows])
-    draw_pareto(rows, context.folder / PICTURE)
+    grouped = groups(rows)
+    draw_pareto(grouped, context.folder / PICTURE)
     context.outputs |= {"table": str(context.folder / TABLE), "picture": str(context.folder / PICTURE)}
     if config.format == "json":
         sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     else:
-        print_wide(table(rows))
+        for name, members in grouped.items():
+            print_wide(table(members, name if len(grouped) > 1 else ""))
     evaluated = sum(row.ce_recovered is not None for row in rows)
     context.metrics = {"saes": len(rows), "evaluated": evaluated}
-    lowest = min((row for row in rows if row.fvu is not None), key=lambda row: row.fvu or 0.0, default=rows[0])
     context.three_lines(
-        f"{counted(len(rows), 'SAE')}, {evaluated} of them evaluated",
-        f"lowest FVU {cell(lowest.fvu, '.4f')} at L0 {cell(lowest.l0, '.1f')}: {lowest.name}",
+        f"{counted(len(rows), 'SAE')}, {evaluated} of them evaluated{apart(grouped)}",
+        "; ".join(lowest(members, name if len(grouped) > 1 else "") for name, members in grouped.items()),
         f"{relative(context.folder / PICTURE)} and {relative(context.folder / TABLE)}",
         stderr=config.format == "json",
     )
 
 
-def table(rows: Sequence[Row]) -> Table:
-    made = Table()
+def apart(grouped: dict[str, list[Row]]) -> str:
+    """That there is more than one group."""
+    return f"; {len(grouped)} hook points or stores, whose FVU do not compare" if len(grouped) > 1 else ""
+
+
+def lowest(rows: Sequence[Row], where: str) -> str:
+    best = min((row for row in rows if row.fvu is not None), key=lambda row: row.fvu or 0.0, default=rows[0])
+    start = f"{where}: " if where else ""
+    return f"{start}lowest FVU {cell(best.fvu, '.4f')} at L0 {cell(best.l0, '.1f')}: {best.name}"
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    made = Table(title=title or None, title_justify="left")
     made.add_column("SAE")
     for title, _ in COLUMNS.values():
         made.add_column(title, justify="right")

@@ -75,7 +75,7 @@ def origin(context: RunContext, file: Path, entries: list[int]) -> tuple[Convert
     weights = read_sae_gguf(file, entries[0])
     if weights.training.get("id") is None:
         raise ConfigError(f"name what {relative(file)} was made from: convert.source=SAE")
-    return config, run_of_sae("train", weights, "convert verify")["sae"]
+    return config, run_of_sae("train", weights)["sae"]
 
 
 def place(inputs: Mapping[str, Any], name: str) -> str:

@@ -22,6 +22,7 @@ from ..evaluation.evaluate import captured_rows, evaluate, json_safe, reconstruc
 from ..evaluation.latents import dictionary_summary, latent_columns, save_columns
 from ..evaluation.picture import draw_evaluation
 from ..evaluation.saebench import core_metrics, sparse_probing_metrics
+from ..evaluation.wired import is_wired
 from ..llama.hooks import HookPoint
 from ..llama.identity import check_same_model
 from ..llama.model import Model
@@ -30,6 +31,7 @@ from ..store.reader import ActivationStore
 from ..store.schema import DOCS_FILE
 from .corpora import window_table
 from .evaluate_extras import measure_extras, numbers_of_extras, open_extras, pool_texts
+from .evaluate_wired import evaluate_several
 from .inputs import (
     LABELS,
     check_host,
@@ -58,7 +60,10 @@ RowSource = Callable[[int], Iterable[np.ndarray]]  # at most so many unflagged t
 
 def run(context: RunContext) -> None:
     config = context.config.evaluate
-    path, weights = open_sae(context)
+    path, weights = open_sae(context, several=True)
+    if is_wired(weights):
+        evaluate_several(context, path, weights, EVALUATION_NAME)
+        return
     extras = open_extras(context, weights)
     statistics = LatentStatistics(weights.W_dec_FD)
     streamed = weights.training.get("source") == "stream" and not context.config.store.path
@@ -170,11 +175,13 @@ def seen_in_training(context: RunContext, documents: Iterable[dict[str, Any]], t
 
 
 def beside(result: dict[str, Any]) -> str:
+    """The baselines, and the SAE on the same rows: those spliced, fewer than its own FVU is over."""
+    own = {"sae": {**result["same_rows"], "ce_recovered": result["ce_recovered"]}}
     rows = [
         f"{LABELS.get(name, name)} FVU {number(row['fvu'])} CE {number(row['ce_recovered'])}"
-        for name, row in result["baselines"].items()
+        for name, row in (own | result["baselines"]).items()
     ]
-    return "beside " + ", ".join(rows)
+    return f"over the same {result['splice_rows']:,} rows " + ", ".join(rows)
 
 
 def check_store(weights: SAEWeights, store: ActivationStore, model: Model) -> None:

@@ -81,7 +81,7 @@ def store_path(context: RunContext) -> Path | str:
 
 def newest_output(context: RunContext, command: str, output: str, label: str) -> str:
     """An output of the newest finished run of `command`; says on the console which one it is."""
-    _, manifest = newest_finished(command, context.command, output)
+    _, manifest = newest_finished(command, output)
     path = manifest["outputs"][output]
     context.console.print(f"using the newest {label}: {relative(path)}", highlight=False)
     return path
@@ -115,11 +115,11 @@ def own_store(sha256: str) -> Path | str | None:
     return None
 
 
-def run_of_sae(command: str, weights: SAEWeights, needed_for: str) -> dict[str, str]:
+def run_of_sae(command: str, weights: SAEWeights) -> dict[str, str]:
     """The outputs of the newest finished `command` run about this very SAE; of several SAEs' run, those of this one."""
     sae_id = weights.training.get("id")
     if sae_id is None:  # an SAE made elsewhere: nothing to compare by
-        return newest_finished(command, needed_for)[1]["outputs"]
+        return newest_finished(command)[1]["outputs"]
     for _, manifest in runs_of(command):
         if manifest.get("status") != "finished":
             continue
@@ -131,7 +131,7 @@ def run_of_sae(command: str, weights: SAEWeights, needed_for: str) -> dict[str, 
                 end = f":{name}"
                 return {key.removesuffix(end): path for key, path in outputs.items() if key.endswith(end)}
     raise ConfigError(
-        f"{needed_for}: expected a finished `ggscope {command}` run of this SAE ({sae_id}) under "
+        f"expected a finished `ggscope {command}` run of this SAE ({sae_id}) under "
         f"{Path('runs').resolve()}, found none; run `ggscope {command}` on it or name its file"
     )
 
@@ -164,7 +164,7 @@ def sae_path(context: RunContext) -> Path:
     """`sae.path` (`located`), or the SAE of the newest finished train run."""
     if context.config.sae.path:
         return located(context.config.sae.path)
-    _, manifest = newest_finished("train", context.command)
+    _, manifest = newest_finished("train")
     several = [path for key, path in manifest["outputs"].items() if key.startswith(f"{SAE_NAME}:")]
     if several:
         names = ", ".join(relative(path) for path in several)
@@ -181,20 +181,22 @@ def load_sae(path: Path, *, stored: bool = False) -> SAEWeights:
     return load_located(located(path), stored=stored)
 
 
-def open_sae(context: RunContext) -> tuple[Path, SAEWeights]:
+def open_sae(context: RunContext, *, several: bool = False) -> tuple[Path, SAEWeights]:
+    """The SAE of the settings, noted as an input. ConfigError for one over several hook points, unless `several`."""
     path = sae_path(context)
     weights = load_sae(path)
-    check_one_point(context, weights)
+    check_one_point(context, weights, several=several)
     context.add_input("sae", path, sae_sha256(path))
     return path, weights
 
 
-def check_one_point(context: RunContext, weights: SAEWeights) -> None:
-    """Refuse transcoders and SAEs over several hook points."""
-    if weights.hook_out or weights.ports:
+def check_one_point(context: RunContext, weights: SAEWeights, *, several: bool = False) -> None:
+    """Refuse transcoders and SAEs over several hook points, unless `several`."""
+    if not several and (weights.hook_out or weights.ports):
         points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
         raise ConfigError(
-            f"{context.command} runs SAEs at one hook point, this one is over {points}: only train and convert know those"
+            f"{context.command} runs SAEs at one hook point, this one is over {points}: "
+            "`ggscope evaluate` measures its FVU and L0, train and convert know it too"
         )
 
 

@@ -37,7 +37,7 @@ def run(context: RunContext) -> None:
     config = context.config.report
     path, weights = open_sae(context)
     evaluation = read_evaluation(context, weights)
-    metrics = Path(config.metrics or run_of_sae("train", weights, "report")["metrics"])
+    metrics = Path(config.metrics or run_of_sae("train", weights)["metrics"])
     if not metrics.is_file():
         raise ConfigError(f"report.metrics={metrics}: no such file; name the metrics.jsonl of the training")
     dead_after = weights.training.get("config", {}).get("dead_after_tokens", 0)
@@ -87,7 +87,7 @@ def run(context: RunContext) -> None:
 
 def read_evaluation(context: RunContext, weights: SAEWeights) -> dict[str, Any]:
     """The evaluation of this SAE: `report.evaluation`, or the newest one. FormatError, ConfigError for another's."""
-    path = Path(context.config.report.evaluation or run_of_sae("evaluate", weights, "report")["evaluation"])
+    path = Path(context.config.report.evaluation or run_of_sae("evaluate", weights)["evaluation"])
     context.add_input("evaluation", path)
     try:
         evaluation = json.loads(path.read_text(encoding="utf-8"))

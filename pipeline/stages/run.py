@@ -18,7 +18,6 @@ from ..config import SAEConfig
 from ..llama.hooks import is_pattern
 from ..llama.identity import file_vocabulary
 from ..run import RunContext, read_manifest
-from ..store.backends import as_location
 from ..training.settings import given
 from .corpora import check_held_out, check_settings
 from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, number, print_wide, relative
@@ -50,8 +49,9 @@ def run(context: RunContext) -> None:
     check_held_out(config.corpus, file_vocabulary(model_path(config.model)) if config.corpus.kind == "tokens" else None)
     save_settings(context)
     random_model = random_copy(context) if config.evaluate.baselines else None
-    sae = folder / "train" / SAE_NAME
-    store = as_location(config.store.path) if config.store.path else folder / "extract" / STORE_NAME
+    # relative where the run lies in the project: moved, it is resumed with the settings that its stages noted
+    sae = relative(folder / "train" / SAE_NAME)
+    store = config.store.path or relative(folder / "extract" / STORE_NAME)
     stage(context, "extract", "extract", f"store.path={store}")
     stage(context, "train", "train", f"store.path={store}")
     random_sae = random_baseline(context, random_model) if random_model else ""
@@ -60,8 +60,9 @@ def run(context: RunContext) -> None:
     )
     stage(context, "convert", "convert", f"convert.source={sae}")
     stage(
-        context, "report", "report", f"store.path={store}", f"sae.path={folder / 'convert' / 'sae.gguf'}",
-        f"report.evaluation={folder / 'evaluate' / 'evaluation.json'}", f"report.metrics={folder / 'train' / 'metrics.jsonl'}",
+        context, "report", "report", f"sae.path={relative(folder / 'convert' / 'sae.gguf')}",
+        f"report.evaluation={relative(folder / 'evaluate' / 'evaluation.json')}",
+        f"report.metrics={relative(folder / 'train' / 'metrics.jsonl')}",
     )  # fmt: skip
     finish(context)
 
@@ -158,9 +159,9 @@ def random_baseline(context: RunContext, model: Path) -> str:
     limit = config.corpus.max_tokens
     share = min(1.0, rows / limit) if limit else 1.0
     searched = metrics_of(context, "train").get("lr_search")
-    store = folder / "extract" / STORE_NAME
+    store = relative(folder / "extract" / STORE_NAME)
     source = [
-        f"model.path={model}",
+        f"model.path={relative(model)}",
         "model.repo=",
         "model.file=",
         f"corpus.max_tokens={min(rows, limit) if limit else rows}",
@@ -176,7 +177,7 @@ def random_baseline(context: RunContext, model: Path) -> str:
         f"trainer.lr={searched['best'] if searched else config.trainer.lr}",
         "trainer.lr_search=[]",
     )
-    return str(folder / "train" / SAE_NAME)
+    return relative(folder / "train" / SAE_NAME)
 
 
 def metrics_of(context: RunContext, name: str) -> dict[str, Any]:
@@ -186,7 +187,10 @@ def metrics_of(context: RunContext, name: str) -> dict[str, Any]:
 def finish(context: RunContext) -> None:
     """The short table of numbers, and where the report lies."""
     evaluation = metrics_of(context, "evaluate")
-    table = Table(title="SAE beside its baselines at the same L0, held-out text", title_justify="left")
+    title = (
+        f"SAE beside its baselines at the same L0, held-out text ({evaluation.get('splice_rows', 0):,} rows, dead over "
+    )
+    table = Table(title=f"{title}{evaluation.get('rows', 0):,})", title_justify="left")
     columns = {
         "fvu": "FVU",
         "l0": "L0",
@@ -198,7 +202,8 @@ def finish(context: RunContext) -> None:
     table.add_column("")
     for title in columns.values():
         table.add_column(title, justify="right")
-    for name, values in {"sae": evaluation, **evaluation.get("baselines", {})}.items():
+    own = evaluation | evaluation.get("same_rows", {})  # FVU and L0 on the rows the baselines have
+    for name, values in {"sae": own, **evaluation.get("baselines", {})}.items():
         cells = [values.get(key) for key in columns]
         table.add_row(
             LABELS.get(name, name),

@@ -18,7 +18,7 @@ from ..store.rewrite import compact as compact_store
 from ..store.rewrite import merge as merge_stores
 from ..store.summary import info as describe
 from ..store.verify import verify_store
-from .inputs import STORE_NAME, print_wide, relative, store_path
+from .inputs import print_wide, relative, store_path
 from .store_text import facts_table, hooks_table
 
 
@@ -105,8 +105,6 @@ def given_or_newest(context: RunContext, *, newest: bool) -> list[Path | str]:
 def place_of(name: str) -> Path | str:
     """A store as it is named on the command line: a folder, a URL, or the run folder around a store."""
     place = as_location(name)
-    if isinstance(place, Path) and (inside := place / STORE_NAME).is_dir():
-        return inside  # a copied or moved run folder still names the place it was made at
     manifest = read_manifest(place) if isinstance(place, Path) else None
     if manifest is not None and "store" in manifest.get("outputs", {}):
         return as_location(manifest["outputs"]["store"])

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 RESULT = "lr_search.json"
 MIN_STEPS = 8  # fewer say nothing about a rate
 JUDGED_SHARE = 0.25  # the FVU is the mean over the last quarter of the steps, which no late step decides alone
-MAX_WARMUP_SHARE = 0.25
 
 Open = Callable[..., "JointTrainer"]  # a trainer of these settings on the run's rows: configs, folder, log, progress
 
@@ -66,7 +65,7 @@ def search(
 
 
 def candidates(settings: TrainerConfig, configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
-    """Every SAE with every rate, on `lr_search_share` of the tokens, with as much shorter a warm-up if need be."""
+    """Every SAE with every rate, on `lr_search_share` of the tokens."""
     rates, share = settings.lr_search, settings.lr_search_share
     if len(set(rates)) < len(rates) or len(rates) < 2:
         raise ConfigError(f"trainer.lr_search: expected at least two different learning rates, got {rates}")
@@ -85,7 +84,6 @@ def candidates(settings: TrainerConfig, configs: dict[str, TrainConfig]) -> dict
             config,
             lr=lr,
             tokens=steps * config.batch_tokens,
-            warmup_steps=min(config.warmup_steps, int(steps * MAX_WARMUP_SHARE)),
             checkpoint_steps=judged_from,  # the last quarter is what the trainer judges at the end
             log_steps=steps,
             save_best=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ PANELS = (
 )
 INK, GRID = "#1d2126", "#e3e6ea"
 FEW = 10  # lines that the legend still names
+FEW_ROWS = 30  # that are marked one by one: a line through one or two says nothing
+LOG_FROM = 3.0  # ratio of the largest to the least value from which on a logarithmic axis has ticks to read
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -51,14 +54,18 @@ def draw_training(run: Path, names: Sequence[str], path: Path, searched: dict[st
     for ax, (key, title, scale) in zip(panels, PANELS, strict=False):
         for name, found in rows.items():
             tokens = [row["tokens"] for row in found]
-            mark = "o" if len(found) < 3 else None
-            ax.plot(tokens, [row[key] for row in found], color=colours[name], linewidth=1.4, marker=mark, label=name)
-        ax.set_yscale(scale)
+            ax.plot(
+                tokens, [row[key] for row in found], color=colours[name], linewidth=1.4, label=name, clip_on=False, zorder=3,
+                marker="o" if len(found) <= FEW_ROWS else None, markersize=3.5,
+            )  # fmt: skip
         titled(ax, title, "tokens")
+        ax.set_xlim(left=0)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if scale == "linear":
-            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
+        values = [row[key] for found in rows.values() for row in found if math.isfinite(row[key])]
+        if scale == "linear" or max(values, default=1.0) < LOG_FROM * min(values, default=1.0):
+            ax.set_ylim(0, 1.05 * max(values, default=0) or 1.0)
         else:
+            ax.set_yscale(scale)
             for axis_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
                 axis_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
             ax.tick_params(axis="y", which="minor", labelsize=7.5, colors=INK)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from sae.options import WITHOUT_K
+
 from ..loggers import MetricsLogger
 from ..run import ProgressCall
 
@@ -54,8 +56,9 @@ def result(found: dict[str, SAEWeights]) -> str:
     first = next(iter(found.values()))
     last = first.training["metrics"]
     if len(found) == 1:
+        k = "" if first.training["config"]["variant"] in WITHOUT_K else f"k={first.k}, "
         return (
-            f"{first.num_latents} latents, k={first.k}, {last['tokens']:,} tokens; FVU {last['fvu']:.4f}, "
+            f"{first.num_latents} latents, {k}{last['tokens']:,} tokens; FVU {last['fvu']:.4f}, "
             f"L0 {last['l0']:.1f}, {last['revived_total']} latents revived, {last['tokens_per_s']:,.0f} tokens/s"
         )
     fvus = ", ".join(f"{name} {weights.training['metrics']['fvu']:.4f}" for name, weights in found.items())

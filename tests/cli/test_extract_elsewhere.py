@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from pipeline.executors.base import Placement
+from pipeline.run import read_manifest
 from pipeline.store.writer import invalidate
 from sae.errors import StoreError
 from tests.executors.capture_work import extract_with
@@ -26,7 +25,7 @@ def test_other_processes_write_the_store_this_one_would_have(tmp_path):
     )
     here, pool = (tmp_path / name / "activations.zarr" for name in ("here", "pool"))
     assert files_of(here) == files_of(pool)
-    outputs = json.loads((tmp_path / "here" / "manifest.json").read_text())["outputs"]
+    outputs = read_manifest(tmp_path / "here")["outputs"]
     with open(outputs["statistics"], "rb") as picture:
         assert picture.read(8) == b"\x89PNG\r\n\x1a\n"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipeline.compare.collect import collect, front
-from pipeline.compare.picture import draw_pareto, short
+from pipeline.compare.collect import collect, front, groups
+from pipeline.compare.picture import draw_pareto, name_points, plot, short
 from pipeline.run import write_json
 from sae.checkpoint import save_weights
 from sae.errors import ConfigError
@@ -18,13 +19,13 @@ from tests.sae.toy import random_weights
 PNG = b"\x89PNG\r\n"
 
 
-def make_run(folder, name, *, k=4, fvu=0.3, status="finished", saes=("",), evaluated=None):
+def make_run(folder, name, *, k=4, fvu=0.3, status="finished", saes=("",), evaluated=None, settings=(), store="s1"):
     """A train run as `ggscope train` leaves it, and an evaluation of its first SAE."""
     run = folder / "runs" / "train" / name
     outputs, numbers = {}, {}
     for i, sae in enumerate(saes):
         sae_id = f"{name}{sae}"
-        training = {"id": sae_id, "config": {"lr": 0.001 * (i + 1)}}
+        training = {"id": sae_id, "config": {"lr": 0.001 * (i + 1)} | dict(settings), "store_sha256": store}
         weights = random_weights(np.random.default_rng(i), d=8, latents=20, k=k + i, training=training)
         save_weights(run / sae / "sae", weights)
         outputs[f"sae:{sae}" if sae else "sae"] = str(run / sae / "sae")
@@ -93,5 +94,45 @@ def test_table_json_and_picture(runs):
 def test_points_are_named_by_what_differs(runs, tmp_path):
     rows, _ = collect(["runs/train/b"])
     assert [short(row, rows) for row in rows] == ["k8", "k9"]
-    draw_pareto(rows[:1], tmp_path / "one.png")  # a single point, none evaluated
+    draw_pareto({"": rows[:1]}, tmp_path / "one.png")  # a single point, none evaluated
     assert (tmp_path / "one.png").read_bytes().startswith(PNG)
+
+
+def test_saes_of_other_rows_stand_apart(runs):
+    make_run(runs, "d", fvu=0.01, store="s2")
+    make_run(runs, "e", fvu=0.02, store="s2")
+    found = groups(collect([])[0])
+    assert {name.split(", ")[1]: [row.name for row in rows] for name, rows in found.items()} == {
+        "store s1": ["a", "b/k8", "b/k9"],
+        "store s2": ["d", "e"],
+    }
+    done = ggscope("compare", cwd=runs)
+    assert "5 SAEs, 1 of them evaluated; 2 hook points or stores, whose FVU do not compare" in done.stdout
+    assert "store s1: lowest FVU 0.2000 at L0 8.0: b/k8; " in done.stdout
+    assert "store s2: lowest FVU 0.0100 at L0 4.0: d\n" in done.stdout
+
+
+def test_a_variant_without_k_shows_none(runs):
+    make_run(runs, "f", settings={"variant": "relu"})
+    row = next(row for row in collect([])[0] if row.name == "f")
+    assert (row.variant, row.k) == ("relu", None)
+
+
+def test_names_beside_points_cover_neither_each_other_nor_a_point(runs):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    (row, *_), _ = collect(["runs/train/a"])
+    rows = [replace(row, name=f"run-k{k}-seed{s}", l0=float(k), fvu=0.1 + s / 1e4) for k in (8, 9) for s in range(4)]
+    figure = Figure(figsize=(6, 5))
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    points = plot(ax, rows, "fvu", lower_is_better=True)
+    figure.draw_without_rendering()
+    name_points(ax, points)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) >= 6
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(
+        box.contains(*point) for box in boxes for point in ax.transData.transform([(r.l0, r.fvu) for r in rows])
+    )

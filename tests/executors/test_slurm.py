@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.config import ExecutorConfig
 from pipeline.executors import open_executor, submitit
+from pipeline.run import read_manifest
 from pipeline.store.reader import ActivationStore
 from sae.errors import ConfigError, LlamaError
 from tests.executors import slurm_stand_in
@@ -88,7 +88,7 @@ def test_jobs_that_start_in_another_folder_find_a_store_given_by_a_relative_path
         "executor.cluster=slurm", "executor.workers=1", "executor.threads_per_worker=1",
     ]) == 0  # fmt: skip
     assert ActivationStore(work / "store").verify() == []
-    (manifest,) = (json.loads(path.read_text()) for path in work.glob("runs/extract/*/manifest.json"))
+    (manifest,) = (read_manifest(path.parent) for path in work.glob("runs/extract/*/manifest.json"))
     assert manifest["outputs"]["store"] == str(work / "store")
     assert manifest["metrics"]["shards_done"] == len(ActivationStore(work / "store").commits) > 0
     assert list(slurm.glob("*.sh"))  # it was a job that captured

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
 from pipeline.report.data import TrainingCurve
-from pipeline.report.figures import summary_figure
+from pipeline.report.figures import OWN, summary_figure
 
 ROW = {"fvu": 0.5, "ce_recovered": 0.3}
 EVALUATION = {
@@ -29,6 +30,19 @@ def test_the_svg_shows_the_numbers_and_is_the_same_every_time(tmp_path):
     for expected in ("97.0 %", "30.0 %", "-200.0 %", "0.120", "0.500", "this SAE", "PCA, same L0", "SAE of tiny"):
         assert expected in shown
     assert text == (tmp_path / "b.svg").read_text()
+
+
+def test_a_training_of_one_row_is_a_point_and_not_nothing(tmp_path):
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    def inked(curve):
+        summary_figure(tmp_path / "a.png", curve, {}, "t")
+        image = imread(tmp_path / "a.png")[:, :, :3]
+        return int((np.abs(image - to_rgb(OWN)).max(axis=2) < 0.02).sum())
+
+    assert inked(None) == 0
+    assert inked(TrainingCurve(tokens=[2048], fvu=[0.7])) > 20
 
 
 @pytest.mark.parametrize("curve", [CURVE, None])

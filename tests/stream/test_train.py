@@ -145,7 +145,7 @@ def test_a_streamed_sae_is_evaluated_without_a_store(straight, folder):
     options = [*OPTIONS[:6], "evaluate.tokens=600", "evaluate.splice_tokens=300", "model.n_threads=1"]
     run = straight.with_name("evaluated")
     done = ggscope("evaluate", *options, f"sae.path={straight / 'sae'}", f"run_dir={run}", cwd=folder)
-    assert "beside PCA" in done.stdout
+    assert "PCA, k components FVU" in done.stdout
     found = json.loads((run / "evaluation.json").read_text())
     assert 0 < found["baselines"]["pca"]["fvu"] < found["baselines"]["mean"]["fvu"]
     assert found["baselines"]["untrained"]["fvu"] is not None

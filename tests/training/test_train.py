@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config, SAEConfig, TogetherConfig, TrainerConfig
+from pipeline.run import read_manifest
 from pipeline.training.settings import train_configs
 from sae.checkpoint import load_weights
 from sae.errors import ConfigError
@@ -39,7 +40,7 @@ def test_several_saes_are_to_the_bit_those_of_runs_of_their_own(together, folder
     run, done = together
     names = ["k3-seed0", "k3-seed1", "k5-seed0", "k5-seed1"]
     assert "4 SAEs, 7,680 tokens" in done.stdout
-    manifest = json.loads((run / "manifest.json").read_text())
+    manifest = read_manifest(run)
     assert list(manifest["metrics"]["saes"]) == names
     for name in names:
         weights = load_weights(manifest["outputs"][f"sae:{name}"])

@@ -1,0 +1,107 @@
+"""Transcoders and crosscoders on held-out rows, against numpy on rows captured by themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.corpus.readers import Document
+from pipeline.corpus.windows import windows
+from pipeline.evaluation.wired import evaluate_wired, ports_of
+from pipeline.llama.hooks import HookPoint
+from pipeline.llama.model import Model
+from pipeline.llama.session import Session, capture
+from sae.errors import ConfigError
+from tests.sae.toy import random_weights
+from tests.tiny_llama import write_tiny_llama
+
+ONE = {"n_threads": 1, "kv_type": "f32", "flash_attn": "off"}
+D, F, K = 64, 128, 6
+MID, OUT, POST = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The model, a table of short documents, its unflagged rows at three hook points in float64."""
+    path = tmp_path_factory.mktemp("wired") / "tiny.gguf"
+    write_tiny_llama(path)
+    with Model(path) as model:
+        texts = [f"def f{i}(a, b):\n    return {i} * (a + b)\n\n" * (2 + i % 3) for i in range(8)]
+        table = windows(model, [Document(name=f"{i}.py", text=text) for i, text in enumerate(texts)], 32)
+        with Session(model, n_ctx=512, n_seq_max=4, **ONE) as session:
+            tokens = [table.window_tokens(w) for w in range(table.n_windows)]
+            captured = capture(session, tokens, [HookPoint.parse(name) for name in (MID, OUT, POST)])
+        rows = {name: np.concatenate([c[name] for c in captured]).astype(np.float64) for name in (MID, OUT, POST)}
+        yield model, table, rows
+
+
+def dense(w, x_NI):
+    """a_NF and y_hat_NO in float64."""
+    pre_NF = x_NI @ w.W_enc_FD.T.astype(np.float64) + w.b_enc_F
+    if w.b_dec_subtracted:
+        pre_NF -= w.W_enc_FD.astype(np.float64) @ w.b_dec_D
+    a_NF = np.where(pre_NF >= np.sort(pre_NF, axis=1)[:, -w.k, None], np.maximum(pre_NF, 0), 0)
+    return a_NF, a_NF @ w.W_dec_FD + w.b_dec_D
+
+
+def fvu(y_ND, y_hat_ND):
+    return ((y_ND - y_hat_ND) ** 2).sum() / ((y_ND - y_ND.mean(axis=0)) ** 2).sum()
+
+
+def evaluated(tiny, weights):
+    model, table, _ = tiny
+    return evaluate_wired(model, weights, table, np.arange(table.n_windows), session=ONE)
+
+
+def transcoder(**extra):
+    fields = {"hook": MID, "hook_out": OUT, "b_dec_subtracted": False} | extra
+    return random_weights(np.random.default_rng(0), d=D, latents=F, k=K, **fields)
+
+
+def test_a_transcoder_is_judged_by_what_it_makes_of_the_output(tiny):
+    _, table, rows = tiny
+    keep = table.flags_N == 0
+    w = transcoder(ports=((MID, D), (OUT, D)))
+    a_NF, y_hat_ND = dense(w, rows[MID][keep])
+    found = evaluated(tiny, w)
+    assert found["fvu"] == pytest.approx(fvu(rows[OUT][keep], y_hat_ND), rel=1e-4)
+    assert found["l0"] == pytest.approx((a_NF > 0).sum(axis=1).mean(), rel=1e-3)
+    assert found["dead_share"] == pytest.approx((a_NF == 0).all(axis=0).mean(), abs=1.5 / F)
+    assert (found["rows"], found["captured_rows"]) == (keep.sum(), table.rows)
+    assert found["fvu_of"] == {OUT: pytest.approx(found["fvu"])}
+    assert evaluated(tiny, transcoder()) == found  # an imported one names no ports
+
+
+def test_a_crosscoder_is_judged_at_all_its_hook_points_and_at_each(tiny):
+    _, table, rows = tiny
+    keep = table.flags_N == 0
+    w = random_weights(np.random.default_rng(1), d=2 * D, latents=F, k=K, hook=MID, ports=((MID, D), (POST, D)))
+    y_NO = np.concatenate([rows[MID], rows[POST]], axis=1)[keep]
+    _, y_hat_NO = dense(w, y_NO)
+    found = evaluated(tiny, w)
+    assert found["fvu"] == pytest.approx(fvu(y_NO, y_hat_NO), rel=1e-4)
+    assert found["fvu_of"] == {
+        MID: pytest.approx(fvu(y_NO[:, :D], y_hat_NO[:, :D]), rel=1e-4),
+        POST: pytest.approx(fvu(y_NO[:, D:], y_hat_NO[:, D:]), rel=1e-4),
+    }
+    assert found["inputs"] == [MID, POST]
+
+
+def test_a_row_that_one_hook_point_leaves_out_is_left_out_at_all(tiny):
+    _, table, rows = tiny
+    norm_N = np.linalg.norm(rows[OUT], axis=1)
+    limit = float(np.median(norm_N[table.flags_N == 0]))
+    keep = (table.flags_N == 0) & (norm_N <= limit)
+    found = evaluated(tiny, transcoder(training={"outlier_thresholds": {MID: 1e9, OUT: limit}}))
+    assert found["rows"] == pytest.approx(keep.sum(), abs=1)
+    with pytest.raises(ConfigError, match="every held-out row"):
+        evaluated(tiny, transcoder(training={"outlier_thresholds": {OUT: 1e-9}}))
+
+
+def test_the_columns_belong_to_what_is_read_and_what_is_written():
+    read, written = (("a", 3), ("b", 2)), (("c", 4), ("d", 1))
+    w = random_weights(
+        np.random.default_rng(0), d=5, latents=8, k=2, hook="a", hook_out="c+d", b_dec_subtracted=False,
+        ports=(*read, *written),
+    )  # fmt: skip
+    assert ports_of(w) == (read, written)
