@@ -169,13 +169,18 @@ def report(rows: Sequence[Row], facts: Mapping[str, Any], *, title: str, json_pa
     for row in rows:
         target = f">= {row.target:g}" if row.target else ""
         missed = " !" if row.target and row.ratio < row.target else ""
-        numbers = f"{row.ours:,.1f}", f"{row.theirs:,.1f}", f"{row.ratio:.3f}{missed}"
+        numbers = _short(row.ours), _short(row.theirs), f"{row.ratio:.3f}{missed}"
         table.add_row(row.case, row.peer, row.unit, *numbers, target, row.note)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print("ratio > 1: ours is better; ! misses its target. " + json.dumps(dict(facts)))
     if json_path is not None:
         write_json(json_path, rows, facts)
+
+
+def _short(value: float) -> str:
+    """Speeds to a tenth, shares and errors to four digits."""
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.4g}"
 
 
 def write_json(path: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:

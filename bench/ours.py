@@ -7,7 +7,6 @@ zarr, fsync. Its speed is that of the capture phase, which `extract` reports to 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import threading
@@ -20,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from bench.common import cache_folder, forget_peak, peak_bytes, random_windows, resident_bytes, serve
+from bench.stores import drop_from_cache, write_store
 from pipeline.capture.work import blocks_needed
 from pipeline.config import ExtractConfig, ModelConfig, StoreConfig
 from pipeline.corpus.plan import Plan
-from pipeline.corpus.windows import COLUMN_DTYPES, FLAG_BOS, FLAG_FIRST, FLAGS_ALL, DocumentInfo, WindowTable
+from pipeline.corpus.windows import FLAG_BOS, FLAG_FIRST, FLAGS_ALL, DocumentInfo, WindowTable
 from pipeline.extract import extract, plan_extraction
 from pipeline.llama.batches import Batch
 from pipeline.llama.hooks import HookPoint
@@ -33,8 +33,6 @@ from pipeline.llama.session import capture as capture_rows
 from pipeline.llama.symbols import lc
 from pipeline.store.encode import shard_key
 from pipeline.store.reader import ActivationStore
-from pipeline.store.schema import HookInfo, StoreMeta
-from pipeline.store.writer import StoreWriter
 
 READ_PIECE_BYTES = 8 << 20
 models: dict[tuple[str, int], Model] = {}
@@ -195,42 +193,16 @@ def activation(path: str, out: str, point: str, windows: int, context: int, thre
     return {}
 
 
-def write_store(path: str, rows: int, width: int, shard_rows: int) -> dict[str, Any]:
-    """A store of random rows, to be read back."""
-    meta = StoreMeta(
-        rows=rows, shard_rows=shard_rows, chunk_rows=256, columns=dict(COLUMN_DTYPES), corpus_hash="random",
-        hooks=(HookInfo(name="blocks.0.hook_resid_post", width=width, dtype="float16", outlier_threshold=1e9),),
-        config_hash="random", model={},
-    )  # fmt: skip
-    with StoreWriter(Path(path), meta, [DocumentInfo(name="random", bytes=rows, sha256="0" * 64)]) as writer:
-        rng = np.random.default_rng(0)
-        pattern_SD = rng.standard_normal((shard_rows, width), np.float32).astype(np.float16)
-        for shard in writer.missing():
-            start, stop = meta.shard_range(shard)
-            columns = {name: np.zeros(stop - start, dtype) for name, dtype in meta.columns.items()}
-            writer.commit_shard(shard, {meta.hooks[0].name: pattern_SD[: stop - start]}, columns)
-    return {}
-
-
 def _hook_files(store: ActivationStore) -> list[Path]:
     info = store.meta.hooks[0]
     return [Path(store.path) / shard_key(info.array_path, shard, 2) for shard in range(store.meta.n_shards)]
-
-
-def _drop_from_cache(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def read_raw(path: str) -> dict[str, Any]:
     """MB/s of reading the hook's files one after the other, from the disk."""
     store = ActivationStore(path)
     files = _hook_files(store)
-    _drop_from_cache(Path(store.path))
+    drop_from_cache(Path(store.path))
     buffer = bytearray(READ_PIECE_BYTES)
     total, started = 0, time.perf_counter()
     for file in files:
@@ -244,7 +216,7 @@ def read_shuffled(path: str, batch_rows: int) -> dict[str, Any]:
     """MB/s, of the bytes on disk, of one epoch of shuffled float32 batches, from the disk."""
     store = ActivationStore(path)
     info = store.meta.hooks[0]
-    _drop_from_cache(Path(store.path))
+    drop_from_cache(Path(store.path))
     started = time.perf_counter()
     batches = store.batches(info.name, batch_rows=batch_rows, seed=0, exclude_flags=FLAGS_ALL)
     for _ in range(store.n_rows // batch_rows):

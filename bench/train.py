@@ -16,10 +16,12 @@ from typing import Any
 
 from bench import train_cases as cases
 from bench import train_curves as curves
+from bench import train_together as together
 from bench.common import TRAIN_PEER_PYTHON, BenchError, Row, machine, report, write_json
 
 SHAPES = {"main": cases.MAIN, "small": cases.SMALL, "large": cases.LARGE}
-GROUPS = ("peers", "parts")
+GROUPS = ("peers", "parts", "together")
+STORE_ROWS = {False: 1_000_000, True: 200_000}  # of `together`; the second with --quick
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,6 +72,8 @@ def _groups(
             yield f"{shape.name} peers", cases.against_peers(shape, settings, _say, with_peers=with_peers)
         if "parts" in options.only and (shape == cases.MAIN or not settings.short):
             yield f"{shape.name} parts", cases.own_parts(shape, settings, _say)
+    if "together" in options.only:
+        yield "together", together.rows(settings, _say, STORE_ROWS[settings.short])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import torch
 
 from bench.common import BenchError
 from bench.superposition import Superposition
+from bench.train_together import fit_from_store
 from bench.train_worker import RING, Problem, Served, TrainSide, serve_sides
 from sae.errors import ConfigError
 from sae.kernels import encoder_dtype
@@ -180,7 +181,7 @@ def main() -> None:
         seconds = run["seconds"] / steps + side.bytes / bandwidth
         return {"tokens_per_s": served.batch / seconds, "gb_per_s": bandwidth / 1e9}
 
-    serve_sides(served, floor=floor, fit=fit, accepts=accepts)
+    serve_sides(served, floor=floor, fit=fit, fit_from_store=fit_from_store, accepts=accepts)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,25 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.common import BenchError
 from bench.train_worker import Problem, Served, TrainSide, serve_sides
-
-SPARSIFY_DEAD_AFTER = 10_000_000
 
 
 class Sparsify(TrainSide):
-    """EleutherAI's SparseCoder with Adam or schedule-free signum (its default), AuxK and Multi-TopK off (its defaults)."""
+    """EleutherAI's SparseCoder with Adam or schedule-free signum (its default), AuxK and Multi-TopK off (its defaults).
 
-    def __init__(self, problem: Problem, optimizer: str = "adam") -> None:
+    With warm-up Adam follows its trainer's schedule: up, then down to zero in a line, whatever `decay_steps` says.
+    """
+
+    def __init__(self, problem: Problem, optimizer: str = "adam", auxk_alpha: float = 0.0) -> None:
+        self.auxk_alpha, self.dead_after_tokens = auxk_alpha, problem.dead_after_tokens
         config = importlib.import_module("sparsify").SparseCoderConfig(num_latents=problem.num_latents, k=problem.k)
         coder = importlib.import_module("sparsify.sparse_coder").SparseCoder
         self.coder = coder(problem.d_in, config, "cpu", dtype=torch.float32)
@@ -37,6 +42,10 @@ class Sparsify(TrainSide):
             self.optimizer.train()
         else:
             self.optimizer = torch.optim.Adam(self.coder.parameters(), lr=problem.lr or 2e-4 / relative)
+        self.schedule: Any = None
+        if problem.warmup_steps and not self.signum:
+            linear = importlib.import_module("transformers").get_linear_schedule_with_warmup
+            self.schedule = linear(self.optimizer, problem.warmup_steps, problem.steps)
         self.idle_F = torch.zeros(problem.num_latents, dtype=torch.long)
         self.fired_F = torch.zeros(problem.num_latents, dtype=torch.bool)
 
@@ -44,11 +53,14 @@ class Sparsify(TrainSide):
         coder = self.coder
         coder.set_decoder_norm_to_unit_norm()
         total_variance = (x_ND - x_ND.mean(0)).pow(2).sum()
-        out = coder(x=x_ND, y=x_ND, dead_mask=None, total_variance=total_variance)
+        dead_F = self.idle_F > self.dead_after_tokens if self.auxk_alpha else None
+        out = coder(x=x_ND, y=x_ND, dead_mask=dead_F, total_variance=total_variance)
         self.fired_F[out.latent_indices.flatten()] = True
-        (out.fvu + 0.0 * out.auxk_loss + out.multi_topk_fvu / 8).backward()
+        (out.fvu + self.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8).backward()
         coder.remove_gradient_parallel_to_decoder_directions()
         self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
         self.optimizer.zero_grad()
         self.idle_F += len(x_ND)
         self.idle_F[self.fired_F] = 0
@@ -61,6 +73,13 @@ class Sparsify(TrainSide):
         x_hat_ND = self.coder(x_ND).sae_out
         self.optimizer.train()
         return x_hat_ND
+
+    def save(self, folder: Path, scale: float) -> None:
+        """As the library saves it. `scale`: the rows were the raw ones times it, which must be 1: nothing folds it."""
+        if scale != 1 or self.signum:
+            raise BenchError("sparsify is saved from raw rows and Adam")
+        self.coder.set_decoder_norm_to_unit_norm()  # its trainer does so before it saves
+        self.coder.save_to_disk(folder)
 
 
 class SAELens(TrainSide):
@@ -79,6 +98,9 @@ class SAELens(TrainSide):
             train_batch_size_samples=problem.batch,
             lr=problem.lr or 3e-4,
             lr_end=problem.lr or 3e-4,
+            lr_warm_up_steps=problem.warmup_steps,
+            lr_decay_steps=problem.decay_steps,
+            dead_feature_window=min(1000, -(-problem.dead_after_tokens // problem.batch)),
             device="cpu",
             autocast=autocast,
         )
@@ -93,24 +115,35 @@ class SAELens(TrainSide):
         acts_NF, _ = self.sae.encode_with_hidden_pre(x_ND)
         return self.sae.decode(acts_NF)
 
+    def save(self, folder: Path, scale: float) -> None:
+        """As the library saves a finished SAE, with the scale of its rows folded in."""
+        self.sae.fold_activation_norm_scaling_factor(scale)
+        self.sae.save_inference_model(folder)
+
 
 class DictionaryLearning(TrainSide):
-    """`update` of the TopK or BatchTopK trainer, without warm-up."""
+    """`update` of the TopK or BatchTopK trainer. `threshold`: its average of the threshold begins after that share
+    of the steps with this weight of the past (its own, from step 1000 with 0.999, is for long runs)."""
 
-    def __init__(self, problem: Problem, kind: str = "topk") -> None:
+    def __init__(self, problem: Problem, kind: str = "topk", threshold: tuple[float, float] | None = None) -> None:
         module, name = {"topk": ("top_k", "TopKTrainer"), "batchtopk": ("batch_top_k", "BatchTopKTrainer")}[kind]
         trainer = getattr(importlib.import_module(f"dictionary_learning.trainers.{module}"), name)
         self.trainer = trainer(
-            steps=10**9,
+            steps=problem.steps if problem.decay_steps else 10**9,
             activation_dim=problem.d_in,
             dict_size=problem.num_latents,
             k=problem.k,
             layer=0,
             lm_name="toy",
             lr=problem.lr,
-            warmup_steps=0,
+            warmup_steps=problem.warmup_steps,
+            decay_start=problem.steps - problem.decay_steps if problem.decay_steps else None,
             device="cpu",
         )
+        self.trainer.dead_feature_threshold = problem.dead_after_tokens
+        if threshold is not None:
+            share, self.trainer.threshold_beta = threshold
+            self.trainer.threshold_start_step = int(problem.steps * share)
         self.trainer.ae.b_dec.data = problem.mean_D.clone()
         self.done = 0
 
@@ -120,6 +153,12 @@ class DictionaryLearning(TrainSide):
 
     def reconstruct(self, x_ND: torch.Tensor) -> torch.Tensor:
         return self.trainer.ae.decode(self.trainer.ae.encode(x_ND, use_threshold=False))
+
+    def save(self, folder: Path, scale: float) -> None:
+        """As the library's `trainSAE` ends: the scale of the rows folded into the biases, `ae.pt` and `config.json`."""
+        self.trainer.ae.scale_biases(1 / scale)
+        torch.save(self.trainer.ae.state_dict(), folder / "ae.pt")
+        (folder / "config.json").write_text(json.dumps({"trainer": self.trainer.config}))
 
 
 LIBRARIES = {"sparsify": Sparsify, "saelens": SAELens, "dictionary_learning": DictionaryLearning}

@@ -37,6 +37,9 @@ class Problem:
     seed: int
     mean_D: torch.Tensor
     variance: float
+    warmup_steps: int = 0
+    decay_steps: int = 0  # the last ones, linear to zero
+    dead_after_tokens: int = 10_000_000  # for AuxK, where the side has it on
 
 
 class TrainSide(ABC):
