@@ -8,6 +8,11 @@ computes in the blocks kept is the same, bit for bit: the same kernels on the sa
 One block more than asked for is kept, since llama.cpp computes the last one only for tokens whose logits are asked
 for. In place of the output matrix comes one of zeros in the smallest type there is: without any, llama.cpp takes the
 token embedding, and where it repacks weights it makes a copy of it. So such a model has no logits.
+
+`ARCHITECTURES` are those tested to give the same bits. In the build that was read (layer_inp.py) their hyper-parameters
+take from the number of blocks nothing but the name of the model's size (`load_arch_hparams`). Left out: gemma2 and
+gemma3, whose scale of attention follows that size (27B: 46 and 62 blocks), and all that were not read: some have layers
+behind the last block (multi-token prediction), share keys between blocks counted from the end, or list blocks by kind.
 """
 
 from __future__ import annotations
@@ -28,10 +33,6 @@ from .layer_inp import other_build
 from .parts import Part, stream_of
 from .symbols import GgmlTensor, function, tensor_at
 
-# Architectures tested to give the same bits from a truncated load. In the build read (layer_inp.py) they take from the
-# number of blocks nothing but the name of the model's size (`load_arch_hparams`). Not among them: gemma2 and gemma3, whose scale of
-# attention follows that size (27B: 46 and 62 blocks); all others, unread: some have layers behind the last block
-# (multi-token prediction), share keys between blocks counted from the end, or list blocks by kind.
 ARCHITECTURES = frozenset(
     {"llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gpt-oss", "phi2", "phi3", "gpt2", "gptneox", "olmo2"}
 )
