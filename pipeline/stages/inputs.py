@@ -194,7 +194,7 @@ def open_sae(context: RunContext, *, several: bool = False) -> tuple[Path, SAEWe
     if not several and (weights.hook_out or weights.ports):
         points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
         raise ConfigError(
-            f"{context.command} runs SAEs at one hook point, this one is over {points}: "
+            f"expected an SAE at one hook point, this one is over {points}: "
             "`ggscope evaluate` measures its FVU and L0, train and convert know it too"
         )
     context.add_input("sae", path, sae_sha256(path))
