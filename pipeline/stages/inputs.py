@@ -195,7 +195,7 @@ def check_one_point(context: RunContext, weights: SAEWeights, *, several: bool =
     if not several and (weights.hook_out or weights.ports):
         points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
         raise ConfigError(
-            f"{context.command} runs SAEs at one hook point, this one is over {points}: "
+            f"expected an SAE at one hook point, this one is over {points}: "
             "`ggscope evaluate` measures its FVU and L0, train and convert know it too"
         )
 

@@ -55,9 +55,8 @@ def run(context: RunContext) -> None:
     stage(context, "extract", "extract", f"store.path={store}")
     stage(context, "train", "train", f"store.path={store}")
     random_sae = random_baseline(context, random_model) if random_model else ""
-    stage(
-        context, "evaluate", "evaluate", f"store.path={store}", f"sae.path={sae}", f"evaluate.random_sae={random_sae}"
-    )
+    rows = [f"store.path={store}"] if config.evaluate.baselines else []
+    stage(context, "evaluate", "evaluate", *rows, f"sae.path={sae}", f"evaluate.random_sae={random_sae}")
     stage(context, "convert", "convert", f"convert.source={sae}")
     stage(
         context, "report", "report", f"sae.path={relative(folder / 'convert' / 'sae.gguf')}",

@@ -61,7 +61,15 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
     np.testing.assert_array_equal(back.W_skip_OD, weights.W_skip_OD)
     assert back.variant == "threshold"
     refused = ggscope("apply", "sae.path=skip/sae", "--prompt", "x", cwd=folder, code=2)
-    assert "apply runs SAEs at one hook point, this one is over blocks.1.hook_resid_mid and" in last_line(refused)
+    assert "apply: expected an SAE at one hook point, this one is over blocks.1.hook_resid_mid and" in last_line(
+        refused
+    )
+    few = ["corpus.max_documents=3", "evaluate.tokens=500", "model.n_threads=1"]
+    done = ggscope("evaluate", "sae.path=skip/sae", *few, "run_dir=held_out", cwd=folder)
+    result = json.loads((folder / "held_out" / "evaluation.json").read_text())
+    assert f"from {POINTS[0]}: FVU {result['fvu']:.4f} ({POINTS[1]} {result['fvu']:.4f}), L0 8.0" in done.stdout
+    refused = ggscope("evaluate", "sae.path=skip/sae", "evaluate.against=skip/sae", *few, cwd=folder, code=2)
+    assert "evaluate.against is for SAEs at one hook point" in last_line(refused)
 
 
 def test_a_variant_is_trained_and_another_one_goes_on_from_it(folder):
