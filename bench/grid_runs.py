@@ -48,15 +48,15 @@ class Settings:
     """What decides the results; the folder is named after it."""
 
     store_rows: int = 500_000
-    tokens: int = 1_024_000
-    batch: int = 2048
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    tokens: int = 409_600
+    batch: int = 1024
+    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     search_share: float = 0.2
     warmup_share: float = 0.1
     decay_share: float = 0.2  # sparsify's schedule falls from the end of the warm-up on
     dead_after_tokens: int = 100_000
-    evaluate_tokens: int = 65_536
-    splice_tokens: int = 24_576
+    evaluate_tokens: int = 32_768
+    splice_tokens: int = 12_288
     seed: int = 0
 
     @property

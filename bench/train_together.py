@@ -67,21 +67,26 @@ def rows(settings: Settings, say: Say, store_rows: int) -> Iterator[Row]:
         write_store(str(path), store_rows, WIDTH, SHARD_ROWS)
     tokens = store_rows // BATCH * BATCH
 
-    def fitted(seeds: list[int], num_latents: int = LATENTS, k: int = K) -> dict[str, Any]:
-        request = {"path": str(path), "tokens": tokens, "threads": settings.threads}
-        with ours_worker(settings.threads) as worker:  # a fresh one, so that no side finds the other's memory
-            return worker.ask("fit_from_store", seeds=seeds, num_latents=num_latents, k=k, **request)
+    with ours_worker(settings.threads) as worker:  # nothing stays mapped, so one process can serve both sides
 
-    numbers = list(range(SAES))
-    sides = {
-        "together": lambda: SAES * tokens / fitted(numbers)["seconds"],
-        "separate": lambda: SAES * tokens / sum(fitted([seed])["seconds"] for seed in numbers),
-    }
-    speeds = in_turns(sides, settings.rounds, say=lambda text: say(f"several SAEs: {text}"))
-    case = f"d{WIDTH}_n{LATENTS}_k{K}_b{BATCH}_{SAES}saes_cold_store"
-    yield compare(case, f"{SAES}-runs", "SAE tokens/s", speeds["together"], speeds["separate"], target=TOGETHER_TARGET)
-    say("waiting for rows")
-    share = fitted([0], LARGER_LATENTS, LARGER_K)["wait_share"]
+        def fitted(seeds: list[int], num_latents: int = LATENTS, k: int = K) -> dict[str, Any]:
+            request = {"path": str(path), "tokens": tokens, "threads": settings.threads}
+            found = worker.ask("fit_from_store", seeds=seeds, num_latents=num_latents, k=k, **request)
+            say(f"{len(seeds)} of n{num_latents}: {found['seconds']:.2f} s, waiting {found['wait_share']:.0%}")
+            return found
+
+        numbers = list(range(SAES))
+        sides = {
+            "together": lambda: SAES * tokens / fitted(numbers)["seconds"],
+            "separate": lambda: SAES * tokens / sum(fitted([seed])["seconds"] for seed in numbers),
+        }
+        speeds = in_turns(sides, settings.rounds, say=lambda text: say(f"several SAEs: {text}"))
+        case = f"d{WIDTH}_n{LATENTS}_k{K}_b{BATCH}_{SAES}saes_cold_store"
+        yield compare(
+            case, f"{SAES}-runs", "SAE tokens/s", speeds["together"], speeds["separate"], target=TOGETHER_TARGET
+        )
+        say("waiting for rows")
+        share = fitted([0], LARGER_LATENTS, LARGER_K)["wait_share"]
     yield Row(
         case=f"d{WIDTH}_n{LARGER_LATENTS}_k{LARGER_K}_b{BATCH}_cold_store", peer="most-waiting", unit="share of time",
         ours=share, theirs=MOST_WAITING, ratio=MOST_WAITING / max(share, 1e-6), target=1.0,
