@@ -21,10 +21,9 @@ MOST_DIMENSIONS = 32768  # an 8-bit product of more would not fit 32 bits
 
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 VARIANTS = (
-    (*_COMMON, "-march=native", "-fopenmp"),
-    (*_COMMON, "-march=native"),
-    (*_COMMON, "-mcpu=native"),
-    _COMMON,
+    (*_COMMON, "-march=native", "-pthread"),
+    (*_COMMON, "-mcpu=native", "-pthread"),
+    (*_COMMON, "-pthread"),
 )
 _INTEGERS = ("N", "D", "F", "K", "threads")
 _FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction")
@@ -36,6 +35,7 @@ _AFTER = (
     "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_offset_F", "balance_D",
     "u_ND", "centred_ND", "grad_ND", "idx_NK", "vals_NK", "grad_vals_NK", "error_N", "candidates_N",
     "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
+    "pre_NF", "kept_NF",
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -85,6 +85,18 @@ class Library:
         )  # fmt: skip
         self._check(function, code)
 
+    def keep_(self, pre_NF: torch.Tensor, k: int) -> torch.Tensor:
+        """ReLU, and all but the k largest entries of every row to zero, in place. Ties and NaN as in `topk`."""
+        function = {torch.float32: "keep_f32", torch.bfloat16: "keep_bf16"}[pre_NF.dtype]
+        assert pre_NF.is_contiguous()
+        rows, latents = (ctypes.c_int64(size) for size in pre_NF.shape)
+        code = getattr(self._library, f"ggscope_{function}")(
+            ctypes.c_void_p(pre_NF.data_ptr()), rows, latents, ctypes.c_int64(k),
+            ctypes.c_int64(torch.get_num_threads()),
+        )  # fmt: skip
+        self._check(function, code)
+        return pre_NF
+
     @staticmethod
     def _check(function: str, code: int) -> None:
         if code != 0:
@@ -95,7 +107,7 @@ class Library:
 def native_library() -> Library | None:
     """The library, built on first use; None, after one warning, where it cannot be had."""
     try:
-        sources = [FOLDER / "select.c", FOLDER / "step.c"]
+        sources = [FOLDER / name for name in ("select.c", "step.c", "threads.c")]
         return Library(build("step", sources, VARIANTS, headers=[FOLDER / "vectors.h"]))
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.warning("training without compiled kernels, which is slower: %s", error)

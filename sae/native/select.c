@@ -36,6 +36,12 @@ static inline int32_t key_bf16(const uint16_t * p) {
     return (bits & INT32_MAX) > 0x7f800000 ? INT32_MAX : key;
 }
 
+#define TOPK_ROWS 32 /* rows a thread takes at a time */
+
+static void * open_topk(const struct step * s) {
+    return malloc((s->F + 8 * s->K + 32) * sizeof(uint64_t) + (8 * s->K + 32) * sizeof(int32_t));
+}
+
 /* The maxima of `groups` interleaved groups: the K-th largest of them is at most the K-th largest entry, so that only
    entries from there on need to be looked at one by one. */
 #define DEFINE_TOPK(NAME, TYPE, KEY)                                                                                   \
@@ -76,29 +82,77 @@ static inline int32_t key_bf16(const uint16_t * p) {
         ggscope_take_largest(items, count, K);                                                                         \
         for (int64_t j = 0; j < K; j++) idx_K[j] = ranked_index(items[j]);                                             \
     }                                                                                                                  \
+    static void NAME##_some(const struct step * s, void * scratch, int64_t part) {                                     \
+        int64_t stop = (part + 1) * TOPK_ROWS < s->N ? (part + 1) * TOPK_ROWS : s->N;                                  \
+        uint64_t * items = scratch;                                                                                    \
+        int32_t * top = (int32_t *) (void *) (items + s->F + 8 * s->K + 32);                                           \
+        for (int64_t n = part * TOPK_ROWS; n < stop; n++) {                                                            \
+            NAME##_row((const TYPE *) s->pre_NF + n * s->F, s->F, s->K, s->idx_NK + n * s->K, items, top);             \
+        }                                                                                                              \
+    }                                                                                                                  \
     /* idx_NK of the K largest entries of every row, in no order. 0: done, -1: no memory. */                           \
     int NAME(const TYPE * pre_NF, int64_t N, int64_t F, int64_t K, int32_t * idx_NK, int64_t threads) {                \
-        int failed = 0;                                                                                                \
-        _Pragma("omp parallel num_threads((int) threads)")                                                             \
-        {                                                                                                              \
-            uint64_t * items = malloc((F + 8 * K + 32) * sizeof *items);                                               \
-            int32_t * top = malloc((8 * K + 32) * sizeof *top);                                                        \
-            _Pragma("omp for schedule(static)")                                                                        \
-            for (int64_t n = 0; n < N; n++) {                                                                          \
-                if (items && top) NAME##_row(pre_NF + n * F, F, K, idx_NK + n * K, items, top);                        \
-            }                                                                                                          \
-            if (!items || !top) {                                                                                      \
-                _Pragma("omp atomic write")                                                                            \
-                failed = -1;                                                                                           \
-            }                                                                                                          \
-            free(items);                                                                                               \
-            free(top);                                                                                                 \
-        }                                                                                                              \
-        return failed;                                                                                                 \
+        struct step s = {.N = N, .F = F, .K = K, .threads = threads, .idx_NK = idx_NK, .pre_NF = pre_NF};              \
+        struct work work = {.step = &s, .parts = (N + TOPK_ROWS - 1) / TOPK_ROWS, .open = open_topk,                   \
+                            .part = NAME##_some, .close = free};                                                       \
+        return ggscope_share_out(&work);                                                                               \
     }
 
 DEFINE_TOPK(ggscope_topk_f32, float, key_f32)
 DEFINE_TOPK(ggscope_topk_bf16, uint16_t, key_bf16)
+
+/* ---- all but the k largest to zero: for a k that is a good part of the row ---- */
+
+#define STRETCH 4096
+
+static void * open_nothing(const struct step * s) {
+    (void) s;
+    return malloc(1);
+}
+
+#define DEFINE_KEEP(NAME, TYPE, INFINITE)                                                                              \
+    static int64_t NAME##_reach(const TYPE * bits_F, int64_t F, TYPE least) {                                          \
+        int64_t count = 0;                                                                                             \
+        for (int64_t i = 0; i < F; i += STRETCH) { /* counts of the entries' own width vectorise best */               \
+            int64_t stop = i + STRETCH < F ? i + STRETCH : F;                                                          \
+            TYPE some = 0;                                                                                             \
+            for (int64_t j = i; j < stop; j++) some = (TYPE) (some + (bits_F[j] >= least));                            \
+            count += some;                                                                                             \
+        }                                                                                                              \
+        return count;                                                                                                  \
+    }                                                                                                                  \
+    static void NAME##_row(TYPE * bits_F, int64_t F, int64_t K) {                                                      \
+        const TYPE sign = (TYPE) ((TYPE) 1 << (8 * sizeof(TYPE) - 1));                                                 \
+        for (int64_t j = 0; j < F; j++) { /* NaN stays, without its sign: the largest of all */                        \
+            TYPE size = (TYPE) (bits_F[j] & (TYPE) ~sign);                                                             \
+            bits_F[j] = bits_F[j] < sign || size > (TYPE) INFINITE ? size : 0;                                         \
+        }                                                                                                              \
+        if (NAME##_reach(bits_F, F, 1) <= K) return;                                                                   \
+        TYPE kth = 0; /* the K-th largest, bit by bit */                                                               \
+        for (TYPE bit = sign >> 1; bit; bit >>= 1) {                                                                   \
+            if (NAME##_reach(bits_F, F, (TYPE) (kth | bit)) >= K) kth |= bit;                                          \
+        }                                                                                                              \
+        int64_t equal = K - NAME##_reach(bits_F, F, (TYPE) (kth + 1)); /* of those as large as the K-th, the first */  \
+        for (int64_t j = 0; j < F; j++) bits_F[j] = bits_F[j] >= kth ? bits_F[j] : 0;                                  \
+        for (int64_t j = 0; j < F; j++) {                                                                              \
+            if (bits_F[j] == kth && --equal < 0) bits_F[j] = 0;                                                        \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void NAME##_some(const struct step * s, void * scratch, int64_t part) {                                     \
+        (void) scratch;                                                                                                \
+        int64_t stop = (part + 1) * TOPK_ROWS < s->N ? (part + 1) * TOPK_ROWS : s->N;                                  \
+        for (int64_t n = part * TOPK_ROWS; n < stop; n++) NAME##_row((TYPE *) s->kept_NF + n * s->F, s->F, s->K);      \
+    }                                                                                                                  \
+    /* ReLU, and of every row all but the K largest to zero, in place. 0: done, -1: no memory. */                      \
+    int NAME(TYPE * bits_NF, int64_t N, int64_t F, int64_t K, int64_t threads) {                                       \
+        struct step s = {.N = N, .F = F, .K = K, .threads = threads, .kept_NF = bits_NF};                              \
+        struct work work = {.step = &s, .parts = (N + TOPK_ROWS - 1) / TOPK_ROWS, .open = open_nothing,                \
+                            .part = NAME##_some, .close = free};                                                       \
+        return ggscope_share_out(&work);                                                                               \
+    }
+
+DEFINE_KEEP(ggscope_keep_f32, uint32_t, 0x7f800000)
+DEFINE_KEEP(ggscope_keep_bf16, uint16_t, 0x7f80)
 
 /* ---- 8-bit candidates ----
    With x' = x / balance and w' = w * balance rounded to sx qx and sw qw, the error of sx sw <qx, qw> is a sum of D
@@ -259,7 +313,21 @@ static void exact_values(const struct step * s, struct block * b, int64_t first,
     }
 }
 
-static int open_block(const struct step * s, struct block * b) {
+static void close_block(void * scratch) {
+    struct block * b = scratch;
+    free(b->q);
+    free(b->upper_FB);
+    free(b->lower_TB);
+    free(b->hit_latent_F);
+    free(b->hit_rows_F);
+    free(b->items_BF);
+    free(b->row);
+    free(b);
+}
+
+static void * open_block(const struct step * s) {
+    struct block * b = calloc(1, sizeof *b);
+    if (!b) return NULL;
     int64_t quads = (s->D + 3) / 4, tiles = (s->F + TILE - 1) / TILE;
     b->q = aligned_alloc(64, quads * BLOCK * 4);
     b->upper_FB = aligned_alloc(64, tiles * TILE * BLOCK * sizeof(float));
@@ -268,20 +336,14 @@ static int open_block(const struct step * s, struct block * b) {
     b->hit_rows_F = malloc(s->F * sizeof(uint32_t));
     b->items_BF = malloc(BLOCK * (2 * s->F + APART) * sizeof(uint64_t)); /* little of it is ever touched */
     b->row = malloc((s->D + LANES) * sizeof(float));
-    return b->q && b->upper_FB && b->lower_TB && b->hit_latent_F && b->hit_rows_F && b->items_BF && b->row;
+    if (b->q && b->upper_FB && b->lower_TB && b->hit_latent_F && b->hit_rows_F && b->items_BF && b->row) return b;
+    close_block(b);
+    return NULL;
 }
 
-static void close_block(struct block * b) {
-    free(b->q);
-    free(b->upper_FB);
-    free(b->lower_TB);
-    free(b->hit_latent_F);
-    free(b->hit_rows_F);
-    free(b->items_BF);
-    free(b->row);
-}
-
-static void block_of_rows(const struct step * s, struct block * b, int64_t first) {
+static void block_of_rows(const struct step * s, void * scratch, int64_t part) {
+    struct block * b = scratch;
+    int64_t first = part * BLOCK;
     int64_t rows = s->N - first < BLOCK ? s->N - first : BLOCK, tiles = (s->F + TILE - 1) / TILE;
     memset(b->q, 128, (s->D + 3) / 4 * BLOCK * 4);
     for (int r = 0; r < BLOCK; r++) b->inverse[r] = b->ratio[r] = 1, b->finite[r] = 0;
@@ -306,22 +368,9 @@ static void block_of_rows(const struct step * s, struct block * b, int64_t first
 
 /* Everything that goes row by row, latents chosen by their exact float32 values. 0: done, -1: no memory. */
 int ggscope_rows_int8(const struct step * s) {
-    int failed = 0;
-#pragma omp parallel num_threads((int) s->threads)
-    {
-        struct block b = {0};
-        int opened = open_block(s, &b);
-        if (!opened) {
-#pragma omp atomic write
-            failed = -1;
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < s->N; first += BLOCK) {
-            if (opened) block_of_rows(s, &b, first);
-        }
-        close_block(&b);
-    }
-    return failed;
+    struct work work = {
+        .step = s, .parts = (s->N + BLOCK - 1) / BLOCK, .open = open_block, .part = block_of_rows, .close = close_block};
+    return ggscope_share_out(&work);
 }
 #else
 int ggscope_has_int8(void) { return 0; }

@@ -82,6 +82,24 @@ def test_infinities_are_ordered_and_nan_counts_as_the_largest(lib, dtype):
     assert not (topk(lib, pre_NF, 1999) == 3).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("latents", "k"), [(1, 1), (7, 7), (300, 1), (410, 256), (9000, 40)])
+def test_keeping_the_largest_is_relu_and_zero_for_the_rest_whatever_ties_there_are(lib, latents, k, dtype):
+    generator = torch.Generator().manual_seed(latents)
+    pre_NF = torch.randn(70, latents, generator=generator).to(dtype)
+    pre_NF[30:60] = torch.randint(-2, 3, (30, latents), generator=generator).to(dtype)
+    pre_NF[60:] = -pre_NF[60:].abs()
+    pre_NF[0, 0] = torch.inf
+    expected_NF = torch.zeros_like(pre_NF)
+    idx_NK = pre_NF.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    expected_NF.scatter_(1, idx_NK, pre_NF.relu().gather(1, idx_NK))
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(lib.keep_(pre_NF.clone(), k), expected_NF)
+    pre_NF[1, latents // 2] = torch.tensor(-torch.nan)
+    assert lib.keep_(pre_NF, k)[1, latents // 2].isnan()
+
+
 # ---- the step ----
 
 SHAPES = [

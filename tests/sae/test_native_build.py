@@ -77,18 +77,6 @@ def test_a_library_that_does_not_load_counts_as_not_built(monkeypatch, tmp_path,
     assert "training without compiled kernels" in heard[0]
 
 
-def test_a_compiler_without_openmp_or_native_still_builds_and_the_bits_are_the_same(monkeypatch, tmp_path, lib):
-    plain = script(
-        tmp_path / "plain-cc",
-        'for flag in "$@"; do case "$flag" in -fopenmp) echo "no $flag" >&2; exit 1;; esac; done; exec cc "$@"',
-    )
-    fresh_library(monkeypatch, tmp_path, plain)
-    single = library.native_library()
-    assert single is not None
-    assert single.has_int8 == lib.has_int8
-    assert bits(single, 2, steps=2) == bits(lib, 2, steps=2)
-
-
 def test_a_processor_without_these_instructions_gives_the_same_weights_up_to_rounding(monkeypatch, tmp_path, lib):
     portable = script(
         tmp_path / "portable-cc",
