@@ -235,6 +235,19 @@ def keep_largest_(pre_NM: torch.Tensor, k: int) -> torch.Tensor:
     return acts_NM
 
 
+def rest_(
+    product_ND: torch.Tensor, minus_error_ND: torch.Tensor, unit: float, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """||rest||^2 and scale * rest in the product's dtype, rest = product + unit * minus_error in that of the error.
+
+    In place, and without an array of squares: new arrays of this size cost more in page faults than the arithmetic.
+    """
+    # float32 first: torch takes ten times as long to add numbers of two dtypes
+    rest_ND = product_ND.to(minus_error_ND.dtype).add_(minus_error_ND, alpha=unit)
+    square = torch.linalg.vector_norm(rest_ND, dim=1).square().sum()
+    return square, rest_ND.mul_(scale).to(product_ND.dtype)
+
+
 def auxk_gradients(
     model: SparseCoder,
     settings: LossSettings,
@@ -245,6 +258,7 @@ def auxk_gradients(
     unit: float = 1.0,
     select: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] = select_topk,
     keep_: Callable[[torch.Tensor, int], torch.Tensor] = keep_largest_,
+    rest_: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = rest_,
     denominator: Callable[[torch.Tensor], torch.Tensor] = auxk_denominator,
 ) -> AuxKGradients:
     """Gradients of auxk_coef * v * L_aux (losses.py); u_hat - u is `unit` times `minus_error_ND`, of which `denominator`
@@ -264,30 +278,20 @@ def auxk_gradients(
     if not low:  # copies: on a CPU the float32 products are a third faster than with a transposed view
         W_enc_DM, W_dec_DM = W_enc_DM.contiguous(), W_dec_DM.contiguous()
     pre_NM = torch.addmm(model.b_enc_F[dead_M].to(input_ND.dtype), input_ND, W_enc_DM)
-    # In place, and sums without an array of squares: new arrays of this size cost as much in page faults as a product.
     if len(dead_M) > DENSE_DEAD_SHARE * settings.auxk_k:
         vals_NA, at_NA = select(pre_NM, count)
         vals_NA = vals_NA.to(centred_ND.dtype).relu_()
         bag_ND, pull = decode_with_pull(at_NA, vals_NA, model.W_dec_FD[dead_M])
-        rest_ND = bag_ND.add_(minus_error_ND, alpha=unit)
-        loss = squares(rest_ND) / scatter
-        grad_ND = rest_ND.mul_(scale)
+        square, grad_ND = rest_(bag_ND, minus_error_ND, unit, scale)
         parts = sparse_sums(len(dead_M), centred_ND, grad_ND, Chosen(at_NA), vals_NA, pull(grad_ND) * (vals_NA > 0))
     else:
         acts_NM = keep_(pre_NM, count)
-        # float32 first: torch takes ten times as long to add numbers of two dtypes
-        rest_ND = (acts_NM @ W_dec_MD).to(minus_error_ND.dtype).add_(minus_error_ND, alpha=unit)
-        loss = squares(rest_ND) / scatter
-        grad_ND = rest_ND.mul_(scale).to(input_ND.dtype)
+        square, grad_ND = rest_(acts_NM @ W_dec_MD, minus_error_ND, unit, scale)
         grad_acts_NM = torch.ops.aten.threshold_backward(grad_ND @ W_dec_DM, acts_NM, 0)  # ReLU's: zero where acts are
         sums = grad_acts_NM.t() @ input_ND, acts_NM.t() @ grad_ND, grad_acts_NM.sum(0, dtype=centred_ND.dtype)
         parts = tuple(part.to(centred_ND.dtype) for part in sums)
-    return AuxKGradients(loss=loss, dead_M=dead_M, W_enc_MD=parts[0], W_dec_MD=parts[1], b_enc_M=parts[2])
-
-
-def squares(rows_ND: torch.Tensor) -> torch.Tensor:
-    """The sum of the squares, row by row: as exact as a sum of an array of them, which is not made."""
-    return torch.linalg.vector_norm(rows_ND, dim=1).square().sum()
+    dW_enc_MD, dW_dec_MD, db_enc_M = parts
+    return AuxKGradients(loss=square / scatter, dead_M=dead_M, W_enc_MD=dW_enc_MD, W_dec_MD=dW_dec_MD, b_enc_M=db_enc_M)
 
 
 def sparse_sums(

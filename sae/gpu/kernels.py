@@ -7,14 +7,16 @@ environment variable TRITON_INTERPRET=1, set before the import, all of it runs o
 Shape letters: N rows, D d_in, F latents, K top-k, P pairs (row, latent) sorted by latent, M latents with AuxK
 gradients, S segments of a row.
 """
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# triton need not be installed; kernel[grid](...) is how it starts one
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 SEGMENT = 16384  # pre-activations that one program holds in registers
 TILE = 8192  # entries of a block of table rows: (rows, D)
@@ -30,7 +32,7 @@ def interpreted() -> bool:
 
 
 @triton.jit
-def _order_key(values, BITS: tl.constexpr):  # noqa: ANN001, ANN202
+def _order_key(values, BITS: tl.constexpr):
     """Unsigned keys of BITS bits that order like the values; NaN is the largest, 0 is no value's key."""
     bits = values.to(tl.float32).to(tl.uint32, bitcast=True)
     key = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)
@@ -39,8 +41,8 @@ def _order_key(values, BITS: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _topk_kernel(  # noqa: ANN202
-    pre_NF, idx_NSK, F, K, row_stride, segments, SIZE: tl.constexpr, BITS: tl.constexpr  # noqa: ANN001
+def _topk_kernel(
+    pre_NF, idx_NSK, F, K, row_stride, segments, SIZE: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
     """idx_NSK: the K largest entries of a segment of a row, by index but those equal to the K-th last; of these the
     lowest indices. A segment of fewer than K entries leaves its last places as they are."""
@@ -88,9 +90,9 @@ def topk(pre_NF: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @triton.jit
-def _rows_kernel(  # noqa: ANN202
-    u_ND, b_dec_D, W_enc_FD, b_enc_F, W_dec_FD, idx_NK, centred_ND, grad_ND, vals_NK, grad_vals_NK, error_N,  # noqa: ANN001
-    D, K, scale, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,  # noqa: ANN001
+def _rows_kernel(
+    u_ND, b_dec_D, W_enc_FD, b_enc_F, W_dec_FD, idx_NK, centred_ND, grad_ND, vals_NK, grad_vals_NK, error_N,
+    D, K, scale, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
@@ -142,11 +144,8 @@ def rows_pass(
 ) -> Rows:
     """a = ReLU(W_enc[idx] (u - b_dec) + b_enc[idx]), u_hat, g = 2/N (u_hat - u), da = <g, W_dec[idx]> where a > 0."""
     rows, width = u_ND.shape
-    found = Rows(
-        *(torch.empty(rows, width, dtype=torch.float32, device=u_ND.device) for _ in range(2)),
-        *(torch.empty(idx_NK.shape, dtype=torch.float32, device=u_ND.device) for _ in range(2)),
-        torch.empty(rows, dtype=torch.float32, device=u_ND.device),
-    )
+    shapes = ((rows, width), (rows, width), idx_NK.shape, idx_NK.shape, (rows,))
+    found = Rows._make(torch.empty(shape, dtype=torch.float32, device=u_ND.device) for shape in shapes)
     block_d, block_k = _blocks(width)
     _rows_kernel[(rows,)](
         u_ND, b_dec_D, W_enc_FD, b_enc_F, W_dec_FD, idx_NK, *found, width, idx_NK.shape[1], 2.0 / rows,
@@ -179,7 +178,7 @@ def pairs_by_latent(latents: int, idx_NK: torch.Tensor, vals_NK: torch.Tensor, g
 
 
 @triton.jit
-def _sum_by_latent_kernel(start_F1, value_P, sum_F, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _sum_by_latent_kernel(start_F1, value_P, sum_F, BLOCK: tl.constexpr):
     latent = tl.program_id(0)
     start, stop = tl.load(start_F1 + latent), tl.load(start_F1 + latent + 1)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -199,7 +198,7 @@ def sum_by_latent(pairs: Pairs) -> torch.Tensor:
 
 
 @triton.jit
-def _adam(weight, m, v, grad, beta1, beta2, eps, step_size, root_correction):  # noqa: ANN001, ANN202
+def _adam(weight, m, v, grad, beta1, beta2, eps, step_size, root_correction):
     """torch.optim.Adam; a latent without a gradient moves too."""
     m = m + (1.0 - beta1) * (grad - m)
     v = beta2 * v + (1.0 - beta2) * grad * grad
@@ -207,10 +206,10 @@ def _adam(weight, m, v, grad, beta1, beta2, eps, step_size, root_correction):  #
 
 
 @triton.jit
-def _latents_kernel(  # noqa: ANN202
-    order_F, start_F1, row_P, val_P, grad_val_P, centred_ND, grad_ND, extra_of_F, extra_enc_MD, extra_dec_MD,  # noqa: ANN001
-    W_enc_FD, W_enc_m, W_enc_v, W_dec_FD, W_dec_m, W_dec_v,  # noqa: ANN001
-    D, beta1, beta2, eps, step_size, root_correction,  # noqa: ANN001
+def _latents_kernel(
+    order_F, start_F1, row_P, val_P, grad_val_P, centred_ND, grad_ND, extra_of_F, extra_enc_MD, extra_dec_MD,
+    W_enc_FD, W_enc_m, W_enc_v, W_dec_FD, W_dec_m, W_dec_v,
+    D, beta1, beta2, eps, step_size, root_correction,
     HAS_EXTRA: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     latent = tl.load(order_F + tl.program_id(0)).to(tl.int64)

@@ -33,7 +33,8 @@ class TritonStepper(Stepper):
     def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig) -> None:
         self.model, self.settings = model, settings
         self._betas, self._eps, self._steps = config.betas, config.eps, 0
-        self._moments = {name: tuple(torch.zeros_like(getattr(model, name)) for _ in "mv") for name in PARAMETERS}
+        weights = {name: getattr(model, name).detach() for name in PARAMETERS}
+        self._moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
         self._pre_acts = PreActs(model, settings.encoder_dtype)
 
     @torch.no_grad()
@@ -53,8 +54,8 @@ class TritonStepper(Stepper):
             loss = loss + self.settings.auxk_coef * self.settings.variance * auxk_loss
         db_dec_D = found.grad_ND.sum(0) - db_enc_F @ model.W_enc_FD  # u enters as u - b_dec; W_enc before its update
         adam = self._adam(lr)
-        matrices = ((getattr(model, name).data, *self._moments[name]) for name in ("W_enc_FD", "W_dec_FD"))
-        latents_pass_(*matrices, pairs, found.centred_ND, found.grad_ND, adam, extra)
+        enc, dec = ((getattr(model, name).data, *self._moments[name]) for name in ("W_enc_FD", "W_dec_FD"))
+        latents_pass_(enc, dec, pairs, found.centred_ND, found.grad_ND, adam, extra)
         update_(model.b_enc_F, *self._moments["b_enc_F"], db_enc_F, adam)
         update_(model.b_dec_D, *self._moments["b_dec_D"], db_dec_D, adam)
         fired_F = pairs.start_F1.diff().long()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels import rest_
 from .build import BuildError, build
 
 FOLDER = Path(__file__).parent
@@ -21,9 +22,10 @@ MOST_DIMENSIONS = 32768  # an 8-bit product of more would not fit 32 bits
 
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 VARIANTS = (
-    (*_COMMON, "-march=native", "-pthread"),
-    (*_COMMON, "-mcpu=native", "-pthread"),
-    (*_COMMON, "-pthread"),
+    (*_COMMON, "-march=native", "-fopenmp"),
+    (*_COMMON, "-march=native"),
+    (*_COMMON, "-mcpu=native"),
+    _COMMON,
 )
 _INTEGERS = ("N", "D", "F", "K", "threads")
 _FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction")
@@ -35,7 +37,6 @@ _AFTER = (
     "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_offset_F", "balance_D",
     "u_ND", "centred_ND", "grad_ND", "idx_NK", "vals_NK", "grad_vals_NK", "error_N", "candidates_N",
     "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
-    "pre_NF", "kept_NF",
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -97,6 +98,24 @@ class Library:
         self._check(function, code)
         return pre_NF
 
+    def rest_(
+        self, product_ND: torch.Tensor, minus_error_ND: torch.Tensor, unit: float, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `kernels.rest_`; a bfloat16 product becomes the gradient in place, in one pass."""
+        if product_ND.dtype != torch.bfloat16:
+            return rest_(product_ND, minus_error_ND, unit, scale)
+        assert product_ND.is_contiguous()
+        assert minus_error_ND.is_contiguous()
+        rows, width = (ctypes.c_int64(size) for size in product_ND.shape)
+        square_N = torch.empty(len(product_ND), dtype=torch.float64)
+        code = self._library.ggscope_rest_bf16(
+            ctypes.c_void_p(product_ND.data_ptr()), ctypes.c_void_p(minus_error_ND.data_ptr()), rows, width,
+            ctypes.c_float(unit), ctypes.c_float(float(scale)), ctypes.c_void_p(square_N.data_ptr()),
+            ctypes.c_int64(torch.get_num_threads()),
+        )  # fmt: skip
+        self._check("rest_bf16", code)
+        return square_N.sum().float(), product_ND
+
     @staticmethod
     def _check(function: str, code: int) -> None:
         if code != 0:
@@ -107,7 +126,7 @@ class Library:
 def native_library() -> Library | None:
     """The library, built on first use; None, after one warning, where it cannot be had."""
     try:
-        sources = [FOLDER / name for name in ("select.c", "step.c", "threads.c")]
+        sources = [FOLDER / "select.c", FOLDER / "step.c"]
         return Library(build("step", sources, VARIANTS, headers=[FOLDER / "vectors.h"]))
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.warning("training without compiled kernels, which is slower: %s", error)

@@ -36,12 +36,6 @@ static inline int32_t key_bf16(const uint16_t * p) {
     return (bits & INT32_MAX) > 0x7f800000 ? INT32_MAX : key;
 }
 
-#define TOPK_ROWS 32 /* rows a thread takes at a time */
-
-static void * open_topk(const struct step * s) {
-    return malloc((s->F + 8 * s->K + 32) * sizeof(uint64_t) + (8 * s->K + 32) * sizeof(int32_t));
-}
-
 /* The maxima of `groups` interleaved groups: the K-th largest of them is at most the K-th largest entry, so that only
    entries from there on need to be looked at one by one. */
 #define DEFINE_TOPK(NAME, TYPE, KEY)                                                                                   \
@@ -82,20 +76,25 @@ static void * open_topk(const struct step * s) {
         ggscope_take_largest(items, count, K);                                                                         \
         for (int64_t j = 0; j < K; j++) idx_K[j] = ranked_index(items[j]);                                             \
     }                                                                                                                  \
-    static void NAME##_some(const struct step * s, void * scratch, int64_t part) {                                     \
-        int64_t stop = (part + 1) * TOPK_ROWS < s->N ? (part + 1) * TOPK_ROWS : s->N;                                  \
-        uint64_t * items = scratch;                                                                                    \
-        int32_t * top = (int32_t *) (void *) (items + s->F + 8 * s->K + 32);                                           \
-        for (int64_t n = part * TOPK_ROWS; n < stop; n++) {                                                            \
-            NAME##_row((const TYPE *) s->pre_NF + n * s->F, s->F, s->K, s->idx_NK + n * s->K, items, top);             \
-        }                                                                                                              \
-    }                                                                                                                  \
     /* idx_NK of the K largest entries of every row, in no order. 0: done, -1: no memory. */                           \
     int NAME(const TYPE * pre_NF, int64_t N, int64_t F, int64_t K, int32_t * idx_NK, int64_t threads) {                \
-        struct step s = {.N = N, .F = F, .K = K, .threads = threads, .idx_NK = idx_NK, .pre_NF = pre_NF};              \
-        struct work work = {.step = &s, .parts = (N + TOPK_ROWS - 1) / TOPK_ROWS, .open = open_topk,                   \
-                            .part = NAME##_some, .close = free};                                                       \
-        return ggscope_share_out(&work);                                                                               \
+        int failed = 0;                                                                                                \
+        _Pragma("omp parallel num_threads((int) threads)")                                                             \
+        {                                                                                                              \
+            uint64_t * items = malloc((F + 8 * K + 32) * sizeof *items);                                               \
+            int32_t * top = malloc((8 * K + 32) * sizeof *top);                                                        \
+            _Pragma("omp for schedule(static)")                                                                        \
+            for (int64_t n = 0; n < N; n++) {                                                                          \
+                if (items && top) NAME##_row(pre_NF + n * F, F, K, idx_NK + n * K, items, top);                        \
+            }                                                                                                          \
+            if (!items || !top) {                                                                                      \
+                _Pragma("omp atomic write")                                                                            \
+                failed = -1;                                                                                           \
+            }                                                                                                          \
+            free(items);                                                                                               \
+            free(top);                                                                                                 \
+        }                                                                                                              \
+        return failed;                                                                                                 \
     }
 
 DEFINE_TOPK(ggscope_topk_f32, float, key_f32)
@@ -104,11 +103,6 @@ DEFINE_TOPK(ggscope_topk_bf16, uint16_t, key_bf16)
 /* ---- all but the k largest to zero: for a k that is a good part of the row ---- */
 
 #define STRETCH 4096
-
-static void * open_nothing(const struct step * s) {
-    (void) s;
-    return malloc(1);
-}
 
 #define DEFINE_KEEP(NAME, TYPE, INFINITE)                                                                              \
     static int64_t NAME##_reach(const TYPE * bits_F, int64_t F, TYPE least) {                                          \
@@ -138,17 +132,12 @@ static void * open_nothing(const struct step * s) {
             if (bits_F[j] == kth && --equal < 0) bits_F[j] = 0;                                                        \
         }                                                                                                              \
     }                                                                                                                  \
-    static void NAME##_some(const struct step * s, void * scratch, int64_t part) {                                     \
-        (void) scratch;                                                                                                \
-        int64_t stop = (part + 1) * TOPK_ROWS < s->N ? (part + 1) * TOPK_ROWS : s->N;                                  \
-        for (int64_t n = part * TOPK_ROWS; n < stop; n++) NAME##_row((TYPE *) s->kept_NF + n * s->F, s->F, s->K);      \
-    }                                                                                                                  \
-    /* ReLU, and of every row all but the K largest to zero, in place. 0: done, -1: no memory. */                      \
+    /* ReLU, and of every row all but the K largest to zero, in place. 0: done. */                                     \
     int NAME(TYPE * bits_NF, int64_t N, int64_t F, int64_t K, int64_t threads) {                                       \
-        struct step s = {.N = N, .F = F, .K = K, .threads = threads, .kept_NF = bits_NF};                              \
-        struct work work = {.step = &s, .parts = (N + TOPK_ROWS - 1) / TOPK_ROWS, .open = open_nothing,                \
-                            .part = NAME##_some, .close = free};                                                       \
-        return ggscope_share_out(&work);                                                                               \
+        (void) threads; /* unused where there is no OpenMP */                                                          \
+        _Pragma("omp parallel for schedule(dynamic, 16) num_threads((int) threads)")                                   \
+        for (int64_t n = 0; n < N; n++) NAME##_row(bits_NF + n * F, F, K);                                             \
+        return 0;                                                                                                      \
     }
 
 DEFINE_KEEP(ggscope_keep_f32, uint32_t, 0x7f800000)
@@ -313,21 +302,7 @@ static void exact_values(const struct step * s, struct block * b, int64_t first,
     }
 }
 
-static void close_block(void * scratch) {
-    struct block * b = scratch;
-    free(b->q);
-    free(b->upper_FB);
-    free(b->lower_TB);
-    free(b->hit_latent_F);
-    free(b->hit_rows_F);
-    free(b->items_BF);
-    free(b->row);
-    free(b);
-}
-
-static void * open_block(const struct step * s) {
-    struct block * b = calloc(1, sizeof *b);
-    if (!b) return NULL;
+static int open_block(const struct step * s, struct block * b) {
     int64_t quads = (s->D + 3) / 4, tiles = (s->F + TILE - 1) / TILE;
     b->q = aligned_alloc(64, quads * BLOCK * 4);
     b->upper_FB = aligned_alloc(64, tiles * TILE * BLOCK * sizeof(float));
@@ -336,14 +311,20 @@ static void * open_block(const struct step * s) {
     b->hit_rows_F = malloc(s->F * sizeof(uint32_t));
     b->items_BF = malloc(BLOCK * (2 * s->F + APART) * sizeof(uint64_t)); /* little of it is ever touched */
     b->row = malloc((s->D + LANES) * sizeof(float));
-    if (b->q && b->upper_FB && b->lower_TB && b->hit_latent_F && b->hit_rows_F && b->items_BF && b->row) return b;
-    close_block(b);
-    return NULL;
+    return b->q && b->upper_FB && b->lower_TB && b->hit_latent_F && b->hit_rows_F && b->items_BF && b->row;
 }
 
-static void block_of_rows(const struct step * s, void * scratch, int64_t part) {
-    struct block * b = scratch;
-    int64_t first = part * BLOCK;
+static void close_block(struct block * b) {
+    free(b->q);
+    free(b->upper_FB);
+    free(b->lower_TB);
+    free(b->hit_latent_F);
+    free(b->hit_rows_F);
+    free(b->items_BF);
+    free(b->row);
+}
+
+static void block_of_rows(const struct step * s, struct block * b, int64_t first) {
     int64_t rows = s->N - first < BLOCK ? s->N - first : BLOCK, tiles = (s->F + TILE - 1) / TILE;
     memset(b->q, 128, (s->D + 3) / 4 * BLOCK * 4);
     for (int r = 0; r < BLOCK; r++) b->inverse[r] = b->ratio[r] = 1, b->finite[r] = 0;
@@ -368,9 +349,22 @@ static void block_of_rows(const struct step * s, void * scratch, int64_t part) {
 
 /* Everything that goes row by row, latents chosen by their exact float32 values. 0: done, -1: no memory. */
 int ggscope_rows_int8(const struct step * s) {
-    struct work work = {
-        .step = s, .parts = (s->N + BLOCK - 1) / BLOCK, .open = open_block, .part = block_of_rows, .close = close_block};
-    return ggscope_share_out(&work);
+    int failed = 0;
+#pragma omp parallel num_threads((int) s->threads)
+    {
+        struct block b = {0};
+        int opened = open_block(s, &b);
+        if (!opened) {
+#pragma omp atomic write
+            failed = -1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < s->N; first += BLOCK) {
+            if (opened) block_of_rows(s, &b, first);
+        }
+        close_block(&b);
+    }
+    return failed;
 }
 #else
 int ggscope_has_int8(void) { return 0; }

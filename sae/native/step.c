@@ -65,30 +65,33 @@ void ggscope_row(const struct step * s, int64_t row, uint64_t * items, int64_t c
     }
 }
 
-#define ROWS 16 /* rows a thread takes at a time, of those whose latents were chosen before */
-
-static void * open_rows(const struct step * s) { return malloc(2 * s->K * sizeof(uint64_t)); }
-
-static void some_rows(const struct step * s, void * items, int64_t part) {
-    int64_t stop = (part + 1) * ROWS < s->N ? (part + 1) * ROWS : s->N;
-    for (int64_t row = part * ROWS; row < stop; row++) {
-        const int32_t * idx = s->idx_NK + row * s->K;
-        const float * u = s->u_ND + row * s->D;
-        float * centred = s->centred_ND + row * s->D;
-        for (int64_t j = 0; j < s->D; j++) centred[j] = u[j] - s->b_dec_D[j];
-        for (int64_t k = 0; k < s->K; k++) {
-            if (k + AHEAD < s->K) prefetch_row(s->W_enc_FD + idx[k + AHEAD] * s->D, s->D);
-            ((uint64_t *) items)[k] = exact_item(s, row, idx[k]);
-        }
-        s->candidates_N[row] = s->K;
-        ggscope_row(s, row, items, s->K);
-    }
-}
-
 /* Everything that goes row by row, for latents chosen before: idx_NK. 0: done, -1: no memory. */
 int ggscope_rows(const struct step * s) {
-    struct work work = {.step = s, .parts = (s->N + ROWS - 1) / ROWS, .open = open_rows, .part = some_rows, .close = free};
-    return ggscope_share_out(&work);
+    int failed = 0;
+#pragma omp parallel num_threads((int) s->threads)
+    {
+        uint64_t * items = malloc(2 * s->K * sizeof *items);
+        if (!items) {
+#pragma omp atomic write
+            failed = -1;
+        }
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t row = 0; row < s->N; row++) {
+            if (!items) continue;
+            const int32_t * idx = s->idx_NK + row * s->K;
+            const float * u = s->u_ND + row * s->D;
+            float * centred = s->centred_ND + row * s->D;
+            for (int64_t j = 0; j < s->D; j++) centred[j] = u[j] - s->b_dec_D[j];
+            for (int64_t k = 0; k < s->K; k++) {
+                if (k + AHEAD < s->K) prefetch_row(s->W_enc_FD + idx[k + AHEAD] * s->D, s->D);
+                items[k] = exact_item(s, row, idx[k]);
+            }
+            s->candidates_N[row] = s->K;
+            ggscope_row(s, row, items, s->K);
+        }
+        free(items);
+    }
+    return failed;
 }
 
 /* ---- latent by latent ---- */
@@ -132,6 +135,32 @@ static void to_bf16(uint16_t * restrict out, const float * restrict in, int64_t 
     }
 }
 
+/* AuxK: rest = product + unit * minus_error; the squares of its rows in square_N; the product becomes scale * rest, the
+   gradient. 0: done. */
+int ggscope_rest_bf16(uint16_t * product_ND, const float * minus_error_ND, int64_t N, int64_t D, float unit, float scale,
+                      double * square_N, int64_t threads) {
+    (void) threads; /* unused where there is no OpenMP */
+#pragma omp parallel for schedule(dynamic, 16) num_threads((int) threads)
+    for (int64_t n = 0; n < N; n++) {
+        double square = 0;
+        for (int64_t first = 0; first < D; first += 256) { /* float32 within a stretch, float64 between them */
+            int64_t width = D - first < 256 ? D - first : 256;
+            uint16_t * product = product_ND + n * D + first;
+            const float * minus_error = minus_error_ND + n * D + first;
+            uint32_t bits[256];
+            float rest[256];
+            for (int64_t j = 0; j < width; j++) bits[j] = (uint32_t) product[j] << 16;
+            memcpy(rest, bits, width * sizeof *rest);
+            for (int64_t j = 0; j < width; j++) rest[j] += unit * minus_error[j];
+            square += dot(rest, rest, width);
+            for (int64_t j = 0; j < width; j++) rest[j] *= scale;
+            to_bf16(product, rest, width);
+        }
+        square_N[n] = square;
+    }
+    return 0;
+}
+
 static void to_tile(const struct step * s, int64_t i, float * restrict t) {
     const float * restrict w = s->W_enc_FD + i * s->D;
     int64_t D = s->D, quads = (D + 3) / 4;
@@ -170,19 +199,23 @@ void ggscope_refresh(const struct step * s, int64_t latent, float * scratch) {
     if (s->q_tiles) to_tile(s, latent, scratch);
 }
 
-static void * open_latents(const struct step * s) { return malloc(2 * (s->D + LANES) * sizeof(float)); }
-
-static int64_t stop_of(int64_t first, int64_t end) { return first + UNIT < end ? first + UNIT : end; }
-
-static void refresh_some(const struct step * s, void * scratch, int64_t part) {
-    for (int64_t i = part * UNIT; i < stop_of(part * UNIT, s->F); i++) ggscope_refresh(s, i, scratch);
-}
-
 /* The copies of all of W_enc, from the weights as they are. 0: done, -1: no memory. */
 int ggscope_refresh_all(const struct step * s) {
-    struct work work = {
-        .step = s, .parts = (s->F + UNIT - 1) / UNIT, .open = open_latents, .part = refresh_some, .close = free};
-    return ggscope_share_out(&work);
+    int failed = 0;
+#pragma omp parallel num_threads((int) s->threads)
+    {
+        float * scratch = malloc((s->D + LANES) * sizeof *scratch);
+        if (!scratch) {
+#pragma omp atomic write
+            failed = -1;
+        }
+#pragma omp for schedule(static, UNIT)
+        for (int64_t i = 0; i < s->F; i++) {
+            if (scratch) ggscope_refresh(s, i, scratch);
+        }
+        free(scratch);
+    }
+    return failed;
 }
 
 /* dW_enc[i] and dW_dec[i] into `enc` and `dec`; returns db_enc[i] */
@@ -238,25 +271,38 @@ static void update_latent(const struct step * s, int64_t i, float * enc, float *
     ggscope_refresh(s, i, enc);
 }
 
-/* A sum of gradients of rows, for b_dec, or some latents. */
-static void update_some(const struct step * s, void * scratch, int64_t part) {
-    int64_t D = s->D, row_parts = (s->N + UNIT - 1) / UNIT;
-    float *enc = scratch, *dec = enc + D + LANES, *partial = s->partial_D + part * D;
-    memset(partial, 0, D * sizeof *partial);
-    if (part < row_parts) {
-        for (int64_t n = part * UNIT; n < stop_of(part * UNIT, s->N); n++) add_scaled(partial, 1, s->grad_ND + n * D, D);
-        return;
-    }
-    int64_t first = (part - row_parts) * UNIT;
-    for (int64_t i = first; i < stop_of(first, s->F); i++) update_latent(s, i, enc, dec, partial);
-}
-
 /* Gradient and update of all parameters, after the rows. 0: done, -1: no memory. */
 int ggscope_latents(const struct step * s) {
-    int64_t D = s->D, parts = (s->N + UNIT - 1) / UNIT + (s->F + UNIT - 1) / UNIT;
-    struct work work = {.step = s, .parts = parts, .open = open_latents, .part = update_some, .close = free};
+    int64_t D = s->D, row_parts = (s->N + UNIT - 1) / UNIT, parts = row_parts + (s->F + UNIT - 1) / UNIT;
+    int failed = 0;
     sort_pairs(s);
-    if (ggscope_share_out(&work)) return -1;
+#pragma omp parallel num_threads((int) s->threads)
+    {
+        float *enc = malloc((D + LANES) * sizeof *enc), *dec = malloc((D + LANES) * sizeof *dec);
+        int opened = enc && dec;
+        if (!opened) {
+#pragma omp atomic write
+            failed = -1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t part = 0; part < parts; part++) {
+            if (!opened) continue;
+            float * partial = s->partial_D + part * D;
+            memset(partial, 0, D * sizeof *partial);
+            int64_t first = (part < row_parts ? part : part - row_parts) * UNIT, end = part < row_parts ? s->N : s->F;
+            int64_t stop = first + UNIT < end ? first + UNIT : end;
+            for (int64_t i = first; i < stop; i++) {
+                if (part < row_parts) {
+                    add_scaled(partial, 1, s->grad_ND + i * D, D);
+                } else {
+                    update_latent(s, i, enc, dec, partial);
+                }
+            }
+        }
+        free(enc);
+        free(dec);
+    }
+    if (failed) return failed;
     for (int64_t part = 1; part < parts; part++) add_scaled(s->partial_D, 1, s->partial_D + part * D, D);
     adam(s, s->b_dec_D, s->b_dec_m, s->b_dec_v, s->partial_D, D);
     return 0;

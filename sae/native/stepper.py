@@ -170,7 +170,8 @@ class NativeStepper(Stepper):
         """L_aux; its gradients are given to the pass over the latents, and returned so that they stay."""
         auxk = auxk_gradients(
             self.model, self.settings, self._batch["centred_ND"], self._batch["grad_ND"], dead_F,
-            unit=rows / 2, select=self._select, keep_=self._library.keep_, denominator=self._scatter,
+            unit=rows / 2, select=self._select, keep_=self._library.keep_, rest_=self._library.rest_,
+            denominator=self._scatter,
         )  # fmt: skip
         place_F = torch.full((self.model.num_latents,), -1, dtype=torch.int32)
         place_F[auxk.dead_M] = torch.arange(len(auxk.dead_M), dtype=torch.int32)

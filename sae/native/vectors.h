@@ -3,7 +3,6 @@
 #ifndef GGSCOPE_VECTORS_H
 #define GGSCOPE_VECTORS_H
 #include <math.h>
-#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -131,22 +130,7 @@ struct step {
     /* gradients that come from elsewhere (AuxK): the row of latent i is extra_of_F[i], -1: none; NULL: none at all */
     const int32_t * extra_of_F;
     const float *extra_enc_MD, *extra_dec_MD, *extra_bias_M;
-    const void * pre_NF; /* of a top-k alone */
-    void * kept_NF;
 };
-
-/* Work cut into parts that threads take one at a time, each with scratch memory of its own. */
-struct work {
-    const struct step * step;
-    int64_t parts;
-    void * (*open)(const struct step * s); /* NULL: no memory */
-    void (*part)(const struct step * s, void * scratch, int64_t part);
-    void (*close)(void * scratch);
-    atomic_int_fast64_t next;
-    atomic_int failed;
-};
-/* Every part once, on s->threads threads at most. 0: done, -1: no memory. */
-int ggscope_share_out(struct work * work);
 
 #define AHEAD 4 /* rows of W_enc fetched before they are needed: they come from L3 or memory */
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.kernels import rest_
 from sae.losses import dense_step
 from sae.model import apply_update_
 from sae.native.library import native_library
@@ -98,6 +99,20 @@ def test_keeping_the_largest_is_relu_and_zero_for_the_rest_whatever_ties_there_a
         assert torch.equal(lib.keep_(pre_NF.clone(), k), expected_NF)
     pre_NF[1, latents // 2] = torch.tensor(-torch.nan)
     assert lib.keep_(pre_NF, k)[1, latents // 2].isnan()
+
+
+@pytest.mark.parametrize(("rows", "d"), [(1, 1), (40, 256), (33, 700)])
+def test_what_auxk_leaves_is_that_of_torch_in_one_pass(lib, rows, d):
+    generator = torch.Generator().manual_seed(d)
+    product_ND, minus_error_ND = torch.randn(rows, d, generator=generator).bfloat16(), torch.randn(rows, d)
+    unit, scale = 12.5, torch.tensor(0.37)
+    square, grad_ND = rest_(product_ND.clone(), minus_error_ND, unit, scale)
+    exact_ND = product_ND.double() + unit * minus_error_ND.double()
+    for found, found_ND in (lib.rest_(product_ND.clone(), minus_error_ND, unit, scale), (square, grad_ND)):
+        assert float(found) == pytest.approx(float(exact_ND.square().sum()), rel=1e-6)
+        assert found_ND.dtype == BF16
+        assert relative(found_ND.double(), 0.37 * exact_ND) < 2**-8
+    assert relative(lib.rest_(product_ND, minus_error_ND, unit, scale)[1].double(), grad_ND.double()) < 1e-3
 
 
 # ---- the step ----

@@ -77,6 +77,18 @@ def test_a_library_that_does_not_load_counts_as_not_built(monkeypatch, tmp_path,
     assert "training without compiled kernels" in heard[0]
 
 
+def test_a_compiler_without_openmp_or_native_still_builds_and_the_bits_are_the_same(monkeypatch, tmp_path, lib):
+    plain = script(
+        tmp_path / "plain-cc",
+        'for flag in "$@"; do case "$flag" in -fopenmp) echo "no $flag" >&2; exit 1;; esac; done; exec cc "$@"',
+    )
+    fresh_library(monkeypatch, tmp_path, plain)
+    single = library.native_library()
+    assert single is not None
+    assert single.has_int8 == lib.has_int8
+    assert bits(single, 2, steps=2) == bits(lib, 2, steps=2)
+
+
 def test_a_processor_without_these_instructions_gives_the_same_weights_up_to_rounding(monkeypatch, tmp_path, lib):
     portable = script(
         tmp_path / "portable-cc",
@@ -124,7 +136,8 @@ def test_the_name_of_the_library_follows_source_flags_and_compiler(monkeypatch, 
         build.build("one", [source], [("-O1",)])
 
 
-def test_auto_is_native_on_a_cpu_and_native_is_refused_elsewhere(lib):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto tries Triton's kernels on a GPU")
+def test_auto_is_native_on_a_cpu_and_what_another_device_needs_is_refused(lib):
     model = make()
     config = config_of(model)
     assert pick_kernel(model, config, torch.device("cpu")) == "native"
@@ -132,7 +145,11 @@ def test_auto_is_native_on_a_cpu_and_native_is_refused_elsewhere(lib):
     assert pick_kernel(model, replace(config, kernel="torch"), torch.device("cpu")) == "torch"
     with pytest.raises(ConfigError, match="runs on a CPU, the device is cuda"):
         pick_kernel(model, replace(config, kernel="native"), torch.device("cuda"))
-    with pytest.raises(ConfigError, match="kernel must be one of auto, torch, native, got cython"):
+    with pytest.raises(ConfigError, match=r"kernel=triton cannot be had: (triton is not installed|there is no CUDA)"):
+        pick_kernel(model, replace(config, kernel="triton"), torch.device("cuda"))
+    with pytest.raises(ConfigError, match="kernel=triton is for variant topk"):
+        pick_kernel(model, replace(config, kernel="triton", optimizer="signum"), torch.device("cuda"))
+    with pytest.raises(ConfigError, match="kernel must be one of auto, torch, native, triton, got cython"):
         replace(config, kernel="cython")
 
 
