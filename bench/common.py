@@ -50,8 +50,9 @@ class Row:
 class Worker:
     """One side in its own process: a JSON request a line in, a JSON answer a line out."""
 
-    def __init__(self, command: Sequence[str], *, threads: int) -> None:
+    def __init__(self, command: Sequence[str], *, threads: int, settings: Mapping[str, str] | None = None) -> None:
         environment = dict(os.environ) | dict.fromkeys(THREAD_SETTINGS, str(threads)) | {"PYTHONPATH": str(ROOT)}
+        environment |= settings or {}
         self._process = subprocess.Popen(
             list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from bench.common import ROOT, TRAIN_PEER_PYTHON, BenchError, Row, Worker, compare, in_turns
+from pipeline.training.waits import SHORT, SPINS
 
 Say = Callable[[str], None]
 Keep = Callable[[str, dict[str, list[float]]], None]  # name of a case, tokens/s of every side in the rounds so far
@@ -103,7 +104,8 @@ class Settings:
 
 
 def ours_worker(threads: int) -> Worker:
-    return Worker([sys.executable, "-m", "bench.train_ours"], threads=threads)
+    """Its threads wait as those of `ggscope train`."""
+    return Worker([sys.executable, "-m", "bench.train_ours"], threads=threads, settings={SPINS: SHORT})
 
 
 def library_worker(library: str, threads: int) -> Worker:

@@ -37,7 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.source": ("store", "stream"),
     "trainer.encoder_dtype": ("auto", "float32", "bfloat16"),
     "trainer.auxk_dtype": ("auto", "float32", "bfloat16"),
-    "trainer.kernel": ("auto", "torch", "native"),
+    "trainer.kernel": ("auto", "torch", "native", "triton"),
     "trainer.parallel": ("data", "latent"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "convert.format": ("", *FORMAT_NAMES),

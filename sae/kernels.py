@@ -99,6 +99,29 @@ def offsets_of(row_P: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.searchsorted(row_P, torch.arange(rows, device=row_P.device))
 
 
+class PreActs:
+    """Dense pre-activations of one block of rows at a time, in the dtype that chooses; the buffer is kept."""
+
+    def __init__(self, model: SparseCoder, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self._pre = torch.empty(0)
+
+    def __call__(self, centred_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, pre_NF) block by block; the array is reused for the next block."""
+        model, rows, dtype = self.model, len(centred_ND), self.dtype
+        weight_DF, bias_F, input_ND = model.W_enc_FD.to(dtype).t(), model.b_enc_F.to(dtype), centred_ND.to(dtype)
+        block = rows
+        if centred_ND.device.type == "cpu":
+            block = min(rows, max(BLOCK_ROWS, BLOCK_BYTES // (4 * model.num_latents)))
+        if self._pre.shape != (block, model.num_latents):
+            self._pre = torch.empty(block, model.num_latents, dtype=dtype, device=centred_ND.device)
+        for start in range(0, rows, block):
+            part = slice(start, min(rows, start + block))
+            pre_NF = self._pre[: part.stop - start]
+            torch.addmm(bias_F, input_ND[part], weight_DF, out=pre_NF)
+            yield part, pre_NF
+
+
 class FastStep:
     """Callable like `dense_step` with the model and settings bound; keeps its buffer between batches."""
 
@@ -106,7 +129,7 @@ class FastStep:
         self.model = model
         self.settings = settings
         self.denominator = auxk_denominator  # of AuxK; ranks that share a batch put theirs
-        self._pre = torch.empty(0)
+        self._pre_acts = PreActs(model, settings.encoder_dtype)
         self._guess = Guess()
 
     @torch.no_grad()
@@ -125,7 +148,7 @@ class FastStep:
         error = minus_error_ND.pow(2).sum()
         loss, auxk_loss = error / len(u_ND), torch.zeros_like(error)
         if dead_F is not None and bool(dead_F.any()):
-            auxk = self._auxk(centred_ND, -minus_error_ND, dead_F)
+            auxk = self._auxk(centred_ND, minus_error_ND, dead_F)
             W_enc_FD[auxk.dead_M] += auxk.W_enc_MD
             W_dec_FD[auxk.dead_M] += auxk.W_dec_MD
             b_enc_F[auxk.dead_M] += auxk.b_enc_M
@@ -148,8 +171,10 @@ class FastStep:
         fired_F = torch.zeros(self.model.num_latents, dtype=torch.int64, device=vals.device)
         return fired_F.scatter_add_(0, chosen.idx.flatten(), (vals > 0).flatten().long())
 
-    def _auxk(self, centred_ND: torch.Tensor, error_ND: torch.Tensor, dead_F: torch.Tensor) -> AuxKGradients:
-        return auxk_gradients(self.model, self.settings, centred_ND, error_ND, dead_F, denominator=self.denominator)
+    def _auxk(self, centred_ND: torch.Tensor, minus_error_ND: torch.Tensor, dead_F: torch.Tensor) -> AuxKGradients:
+        return auxk_gradients(
+            self.model, self.settings, centred_ND, minus_error_ND, dead_F, denominator=self.denominator
+        )
 
     def _encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
         """The latents of the rows and their values after ReLU."""
@@ -188,21 +213,6 @@ class FastStep:
         found = take(found, largest(found, count, model.num_latents))
         return Chosen(found.latent_P, offsets_of(found.row_P, rows), found.row_P), found.value_P
 
-    def _pre_acts(self, centred_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, pre_NF) block by block, in the encoder's dtype; the array is reused for the next block."""
-        model, rows, dtype = self.model, len(centred_ND), self.settings.encoder_dtype
-        weight_DF, bias_F, input_ND = model.W_enc_FD.to(dtype).t(), model.b_enc_F.to(dtype), centred_ND.to(dtype)
-        block = rows
-        if centred_ND.device.type == "cpu":
-            block = min(rows, max(BLOCK_ROWS, BLOCK_BYTES // (4 * model.num_latents)))
-        if self._pre.shape != (block, model.num_latents) or self._pre.dtype != dtype:
-            self._pre = torch.empty(block, model.num_latents, dtype=dtype, device=centred_ND.device)
-        for start in range(0, rows, block):
-            part = slice(start, min(rows, start + block))
-            pre_NF = self._pre[: part.stop - start]
-            torch.addmm(bias_F, input_ND[part], weight_DF, out=pre_NF)
-            yield part, pre_NF
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuxKGradients:
@@ -215,52 +225,73 @@ class AuxKGradients:
     b_enc_M: torch.Tensor
 
 
+def keep_largest_(pre_NM: torch.Tensor, k: int) -> torch.Tensor:
+    """ReLU, and all but the k largest entries of every row to zero, in place."""
+    acts_NM = pre_NM.relu_()
+    # a choice takes as long as a product, and about half of the entries are zero: often all the others are chosen
+    if acts_NM.shape[1] > k and int((acts_NM > 0).sum(1, dtype=torch.int32).max()) > k:
+        vals_NA, at_NA = select_topk(acts_NM, k)
+        acts_NM.zero_().scatter_(1, at_NA, vals_NA)
+    return acts_NM
+
+
+def rest_(
+    product_ND: torch.Tensor, minus_error_ND: torch.Tensor, unit: float, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """||rest||^2 and scale * rest in the product's dtype, rest = product + unit * minus_error in that of the error.
+
+    In place, and without an array of squares: new arrays of this size cost more in page faults than the arithmetic.
+    """
+    # float32 first: torch takes ten times as long to add numbers of two dtypes
+    rest_ND = product_ND.to(minus_error_ND.dtype).add_(minus_error_ND, alpha=unit)
+    square = torch.linalg.vector_norm(rest_ND, dim=1).square().sum()
+    return square, rest_ND.mul_(scale).to(product_ND.dtype)
+
+
 def auxk_gradients(
     model: SparseCoder,
     settings: LossSettings,
     centred_ND: torch.Tensor,
-    error_ND: torch.Tensor,
+    minus_error_ND: torch.Tensor,
     dead_F: torch.Tensor,
+    *,
+    unit: float = 1.0,
     select: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] = select_topk,
+    keep_: Callable[[torch.Tensor, int], torch.Tensor] = keep_largest_,
+    rest_: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = rest_,
     denominator: Callable[[torch.Tensor], torch.Tensor] = auxk_denominator,
 ) -> AuxKGradients:
-    """Gradients of auxk_coef * v * L_aux (losses.py); `error_ND` = u - u_hat. At least one latent is dead.
+    """Gradients of auxk_coef * v * L_aux (losses.py); u_hat - u is `unit` times `minus_error_ND`, of which `denominator`
+    gives the scatter. At least one latent is dead.
 
     With settings.auxk_dtype bfloat16 the products read and give bfloat16, and choose by it; the error that is left,
     its square and the sums of L_aux are float32.
     """
     dead_M = dead_F.nonzero().flatten()
     count = min(settings.auxk_k, len(dead_M))
-    scatter = denominator(error_ND)
+    scatter = denominator(minus_error_ND) * unit**2
     scale = 2.0 * settings.auxk_coef * settings.variance / scatter
     low = settings.auxk_dtype == torch.bfloat16
     input_ND = centred_ND.bfloat16() if low else centred_ND
     W_enc_MD, W_dec_MD = (W_FD[dead_M].to(input_ND.dtype) for W_FD in (model.W_enc_FD, model.W_dec_FD))
-    # copies in the other order: on a CPU the products are a third faster than with a transposed view
-    W_enc_DM, W_dec_DM = W_enc_MD.t().contiguous(), W_dec_MD.t().contiguous()
+    W_enc_DM, W_dec_DM = W_enc_MD.t(), W_dec_MD.t()
+    if not low:  # copies: on a CPU the float32 products are a third faster than with a transposed view
+        W_enc_DM, W_dec_DM = W_enc_DM.contiguous(), W_dec_DM.contiguous()
     pre_NM = torch.addmm(model.b_enc_F[dead_M].to(input_ND.dtype), input_ND, W_enc_DM)
     if len(dead_M) > DENSE_DEAD_SHARE * settings.auxk_k:
         vals_NA, at_NA = select(pre_NM, count)
         vals_NA = vals_NA.to(centred_ND.dtype).relu_()
         bag_ND, pull = decode_with_pull(at_NA, vals_NA, model.W_dec_FD[dead_M])
-        rest_ND = bag_ND - error_ND
-        grad_ND = rest_ND * scale
+        square, grad_ND = rest_(bag_ND, minus_error_ND, unit, scale)
         parts = sparse_sums(len(dead_M), centred_ND, grad_ND, Chosen(at_NA), vals_NA, pull(grad_ND) * (vals_NA > 0))
     else:
-        acts_NM = pre_NM.relu_()
-        active_NM = acts_NM > 0
-        # a choice takes as long as a product, and about half of the entries are zero: often all the others are chosen
-        if len(dead_M) > count and int(active_NM.sum(1, dtype=torch.int32).max()) > count:
-            vals_NA, at_NA = select(acts_NM, count)
-            acts_NM = torch.zeros_like(acts_NM).scatter_(1, at_NA, vals_NA)
-            active_NM = acts_NM > 0
-        rest_ND = acts_NM @ W_dec_MD - error_ND
-        grad_ND = (rest_ND * scale).to(input_ND.dtype)
-        grad_acts_NM = (grad_ND @ W_dec_DM).mul_(active_NM)
+        acts_NM = keep_(pre_NM, count)
+        square, grad_ND = rest_(acts_NM @ W_dec_MD, minus_error_ND, unit, scale)
+        grad_acts_NM = torch.ops.aten.threshold_backward(grad_ND @ W_dec_DM, acts_NM, 0)  # ReLU's: zero where acts are
         sums = grad_acts_NM.t() @ input_ND, acts_NM.t() @ grad_ND, grad_acts_NM.sum(0, dtype=centred_ND.dtype)
         parts = tuple(part.to(centred_ND.dtype) for part in sums)
-    loss = rest_ND.pow(2).sum() / scatter
-    return AuxKGradients(loss=loss, dead_M=dead_M, W_enc_MD=parts[0], W_dec_MD=parts[1], b_enc_M=parts[2])
+    dW_enc_MD, dW_dec_MD, db_enc_M = parts
+    return AuxKGradients(loss=square / scatter, dead_M=dead_M, W_enc_MD=dW_enc_MD, W_dec_MD=dW_dec_MD, b_enc_M=db_enc_M)
 
 
 def sparse_sums(

@@ -18,6 +18,8 @@ from .model import SparseCoder
 from .optimizers import make_optimizer
 from .train_config import TrainConfig
 
+FUSED = "variant topk on one hook point with unit decoder rows, Adam, no layer norm"
+
 
 class Stepper(ABC):
     """Changes the model's parameters in place, batch by batch."""
@@ -90,40 +92,52 @@ class TorchStepper(OptimizerStepper):
 
 
 def pick_kernel(model: SparseCoder, config: TrainConfig, device: torch.device) -> str:
-    """ "torch" or "native". "auto": native on a CPU where it can be built and has this model's step.
+    """ "torch", "native" or "triton". "auto": native on a CPU, triton on a GPU, where it can be had and has this model's
+    step.
 
     Raises:
-        ConfigError: native was asked for and cannot be had.
+        ConfigError: native or triton was asked for and cannot be had.
     """
-    if config.kernel == "torch" or (config.kernel == "auto" and device.type != "cpu"):
+    wanted = config.kernel
+    if wanted == "auto":
+        wanted = {"cpu": "native", "cuda": "triton"}.get(device.type, "torch")
+    if wanted == "torch":
         return "torch"
+    why = (_no_native if wanted == "native" else _no_triton)(model, config, device)
+    if why and config.kernel != "auto":
+        raise ConfigError(f"kernel={wanted} {why}; use kernel=auto")
+    return "torch" if why else wanted
+
+
+def _no_native(model: SparseCoder, config: TrainConfig, device: torch.device) -> str:
+    """Why the compiled step cannot be had; empty where it can."""
     if device.type != "cpu":
-        raise ConfigError(f"kernel=native runs on a CPU, the device is {device.type}; use kernel=auto or device=cpu")
-    if not runs_natively(model, config):
-        if config.kernel == "native":
-            raise ConfigError(
-                "kernel=native is for variant topk on one hook point with unit decoder rows, Adam, no layer norm and no "
-                "k annealing; use kernel=auto"
-            )
-        return "torch"
+        return f"runs on a CPU, the device is {device.type}"
+    if not has_fused_step(model, config) or config.options.k_start:
+        return f"is for {FUSED} and no k annealing"
     from .native.library import native_library  # here: the compiler starts only where the kernels are wanted
 
-    if native_library() is not None:
-        return "native"
-    if config.kernel == "native":
-        raise ConfigError("kernel=native needs a C compiler that works (see the warning above); or use kernel=auto")
-    return "torch"
+    return "" if native_library() is not None else "needs a C compiler that works (see the warning above)"
 
 
-def runs_natively(model: SparseCoder, config: TrainConfig) -> bool:
-    """Whether the compiled step has this model's choice, loss and optimizer."""
+def _no_triton(model: SparseCoder, config: TrainConfig, device: torch.device) -> str:
+    """Why the Triton kernels cannot be had; empty where they can."""
+    from .gpu.check import MOST_DIMENSIONS, trouble  # it extends Stepper
+
+    if not has_fused_step(model, config) or model.d_in > MOST_DIMENSIONS:
+        return f"is for {FUSED}, at most {MOST_DIMENSIONS} dimensions"
+    why = trouble(model.d_in, model.num_latents, max(model.k, config.options.k_start), device)
+    return why and f"cannot be had: {why}"
+
+
+def has_fused_step(model: SparseCoder, config: TrainConfig) -> bool:
+    """Whether the compiled and the Triton steps have this model's choice, loss and optimizer."""
     return (
         has_fast_step(model)
         and model.selects == "topk"
         and model.wiring.kind == "sae"
         and config.optimizer == "adam"
         and config.options.input_norm != "layer"
-        and not config.options.k_start
     )
 
 
@@ -136,6 +150,10 @@ def make_stepper(model: SparseCoder, settings: LossSettings, config: TrainConfig
         library = native_library()
         assert library is not None, "pick_kernel looked"
         return NativeStepper(model, settings, config, library)
+    if kernel == "triton":
+        from .gpu.stepper import TritonStepper
+
+        return TritonStepper(model, settings, config)
     if has_fast_step(model):
         return TorchStepper(model, settings, config)
     from .autograd_stepper import AutogradStepper  # it extends Stepper

@@ -20,7 +20,7 @@ FREE_KEYS = (
     "parallel",  # the same
 )  # may change on resume
 SHARED_KEYS = ("batch_tokens", "tokens", *FREE_KEYS)  # the same for SAEs trained on the same batches
-KERNELS = ("auto", "torch", "native")
+KERNELS = ("auto", "torch", "native", "triton")
 PARALLEL = ("data", "latent")
 MAX_WARMUP_SHARE = 0.25  # of the steps: a short run leaves its warm-up too
 MOST_DEAD_AFTER_TOKENS = 10_000_000
@@ -52,7 +52,7 @@ class TrainConfig:
     init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: what reconstructs best (sae/initial.py)
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
     auxk_dtype: str = "auto"  # auto | float32 | bfloat16
-    kernel: str = "auto"  # auto | torch | native
+    kernel: str = "auto"  # auto | torch | native | triton
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     optimizer: str = "adam"  # adam | signum | muon

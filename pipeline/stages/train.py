@@ -15,6 +15,7 @@ from ..training.lr_search import search
 from ..training.picture import draw_training
 from ..training.reporter import Reporter, result, searched_lines
 from ..training.settings import sae_folder, train_configs
+from ..training.waits import asleep
 from .inputs import SAE_NAME, load_sae, relative, sae_sha256, warn_not_finite
 from .rows import TrainingRows, trainer_threads, training_rows
 
@@ -53,7 +54,8 @@ def run(context: RunContext) -> None:
 
 def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str, dict[str, Any]]]:
     """Train on the rows, after the search for a learning rate where one is wanted; the trainer and what was searched."""
-    import torch
+    with asleep():
+        import torch
 
     from sae.devices import pick_device
     from sae.ranks import torchrun_ranks

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels import rest_
 from .build import BuildError, build
 
 FOLDER = Path(__file__).parent
@@ -84,6 +85,36 @@ class Library:
             ctypes.c_void_p(idx_NK.data_ptr()), ctypes.c_int64(torch.get_num_threads()),
         )  # fmt: skip
         self._check(function, code)
+
+    def keep_(self, pre_NF: torch.Tensor, k: int) -> torch.Tensor:
+        """ReLU, and all but the k largest entries of every row to zero, in place. Ties and NaN as in `topk`."""
+        function = {torch.float32: "keep_f32", torch.bfloat16: "keep_bf16"}[pre_NF.dtype]
+        assert pre_NF.is_contiguous()
+        rows, latents = (ctypes.c_int64(size) for size in pre_NF.shape)
+        code = getattr(self._library, f"ggscope_{function}")(
+            ctypes.c_void_p(pre_NF.data_ptr()), rows, latents, ctypes.c_int64(k),
+            ctypes.c_int64(torch.get_num_threads()),
+        )  # fmt: skip
+        self._check(function, code)
+        return pre_NF
+
+    def rest_(
+        self, product_ND: torch.Tensor, minus_error_ND: torch.Tensor, unit: float, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `kernels.rest_`; a bfloat16 product becomes the gradient in place, in one pass."""
+        if product_ND.dtype != torch.bfloat16:
+            return rest_(product_ND, minus_error_ND, unit, scale)
+        assert product_ND.is_contiguous()
+        assert minus_error_ND.is_contiguous()
+        rows, width = (ctypes.c_int64(size) for size in product_ND.shape)
+        square_N = torch.empty(len(product_ND), dtype=torch.float64)
+        code = self._library.ggscope_rest_bf16(
+            ctypes.c_void_p(product_ND.data_ptr()), ctypes.c_void_p(minus_error_ND.data_ptr()), rows, width,
+            ctypes.c_float(unit), ctypes.c_float(float(scale)), ctypes.c_void_p(square_N.data_ptr()),
+            ctypes.c_int64(torch.get_num_threads()),
+        )  # fmt: skip
+        self._check("rest_bf16", code)
+        return square_N.sum().float(), product_ND
 
     @staticmethod
     def _check(function: str, code: int) -> None:

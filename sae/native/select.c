@@ -100,6 +100,49 @@ static inline int32_t key_bf16(const uint16_t * p) {
 DEFINE_TOPK(ggscope_topk_f32, float, key_f32)
 DEFINE_TOPK(ggscope_topk_bf16, uint16_t, key_bf16)
 
+/* ---- all but the k largest to zero: for a k that is a good part of the row ---- */
+
+#define STRETCH 4096
+
+#define DEFINE_KEEP(NAME, TYPE, INFINITE)                                                                              \
+    static int64_t NAME##_reach(const TYPE * bits_F, int64_t F, TYPE least) {                                          \
+        int64_t count = 0;                                                                                             \
+        for (int64_t i = 0; i < F; i += STRETCH) { /* counts of the entries' own width vectorise best */               \
+            int64_t stop = i + STRETCH < F ? i + STRETCH : F;                                                          \
+            TYPE some = 0;                                                                                             \
+            for (int64_t j = i; j < stop; j++) some = (TYPE) (some + (bits_F[j] >= least));                            \
+            count += some;                                                                                             \
+        }                                                                                                              \
+        return count;                                                                                                  \
+    }                                                                                                                  \
+    static void NAME##_row(TYPE * bits_F, int64_t F, int64_t K) {                                                      \
+        const TYPE sign = (TYPE) ((TYPE) 1 << (8 * sizeof(TYPE) - 1));                                                 \
+        for (int64_t j = 0; j < F; j++) { /* NaN stays, without its sign: the largest of all */                        \
+            TYPE size = (TYPE) (bits_F[j] & (TYPE) ~sign);                                                             \
+            bits_F[j] = bits_F[j] < sign || size > (TYPE) INFINITE ? size : 0;                                         \
+        }                                                                                                              \
+        if (NAME##_reach(bits_F, F, 1) <= K) return;                                                                   \
+        TYPE kth = 0; /* the K-th largest, bit by bit */                                                               \
+        for (TYPE bit = sign >> 1; bit; bit >>= 1) {                                                                   \
+            if (NAME##_reach(bits_F, F, (TYPE) (kth | bit)) >= K) kth |= bit;                                          \
+        }                                                                                                              \
+        int64_t equal = K - NAME##_reach(bits_F, F, (TYPE) (kth + 1)); /* of those as large as the K-th, the first */  \
+        for (int64_t j = 0; j < F; j++) bits_F[j] = bits_F[j] >= kth ? bits_F[j] : 0;                                  \
+        for (int64_t j = 0; j < F; j++) {                                                                              \
+            if (bits_F[j] == kth && --equal < 0) bits_F[j] = 0;                                                        \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* ReLU, and of every row all but the K largest to zero, in place. 0: done. */                                     \
+    int NAME(TYPE * bits_NF, int64_t N, int64_t F, int64_t K, int64_t threads) {                                       \
+        (void) threads; /* unused where there is no OpenMP */                                                          \
+        _Pragma("omp parallel for schedule(dynamic, 16) num_threads((int) threads)")                                   \
+        for (int64_t n = 0; n < N; n++) NAME##_row(bits_NF + n * F, F, K);                                             \
+        return 0;                                                                                                      \
+    }
+
+DEFINE_KEEP(ggscope_keep_f32, uint32_t, 0x7f800000)
+DEFINE_KEEP(ggscope_keep_bf16, uint16_t, 0x7f80)
+
 /* ---- 8-bit candidates ----
    With x' = x / balance and w' = w * balance rounded to sx qx and sw qw, the error of sx sw <qx, qw> is a sum of D
    rounding errors of variance sx^2 / 12 times w'^2 and sw^2 / 12 times x'^2. SIGMAS standard deviations of it on

@@ -135,6 +135,32 @@ static void to_bf16(uint16_t * restrict out, const float * restrict in, int64_t 
     }
 }
 
+/* AuxK: rest = product + unit * minus_error; the squares of its rows in square_N; the product becomes scale * rest, the
+   gradient. 0: done. */
+int ggscope_rest_bf16(uint16_t * product_ND, const float * minus_error_ND, int64_t N, int64_t D, float unit, float scale,
+                      double * square_N, int64_t threads) {
+    (void) threads; /* unused where there is no OpenMP */
+#pragma omp parallel for schedule(dynamic, 16) num_threads((int) threads)
+    for (int64_t n = 0; n < N; n++) {
+        double square = 0;
+        for (int64_t first = 0; first < D; first += 256) { /* float32 within a stretch, float64 between them */
+            int64_t width = D - first < 256 ? D - first : 256;
+            uint16_t * product = product_ND + n * D + first;
+            const float * minus_error = minus_error_ND + n * D + first;
+            uint32_t bits[256];
+            float rest[256];
+            for (int64_t j = 0; j < width; j++) bits[j] = (uint32_t) product[j] << 16;
+            memcpy(rest, bits, width * sizeof *rest);
+            for (int64_t j = 0; j < width; j++) rest[j] += unit * minus_error[j];
+            square += dot(rest, rest, width);
+            for (int64_t j = 0; j < width; j++) rest[j] *= scale;
+            to_bf16(product, rest, width);
+        }
+        square_N[n] = square;
+    }
+    return 0;
+}
+
 static void to_tile(const struct step * s, int64_t i, float * restrict t) {
     const float * restrict w = s->W_enc_FD + i * s->D;
     int64_t D = s->D, quads = (D + 3) / 4;

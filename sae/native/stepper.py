@@ -159,10 +159,20 @@ class NativeStepper(Stepper):
         idx_NK = idx_NK.long()
         return pre_NF.gather(1, idx_NK), idx_NK
 
+    def _scatter(self, grad_ND: torch.Tensor) -> torch.Tensor:
+        """`losses.auxk_denominator` of 2/N times the error, whose squares the pass over the rows has summed."""
+        rows = len(grad_ND)
+        squares = self._batch["error_N"].sum() * (2 / rows) ** 2
+        scatter = squares - rows * grad_ND.mean(0).double().square().sum()
+        return scatter.float().clamp_min(torch.finfo(torch.float32).tiny)
+
     def _auxk(self, dead_F: torch.Tensor, rows: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """L_aux; its gradients are given to the pass over the latents, and returned so that they stay."""
-        error_ND = self._batch["grad_ND"] * (-rows / 2)
-        auxk = auxk_gradients(self.model, self.settings, self._batch["centred_ND"], error_ND, dead_F, self._select)
+        auxk = auxk_gradients(
+            self.model, self.settings, self._batch["centred_ND"], self._batch["grad_ND"], dead_F,
+            unit=rows / 2, select=self._select, keep_=self._library.keep_, rest_=self._library.rest_,
+            denominator=self._scatter,
+        )  # fmt: skip
         place_F = torch.full((self.model.num_latents,), -1, dtype=torch.int32)
         place_F[auxk.dead_M] = torch.arange(len(auxk.dead_M), dtype=torch.int32)
         extra = (place_F, auxk.W_enc_MD.contiguous(), auxk.W_dec_MD.contiguous(), auxk.b_enc_M.contiguous())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.kernels import rest_
 from sae.losses import dense_step
 from sae.model import apply_update_
 from sae.native.library import native_library
@@ -80,6 +81,38 @@ def test_infinities_are_ordered_and_nan_counts_as_the_largest(lib, dtype):
     pre_NF[:, 1600] = torch.tensor(-torch.nan)  # the sign that x86 gives to 0 / 0
     assert torch.equal(topk(lib, pre_NF, 3).sort(1).values, torch.tensor([11, 1500, 1600]).expand(4, 3))
     assert not (topk(lib, pre_NF, 1999) == 3).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("latents", "k"), [(1, 1), (7, 7), (300, 1), (410, 256), (9000, 40)])
+def test_keeping_the_largest_is_relu_and_zero_for_the_rest_whatever_ties_there_are(lib, latents, k, dtype):
+    generator = torch.Generator().manual_seed(latents)
+    pre_NF = torch.randn(70, latents, generator=generator).to(dtype)
+    pre_NF[30:60] = torch.randint(-2, 3, (30, latents), generator=generator).to(dtype)
+    pre_NF[60:] = -pre_NF[60:].abs()
+    pre_NF[0, 0] = torch.inf
+    expected_NF = torch.zeros_like(pre_NF)
+    idx_NK = pre_NF.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    expected_NF.scatter_(1, idx_NK, pre_NF.relu().gather(1, idx_NK))
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(lib.keep_(pre_NF.clone(), k), expected_NF)
+    pre_NF[1, latents // 2] = torch.tensor(-torch.nan)
+    assert lib.keep_(pre_NF, k)[1, latents // 2].isnan()
+
+
+@pytest.mark.parametrize(("rows", "d"), [(1, 1), (40, 256), (33, 700)])
+def test_what_auxk_leaves_is_that_of_torch_in_one_pass(lib, rows, d):
+    generator = torch.Generator().manual_seed(d)
+    product_ND, minus_error_ND = torch.randn(rows, d, generator=generator).bfloat16(), torch.randn(rows, d)
+    unit, scale = 12.5, torch.tensor(0.37)
+    square, grad_ND = rest_(product_ND.clone(), minus_error_ND, unit, scale)
+    exact_ND = product_ND.double() + unit * minus_error_ND.double()
+    for found, found_ND in (lib.rest_(product_ND.clone(), minus_error_ND, unit, scale), (square, grad_ND)):
+        assert float(found) == pytest.approx(float(exact_ND.square().sum()), rel=1e-6)
+        assert found_ND.dtype == BF16
+        assert relative(found_ND.double(), 0.37 * exact_ND) < 2**-8
+    assert relative(lib.rest_(product_ND, minus_error_ND, unit, scale)[1].double(), grad_ND.double()) < 1e-3
 
 
 # ---- the step ----

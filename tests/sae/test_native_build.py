@@ -136,7 +136,8 @@ def test_the_name_of_the_library_follows_source_flags_and_compiler(monkeypatch, 
         build.build("one", [source], [("-O1",)])
 
 
-def test_auto_is_native_on_a_cpu_and_native_is_refused_elsewhere(lib):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto tries Triton's kernels on a GPU")
+def test_auto_is_native_on_a_cpu_and_what_another_device_needs_is_refused(lib):
     model = make()
     config = config_of(model)
     assert pick_kernel(model, config, torch.device("cpu")) == "native"
@@ -144,7 +145,11 @@ def test_auto_is_native_on_a_cpu_and_native_is_refused_elsewhere(lib):
     assert pick_kernel(model, replace(config, kernel="torch"), torch.device("cpu")) == "torch"
     with pytest.raises(ConfigError, match="runs on a CPU, the device is cuda"):
         pick_kernel(model, replace(config, kernel="native"), torch.device("cuda"))
-    with pytest.raises(ConfigError, match="kernel must be one of auto, torch, native, got cython"):
+    with pytest.raises(ConfigError, match=r"kernel=triton cannot be had: (triton is not installed|there is no CUDA)"):
+        pick_kernel(model, replace(config, kernel="triton"), torch.device("cuda"))
+    with pytest.raises(ConfigError, match="kernel=triton is for variant topk"):
+        pick_kernel(model, replace(config, kernel="triton", optimizer="signum"), torch.device("cuda"))
+    with pytest.raises(ConfigError, match="kernel must be one of auto, torch, native, triton, got cython"):
         replace(config, kernel="cython")
 
 
