@@ -85,13 +85,13 @@ class LatentParallelStep(FastStep):
     def _fired(self, chosen: Chosen, vals: torch.Tensor) -> torch.Tensor:
         return self.ranks.gather(super()._fired(chosen, vals))
 
-    def _auxk(self, centred_ND: torch.Tensor, error_ND: torch.Tensor, dead_F: torch.Tensor) -> AuxKGradients:
+    def _auxk(self, centred_ND: torch.Tensor, minus_error_ND: torch.Tensor, dead_F: torch.Tensor) -> AuxKGradients:
         """As `kernels.auxk_gradients`, in float32, with the auxiliary latents chosen among the dead of all ranks."""
         model, settings, ranks = self.model, self.settings, self.ranks
         dead_M = own_rows(dead_F, ranks).nonzero().flatten()
         count = min(settings.auxk_k, int(dead_F.sum()))
         width = min(count, int(dead_F.view(ranks.world, -1).sum(1).max()))  # offers of the rank with most dead
-        scatter = self.denominator(error_ND)
+        scatter = self.denominator(minus_error_ND)
         scale = 2.0 * settings.auxk_coef * settings.variance / scatter
         pre_NM = torch.addmm(model.b_enc_F[dead_M], centred_ND, model.W_enc_FD[dead_M].t())
         best_NC, at_NC = select_topk(pre_NM, min(width, len(dead_M)))
@@ -99,7 +99,7 @@ class LatentParallelStep(FastStep):
         vals_NC, idx_NC = nn.functional.pad(best_NC.relu(), missing), nn.functional.pad(dead_M[at_NC], missing)
         chosen, vals_P = self._taken(vals_NC, idx_NC, count)
         bag_ND, pull = decode_with_pull(chosen.idx, vals_P, model.W_dec_FD, chosen.offsets_N)
-        rest_ND = self._total(bag_ND) - error_ND
+        rest_ND = self._total(bag_ND) + minus_error_ND
         grad_ND = rest_ND * scale
         grad_vals_P = pull(grad_ND) * (vals_P > 0)
         sums = sparse_sums(model.num_latents, centred_ND, grad_ND, chosen, vals_P, grad_vals_P)
