@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SPINS = "GOMP_SPINCOUNT"
-SHORT = "10000"  # some ten microseconds: long enough for the pause between two operations
+SHORT = "3000"  # with 1000 a quiet machine loses 3 %, with 10000 a busy one twice the time
 
 
 @contextmanager

@@ -18,7 +18,7 @@ print(os.environ.get("GOMP_SPINCOUNT"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings another OpenMP there")
-@pytest.mark.parametrize(("given", "spins", "left"), [({}, "10000", "None"), ({"GOMP_SPINCOUNT": "77"}, "77", "77")])
+@pytest.mark.parametrize(("given", "spins", "left"), [({}, "3000", "None"), ({"GOMP_SPINCOUNT": "77"}, "77", "77")])
 def test_torch_loads_with_threads_that_sleep_unless_told_otherwise_and_children_inherit_nothing(given, spins, left):
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     env |= {"OMP_DISPLAY_ENV": "verbose"} | given
