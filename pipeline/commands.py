@@ -31,18 +31,18 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "run": Command(
         summary="extract, train, evaluate, convert and report in one go",
-        groups=("model", "hooks", "corpus", "store", "extract", "executor", "sae", "trainer", "logger", "evaluate", "convert", "report"),
+        groups=("model", "hook", "corpus", "store", "extract", "executor", "sae", "trainer", "logger", "evaluate", "convert", "report"),
         not_read=(*NOT_READ, "model.n_ctx", "sae.path", "convert.source", "evaluate.random_sae", "report.evaluation", "report.metrics"),
         examples=("ggscope run experiment=demo_cpu", "ggscope run experiment=demo_cpu model.path=my.gguf", "ggscope run resume=latest experiment=demo_cpu"),
     ),
     "extract": Command(
         summary="capture activations of a GGUF model into a zarr store",
-        groups=("model", "hooks", "corpus", "store", "extract", "executor"),
+        groups=("model", "hook", "corpus", "store", "extract", "executor"),
         not_read=(*NOT_READ, "model.n_ctx"),
         examples=(
             "ggscope extract corpus.max_tokens=200000",
-            "ggscope extract model.path=my.gguf 'hooks.points=[blocks.12.hook_resid_post]' corpus=text 'corpus.paths=[notes/*.md]'",
-            "ggscope extract 'hooks.points=[blocks.*.hook_resid_post]' executor=pool executor.workers=2",
+            "ggscope extract model.path=my.gguf 'hook.points=[blocks.12.hook_resid_post]' corpus=text 'corpus.paths=[notes/*.md]'",
+            "ggscope extract 'hook.points=[blocks.*.hook_resid_post]' executor=pool executor.workers=2",
             "ggscope extract corpus=jsonl 'corpus.paths=[data/*.jsonl]' 'corpus.filter=[lang==en,score>=0.5]' store.path=s3://bucket/activations",
             "ggscope extract extract.plan_only=true corpus.max_tokens=200000",
             "ggscope extract resume=latest corpus.max_tokens=200000",
@@ -65,9 +65,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         summary="fit a k-sparse autoencoder on a store, or on a capture running beside it",
-        groups=("store", "hooks", "sae", "trainer", "together", "logger", "model", "corpus", "extract"),
+        groups=("store", "hook", "sae", "trainer", "together", "logger", "model", "corpus", "extract"),
         not_read=(*NOT_READ, "model.n_ctx", "sae.path", "store.verify", "extract.plan_only"),
-        examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train 'together.k=[16,32,64]'", "ggscope train 'trainer.lr_search=[5e-4,1e-3,2e-3,4e-3]'", "ggscope train -m sae.k=16,32,64", "ggscope train sae.variant=batchtopk", "ggscope train sae.kind=transcoder 'sae.inputs=[blocks.3.hook_resid_mid]' 'sae.outputs=[blocks.3.hook_mlp_out]'", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr", "ggscope train trainer.source=stream model.path=my.gguf 'hooks.points=[blocks.12.hook_resid_post]' corpus=text 'corpus.paths=[notes/*.md]'"),
+        examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train 'together.k=[16,32,64]'", "ggscope train 'trainer.lr_search=[5e-4,1e-3,2e-3,4e-3]'", "ggscope train -m sae.k=16,32,64", "ggscope train sae.variant=batchtopk", "ggscope train sae.kind=transcoder 'sae.inputs=[blocks.3.hook_resid_mid]' 'sae.outputs=[blocks.3.hook_mlp_out]'", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr", "ggscope train trainer.source=stream model.path=my.gguf 'hook.points=[blocks.12.hook_resid_post]' corpus=text 'corpus.paths=[notes/*.md]'"),
     ),
     "evaluate": Command(
         summary="FVU, L0, dead share, and CE recovered inside llama.cpp, on held-out text beside baselines",

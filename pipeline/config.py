@@ -24,7 +24,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HooksConfig:
+class HookConfig:
     """Hook points by the field's names, blocks counted from 0; `*` and ranges (`blocks.2..5.`) stand for several."""
 
     points: list[str] = field(default_factory=list)
@@ -349,7 +349,7 @@ class Config:
     """The union of all settings. All commands share it, so that one experiment file describes a whole run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    hooks: HooksConfig = field(default_factory=HooksConfig)
+    hook: HookConfig = field(default_factory=HookConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)

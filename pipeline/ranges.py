@@ -95,8 +95,8 @@ def check_ranges(config: Config) -> None:
         raise ConfigError(
             f"evaluate.probe_k={ks} evaluate.probe_test_share={share}: expected numbers of at least 1, and a share below 1"
         )
-    points = config.hooks.points
+    points = config.hook.points
     if len(set(points)) != len(points):
-        raise ConfigError(f"hooks.points names a point twice: {', '.join(points)}")
+        raise ConfigError(f"hook.points names a point twice: {', '.join(points)}")
     if config.intervention.latents and config.intervention.kind == "none":
         raise ConfigError("intervention.latents without a kind does nothing: add intervention=steer, clamp or ablate")

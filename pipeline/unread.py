@@ -109,7 +109,7 @@ def of_training(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
     if sae.kind == "sae":
         yield "sae.kind=sae", ("sae.inputs", "sae.outputs", "sae.skip")
     else:
-        yield f"sae.kind={sae.kind}", ("hooks.",)
+        yield f"sae.kind={sae.kind}", ("hook.",)
     if trainer.optimizer == "adam":
         yield "trainer.optimizer=adam", ("trainer.momentum",)
     if trainer.lr_search:

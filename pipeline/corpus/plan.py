@@ -103,7 +103,7 @@ def make_plan(table: WindowTable, *, hooks: dict[str, int], extract: ExtractConf
     Raises ConfigError when a window does not fit a batch, a row not the buffer, or the dtype is unknown.
     """
     if not hooks:
-        raise ConfigError("hooks.points is empty; name at least one, such as blocks.3.hook_resid_post")
+        raise ConfigError("hook.points is empty; name at least one, such as blocks.3.hook_resid_post")
     if extract.dtype not in DTYPES:
         raise ConfigError(f"extract.dtype={extract.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     itemsize = DTYPES[extract.dtype]

@@ -35,7 +35,7 @@ def capture_model(context: RunContext) -> Iterator[tuple[Model, dict[str, int]]]
     """
     config = context.config
     generates = bool(config.corpus.generate_tokens)
-    blocks = 0 if generates else blocks_needed(model_path(config.model), config.hooks.points, config.extract)
+    blocks = 0 if generates else blocks_needed(model_path(config.model), config.hook.points, config.extract)
     model = open_model(context, blocks=blocks)
     try:
         try:
@@ -52,7 +52,7 @@ def capture_model(context: RunContext) -> Iterator[tuple[Model, dict[str, int]]]
 
 
 def _checked_widths(model: Model, config: Config) -> dict[str, int]:
-    widths = hook_widths(model, config.hooks.points, config.model)
+    widths = hook_widths(model, config.hook.points, config.model)
     choose_backend(config.extract.backend, model, [HookPoint.parse(name) for name in widths])
     return widths
 

@@ -25,8 +25,8 @@ PICTURE_NAME = "statistics.png"
 
 def run(context: RunContext) -> None:
     config = context.config
-    if not config.hooks.points:
-        raise ConfigError("missing required setting: hooks.points; give it as hooks.points=[blocks.3.hook_resid_post]")
+    if not config.hook.points:
+        raise ConfigError("missing required setting: hook.points; give it as hook.points=[blocks.3.hook_resid_post]")
     path = absolute(config.store.path or context.folder / STORE_NAME)  # workers may start in another folder
     if context.resumed and is_store(path):
         take_back_damaged(context, path)

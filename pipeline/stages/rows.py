@@ -135,9 +135,9 @@ def stream_rows(context: RunContext) -> Iterator[TrainingRows]:
     config = context.config
     if config.sae.kind != "sae":
         raise ConfigError(f"sae.kind={config.sae.kind} needs several hook points of a store; use trainer.source=store")
-    if len(config.hooks.points) != 1:
-        points = ", ".join(config.hooks.points) or "none"
-        raise ConfigError(f"trainer.source=stream trains at one hook point, hooks.points names {points}; give one")
+    if len(config.hook.points) != 1:
+        points = ", ".join(config.hook.points) or "none"
+        raise ConfigError(f"trainer.source=stream trains at one hook point, hook.points names {points}; give one")
     path = context.folder / STREAM_FILE
     known = read_calibration(path) if context.resumed and path.exists() else None
     with CaptureProcess(with_threads(config), context.folder, known) as capture:
@@ -221,8 +221,8 @@ def trainer_threads(config: Config) -> int:
 
 
 def the_hook(store: ActivationStore, config: Config) -> str:
-    """The one hook point to train on: the only one of the store, or the one `hooks.points` names by any of its names."""
-    names, points = list(store.hooks), config.hooks.points
+    """The one hook point to train on: the only one of the store, or the one `hook.points` names by any of its names."""
+    names, points = list(store.hooks), config.hook.points
     if len(names) == 1 and (not points or any(map(is_pattern, points))):
         return names[0]
     found = [
@@ -230,4 +230,4 @@ def the_hook(store: ActivationStore, config: Config) -> str:
     ]
     if len(found) == 1 and (len(points) == 1 or len(names) == 1):
         return found[0]
-    raise ConfigError(f"the store holds {', '.join(names)}: choose one with hooks.points=[{names[0]}]")
+    raise ConfigError(f"the store holds {', '.join(names)}: choose one with hook.points=[{names[0]}]")

@@ -44,7 +44,7 @@ def run(context: RunContext) -> None:
             "then evaluate, convert and report each"
         )
     check_sae(config.sae)
-    check_hook(config.hooks.points)  # before hours of capture, as the next
+    check_hook(config.hook.points)  # before hours of capture, as the next
     check_settings(config.corpus)
     check_held_out(config.corpus, file_vocabulary(model_path(config.model)) if config.corpus.kind == "tokens" else None)
     save_settings(context)
@@ -80,7 +80,7 @@ def check_hook(points: Sequence[str]) -> None:
     if len(points) != 1 or is_pattern(points[0]):
         found = ", ".join(points) or "none"
         raise ConfigError(
-            "`ggscope run` trains at one hook point: give hooks.points=[blocks.3.hook_resid_post], got "
+            "`ggscope run` trains at one hook point: give hook.points=[blocks.3.hook_resid_post], got "
             f"{found}; capture several with `ggscope extract`"
         )
 
@@ -220,7 +220,7 @@ def finish(context: RunContext) -> None:
     sha256 = (read_manifest(context.folder / "extract") or {}).get("inputs", {}).get("model", {}).get("sha256", "")
     context.add_input("model", path, sha256)
     context.three_lines(
-        f"{relative(path)} (sha256 {sha256[:12]}), {extract.get('rows', 0):,} rows captured at {', '.join(context.config.hooks.points)}",
+        f"{relative(path)} (sha256 {sha256[:12]}), {extract.get('rows', 0):,} rows captured at {', '.join(context.config.hook.points)}",
         f"{extract.get('tokens_per_s', 0):,.0f} tokens/s captured, {train.get('tokens_per_s', 0):,.0f} tokens/s trained; "
         f"FVU {number(evaluation.get('fvu'))}, CE recovered {number(evaluation.get('ce_recovered'))}",
         f"open {relative(report)}",

@@ -63,7 +63,7 @@ def serve(connection: Connection, memory_fd: int) -> None:
     context = RunContext(command="train", folder=Path(folder), config=config, resumed=known is not None)
     with capture_model(context) as (model, widths):
         if len(widths) != 1:
-            raise ConfigError(f"trainer.source=stream trains at one hook point, hooks.points names {', '.join(widths)}")
+            raise ConfigError(f"trainer.source=stream trains at one hook point, hook.points names {', '.join(widths)}")
         table = window_table(context, model, spool=True)
         write_documents(context.folder, table)
         plan = make_plan(table, hooks=widths, extract=config.extract, store=config.store)

@@ -37,8 +37,8 @@ def composed(name: str, *overrides: str) -> Config:
 
 @pytest.mark.parametrize("name", STAGED)
 def test_every_root_file_composes(name):
-    assert composed(name).hooks.points == ([] if name == "train" else ["blocks.3.hook_resid_post"])
-    assert composed(name, "experiment=demo_cpu").hooks.points == ["blocks.3.hook_resid_post"]
+    assert composed(name).hook.points == ([] if name == "train" else ["blocks.3.hook_resid_post"])
+    assert composed(name, "experiment=demo_cpu").hook.points == ["blocks.3.hook_resid_post"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
@@ -85,15 +85,15 @@ def test_the_version_is_the_package_s(capsys):
         (["train", "trainer.lr_search=[a,b]"], "trainer.lr_search=[a,b]: expected a list of numbers"),
         (["train", "run_dir=[a]"], "run_dir=[a]: expected a text"),
         (["train", "evaluate.baselines=maybe"], "expected true or false"),
-        (["train", "hooks.points=blocks.3.hook_resid_post"], "type 'hooks.points=[blocks.3.hook_resid_post]'"),
-        (["train", "hooks.points=[blocks.3.hook_resid_post"], "type 'hooks.points=[blocks.3.hook_resid_post]'"),
+        (["train", "hook.points=blocks.3.hook_resid_post"], "type 'hook.points=[blocks.3.hook_resid_post]'"),
+        (["train", "hook.points=[blocks.3.hook_resid_post"], "type 'hook.points=[blocks.3.hook_resid_post]'"),
         (["extract", "corpus.paths=notes/*.md"], "type 'corpus.paths=[notes/*.md]'"),
         (["train", "together.k=16,32"], "type 'together.k=[16,32]'"),
         (["train", "sae.k=16,32"], "a run for each is -m sae.k=16,32"),
         (["train", "trainer=adamw"], "trainer=adamw: expected adam or muon or signum"),
         (["extract", "corpus=json"], "did you mean corpus=jsonl?"),
         (["train", "sae=topk"], "did you mean sae.variant=topk?"),
-        (["train", "hooks=blocks.3"], "give one of them: hooks.points"),
+        (["train", "hooks=blocks.3"], "give one of them: hook.points"),
         (["train", "corpus/kind=text"], "did you mean corpus.kind?"),
         (["train", "+foo=1"], "unknown setting 'foo'"),
         (["train", "foo"], "expected key=value, got 'foo'"),
@@ -113,7 +113,7 @@ def test_the_version_is_the_package_s(capsys):
         (["train", "--config-dir"], "expected a value"),
         (["extract", "corpus.max_tokens=-5"], "corpus.max_tokens=-5"),
         (["extract", "extract.outlier_factor=0"], "extract.outlier_factor"),
-        (["extract", "hooks.points=[blocks.1.hook_resid_post,blocks.1.hook_resid_post]"], "twice"),
+        (["extract", "hook.points=[blocks.1.hook_resid_post,blocks.1.hook_resid_post]"], "twice"),
         (["extract", "run_dir=/proc/nothing"], "/proc"),
         (["apply", "intervention.latents=[1]", "--prompt", "x"], "intervention=steer"),
         (["lens", "--prompt", "x " * 2000], "trained for"),

@@ -14,7 +14,7 @@ from tests.tiny_llama import write_tiny_llama
 
 from .conftest import ggscope, last_line
 
-SETTINGS = ["corpus.max_tokens=6000", "store.shard_rows=512", "hooks.points=[blocks.1..2.hook_resid_post]"]
+SETTINGS = ["corpus.max_tokens=6000", "store.shard_rows=512", "hook.points=[blocks.1..2.hook_resid_post]"]
 
 
 def test_other_processes_write_the_store_this_one_would_have(tmp_path):
@@ -35,11 +35,11 @@ def test_other_processes_write_the_store_this_one_would_have(tmp_path):
     [
         ("extract.backend=layer_inp", "not the input of a block"),
         ("executor.kind=poool", "executor.kind"),
-        ("hooks.points=[blocks.9.hook_resid_post]", "no hook point"),
+        ("hook.points=[blocks.9.hook_resid_post]", "no hook point"),
     ],
 )
 def test_what_cannot_be_had_is_said_before_the_corpus_is_read(setting, message, tmp_path):
-    options = [*SETTINGS, "hooks.points=[blocks.1.hook_mlp_out]", "corpus.max_tokens=0", "run_dir=run", setting]
+    options = [*SETTINGS, "hook.points=[blocks.1.hook_mlp_out]", "corpus.max_tokens=0", "run_dir=run", setting]
     assert message in last_line(ggscope("extract", *options, cwd=tmp_path, code=2))
     assert not (tmp_path / "run" / "corpus" / "spool.json").exists()
 

@@ -38,7 +38,7 @@ def test_a_model_that_cannot_be_read_is_named(damage, tmp_path):
 
 
 def test_a_hook_that_does_not_exist_lists_those_that_do(tmp_path):
-    line = last_line(ggscope("extract", *SMALL, "hooks.points=[blocks.40.hook_resid_post]", cwd=tmp_path, code=2))
+    line = last_line(ggscope("extract", *SMALL, "hook.points=[blocks.40.hook_resid_post]", cwd=tmp_path, code=2))
     assert "blocks.40.hook_resid_post" in line
     assert "0..5" in line or "blocks.5" in line
 
@@ -47,7 +47,7 @@ def test_a_hook_that_does_not_exist_lists_those_that_do(tmp_path):
     "points", ["", "blocks.*.hook_resid_post", "blocks.1.hook_z,blocks.2.hook_z", "blocks.2..3.hook_z"]
 )
 def test_run_refuses_what_it_cannot_train_on_before_it_captures(points, tmp_path):
-    line = last_line(ggscope("run", *SMALL, f"hooks.points=[{points}]", cwd=tmp_path, code=2))
+    line = last_line(ggscope("run", *SMALL, f"hook.points=[{points}]", cwd=tmp_path, code=2))
     assert "trains at one hook point" in line
     assert "`ggscope extract`" in line
     assert not list(tmp_path.glob("runs/run/*/extract"))
@@ -242,7 +242,7 @@ def test_a_run_with_nothing_to_evaluate_on_stops_before_it_captures(tmp_path):
 
 
 def test_a_hook_point_that_the_one_of_the_store_is_not_is_refused(copy):
-    line = last_line(ggscope("train", *TRAIN, "hooks.points=[blocks.1.hook_resid_mid]", cwd=copy, code=2))
+    line = last_line(ggscope("train", *TRAIN, "hook.points=[blocks.1.hook_resid_mid]", cwd=copy, code=2))
     assert "the store holds" in line
 
 

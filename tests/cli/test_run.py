@@ -10,7 +10,7 @@ from tests.tiny_llama import write_tiny_llama
 from .conftest import ggscope
 
 TINY = [
-    "model.path=tiny.gguf", "hooks.points=[blocks.1.hook_resid_post]", "corpus=jsonl", "corpus.paths=[d.jsonl]",
+    "model.path=tiny.gguf", "hook.points=[blocks.1.hook_resid_post]", "corpus=jsonl", "corpus.paths=[d.jsonl]",
     "corpus.context_tokens=32", "sae.num_latents=32", "sae.k=4", "trainer.tokens=2048", "trainer.batch_tokens=256",
     "trainer.buffer_rows=2048", "evaluate.tokens=300", "evaluate.splice_tokens=100", "report.tokens=300",
     "report.top_latents=2", "extract.calibration_tokens=256", "model.n_threads=1", "trainer.n_threads=1",

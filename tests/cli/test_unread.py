@@ -23,7 +23,7 @@ STREAM = TrainerConfig(source="stream")
 @pytest.mark.parametrize(
     ("name", "keys", "config", "expected"),
     [
-        ("lens", ["hooks.points", "lens.top"], {}, ["`ggscope lens` does not read hooks.points"]),
+        ("lens", ["hook.points", "lens.top"], {}, ["`ggscope lens` does not read hook.points"]),
         ("evaluate", ["corpus.split"], {}, ["`ggscope evaluate` does not read corpus.split"]),
         ("evaluate", ["apply.allow_model_mismatch", "corpus", "experiment", "run_dir"], {}, []),
         ("inspect", ["model.path", "run_dir"], {}, ["`ggscope inspect` does not read run_dir"]),
@@ -93,7 +93,7 @@ def test_what_a_command_reads_is_what_it_is_said_to_read(name, args, not_read, r
     monkeypatch.chdir(tmp_path)
     write_tiny_llama(tmp_path / "tiny.gguf")
     (tmp_path / "a.txt").write_text("def walk(tree):\n    return [node for node in tree]\n" * 40)
-    points = ["hooks.points=[blocks.1.hook_resid_post]"] if name == "extract" else []
+    points = ["hook.points=[blocks.1.hook_resid_post]"] if name == "extract" else []
     assert (
         main(
             [
@@ -114,7 +114,7 @@ def test_what_a_command_reads_is_what_it_is_said_to_read(name, args, not_read, r
 
 def test_the_line_comes_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["lens", "hooks.points=[x]", "--prompt", "x", "model.path=no.gguf"]) == 2
+    assert main(["lens", "hook.points=[x]", "--prompt", "x", "model.path=no.gguf"]) == 2
     first, last = capsys.readouterr().err.splitlines()
-    assert first == "warning: `ggscope lens` does not read hooks.points"
+    assert first == "warning: `ggscope lens` does not read hook.points"
     assert "no.gguf" in last

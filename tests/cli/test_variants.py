@@ -30,7 +30,7 @@ SMALL = [
 def folder(tmp_path_factory):
     """A store of an MLP's input and output."""
     folder = tmp_path_factory.mktemp("variants")
-    ggscope("extract", "corpus.max_tokens=6000", f"hooks.points=[{','.join(POINTS)}]", cwd=folder)
+    ggscope("extract", "corpus.max_tokens=6000", f"hook.points=[{','.join(POINTS)}]", cwd=folder)
     return folder
 
 
@@ -73,7 +73,7 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
 
 
 def test_a_variant_is_trained_and_another_one_goes_on_from_it(folder):
-    at = [f"hooks.points=[{POINTS[1]}]"]
+    at = [f"hook.points=[{POINTS[1]}]"]
     first, metrics = trained(folder, "batchtopk", *at, "sae.variant=batchtopk", "sae.b_dec_init=geometric_median")
     assert first.variant == "threshold"
     assert first.training["config"]["variant"] == "batchtopk"

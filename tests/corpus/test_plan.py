@@ -79,7 +79,7 @@ def test_the_same_settings_give_the_same_hash_and_others_another():
 @pytest.mark.parametrize(
     ("hooks", "extract", "store", "message"),
     [
-        ({}, {}, {}, "hooks.points is empty"),
+        ({}, {}, {}, "hook.points is empty"),
         ({"a": 8}, {"dtype": "int8"}, {}, "auto, float16, bfloat16, float32"),
         ({"a": 8}, {"batch_tokens": 15}, {}, "batch_tokens=15"),
         ({"a": 8}, {}, {"buffer_bytes": 8}, "buffer_bytes=8"),

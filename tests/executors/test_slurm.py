@@ -82,7 +82,7 @@ def test_jobs_that_start_in_another_folder_find_a_store_given_by_a_relative_path
     write_tiny_llama(work / "tiny.gguf")
     (work / "a.txt").write_text("def walk(tree):\n    return [node for node in tree]\n" * 40)
     assert main([
-        "extract", "model.path=tiny.gguf", "model.n_threads=1", "hooks.points=[blocks.1.hook_resid_post]",
+        "extract", "model.path=tiny.gguf", "model.n_threads=1", "hook.points=[blocks.1.hook_resid_post]",
         "corpus=text", "corpus.paths=[a.txt]", "corpus.split=all", "corpus.context_tokens=24",
         "extract.batch_tokens=100", "extract.calibration_tokens=400", "store.path=store", "executor=submitit",
         "executor.cluster=slurm", "executor.workers=1", "executor.threads_per_worker=1",

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.capture import work as work_module
 from pipeline.capture.work import CaptureWork
-from pipeline.config import Config, CorpusConfig, ExecutorConfig, ExtractConfig, HooksConfig, ModelConfig, StoreConfig
+from pipeline.config import Config, CorpusConfig, ExecutorConfig, ExtractConfig, HookConfig, ModelConfig, StoreConfig
 from pipeline.corpus.plan import make_plan
 from pipeline.executors import Placement
 from pipeline.extract import extract
@@ -37,7 +37,7 @@ def files(tmp_path_factory):
 def context_of(files, folder, *, points=POINTS, load="auto", executor="local", generate=0, **model):
     config = Config(
         model=ModelConfig(**{"path": str(files / "tiny.gguf"), "n_threads": 1, **model}),
-        hooks=HooksConfig(points=points),
+        hook=HookConfig(points=points),
         corpus=CorpusConfig(
             kind="text", paths=[str(files / "text.py")], split="all", context_tokens=24, generate_tokens=generate
         ),

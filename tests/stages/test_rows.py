@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import Config, HooksConfig
+from pipeline.config import Config, HookConfig
 from pipeline.stages.rows import the_hook
 from pipeline.store.reader import ActivationStore
 from sae.errors import ConfigError, HookError
@@ -25,7 +25,7 @@ def stores(tmp_path_factory):
 
 
 def chosen(store, *points):
-    return the_hook(store, Config(hooks=HooksConfig(points=list(points))))
+    return the_hook(store, Config(hook=HookConfig(points=list(points))))
 
 
 def test_a_point_is_found_by_any_of_its_names(stores):
@@ -40,7 +40,7 @@ def test_a_point_is_found_by_any_of_its_names(stores):
 
 def test_what_names_no_single_point_of_the_store_is_refused(stores):
     for points in ([], ["blocks.1.*"], ["blocks.2.hook_resid_post"], NAMES):
-        with pytest.raises(ConfigError, match=r"choose one with hooks\.points=\[blocks\.1\."):
+        with pytest.raises(ConfigError, match=r"choose one with hook\.points=\[blocks\.1\."):
             chosen(stores[1], *points)
     with pytest.raises(HookError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
         chosen(stores[1], "blocks.1.hook_residpost")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.config import Config, CorpusConfig, ExtractConfig, HooksConfig, ModelConfig, TrainerConfig
+from pipeline.config import Config, CorpusConfig, ExtractConfig, HookConfig, ModelConfig, TrainerConfig
 from pipeline.store.reader import ActivationStore
 from pipeline.stream.process import CaptureProcess
 from tests.tiny_llama import write_tiny_llama
@@ -16,7 +16,7 @@ from tests.tiny_llama import write_tiny_llama
 POINT = "blocks.2.hook_resid_post"
 TEXT = "def walk(tree):\n    return [node for node in tree if node.kind]\n\n\nclass Node:\n    kind = 'x{}'\n"
 OPTIONS = [
-    "model.path=tiny.gguf", f"hooks.points=[{POINT}]", "corpus=text", "corpus.paths=[*.txt]", "corpus.split=all",
+    "model.path=tiny.gguf", f"hook.points=[{POINT}]", "corpus=text", "corpus.paths=[*.txt]", "corpus.split=all",
     "corpus.context_tokens=24", "extract.batch_tokens=100", "extract.calibration_tokens=400",
     "extract.outlier_factor=1.15", "model.n_threads=1",
 ]  # fmt: skip
@@ -27,7 +27,7 @@ def settings(folder, queue_batches=3, **corpus):
     texts = {"kind": "text", "paths": [str(folder / "*.txt")], "split": "all", "context_tokens": 24, **corpus}
     return Config(
         model=ModelConfig(path=str(folder / "tiny.gguf"), n_threads=1),
-        hooks=HooksConfig(points=[POINT]),
+        hook=HookConfig(points=[POINT]),
         corpus=CorpusConfig(**texts),
         extract=ExtractConfig(batch_tokens=100, calibration_tokens=400, outlier_factor=1.15),
         trainer=TrainerConfig(queue_batches=queue_batches),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import HooksConfig, ModelConfig
+from pipeline.config import HookConfig, ModelConfig
 from pipeline.stream.batches import StreamBatches
 from pipeline.stream.process import CaptureProcess
 from sae.errors import ConfigError, HookError, LlamaError
@@ -59,8 +59,8 @@ def test_no_more_blocks_are_captured_than_the_queue_holds(capture):
     ("change", "error", "text"),
     [
         ({"model": ModelConfig(path="missing.gguf")}, Exception, "missing.gguf"),
-        ({"hooks": HooksConfig(points=["blocks.9.hook_resid_post"])}, HookError, "blocks"),
-        ({"hooks": HooksConfig(points=["blocks.1.attn.hook_pattern"])}, HookError, "cannot be stored"),
+        ({"hook": HookConfig(points=["blocks.9.hook_resid_post"])}, HookError, "blocks"),
+        ({"hook": HookConfig(points=["blocks.1.attn.hook_pattern"])}, HookError, "cannot be stored"),
     ],
 )
 def test_an_error_of_the_child_comes_out_as_it_was_raised(folder, tmp_path, change, error, text):
@@ -74,7 +74,7 @@ def test_a_child_with_the_blocks_it_needs_captures_the_bits_of_one_with_all(fold
     for load in ("auto", "whole"):
         config = settings(folder)
         config = replace(
-            config, hooks=HooksConfig(points=["blocks.0.hook_resid_post"]), extract=replace(config.extract, load=load)
+            config, hook=HookConfig(points=["blocks.0.hook_resid_post"]), extract=replace(config.extract, load=load)
         )
         (tmp_path / load).mkdir()
         with CaptureProcess(config, tmp_path / load) as process:

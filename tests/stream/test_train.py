@@ -161,7 +161,7 @@ def test_a_part_of_the_corpus_is_said_to_be_one(folder, tmp_path):
 
 
 def test_settings_that_cannot_work_are_one_line(folder, tmp_path):
-    two = f"hooks.points=[{POINT},blocks.0.hook_resid_post]"
+    two = f"hook.points=[{POINT},blocks.0.hook_resid_post]"
     for change, text in (
         (two, "one hook point"),
         ("trainer.source=tape", "store, stream"),

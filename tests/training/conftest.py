@@ -9,7 +9,7 @@ from tests.tiny_llama import write_tiny_llama
 
 TEXT = "def walk(tree):\n    return [node for node in tree if node.kind]\n\n\nclass Node:\n    kind = 'x{}'\n"
 EXTRACT = [
-    "model.path=tiny.gguf", "hooks.points=[blocks.2.hook_resid_post]", "corpus=text", "corpus.paths=[*.txt]",
+    "model.path=tiny.gguf", "hook.points=[blocks.2.hook_resid_post]", "corpus=text", "corpus.paths=[*.txt]",
     "corpus.split=all", "corpus.context_tokens=24", "extract.calibration_tokens=400", "model.n_threads=1",
 ]  # fmt: skip
 TRAIN = [
