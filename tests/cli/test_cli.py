@@ -93,7 +93,7 @@ def test_the_version_is_the_package_s(capsys):
         (["train", "trainer=adamw"], "trainer=adamw: expected adam or muon or signum"),
         (["extract", "corpus=json"], "did you mean corpus=jsonl?"),
         (["train", "sae=topk"], "did you mean sae.variant=topk?"),
-        (["train", "hooks=blocks.3"], "give one of them: hook.points"),
+        (["train", "hook=blocks.3"], "give one of them: hook.points"),
         (["train", "corpus/kind=text"], "did you mean corpus.kind?"),
         (["train", "+foo=1"], "unknown setting 'foo'"),
         (["train", "foo"], "expected key=value, got 'foo'"),
