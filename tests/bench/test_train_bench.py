@@ -64,7 +64,9 @@ def test_our_side_trains_as_the_trainer_does(tmp_path):
     rows_ND = torch.from_numpy(toy.batch(HELD_OUT + 1, STATISTICS_ROWS))
     mean_D = rows_ND.double().mean(0)
     variance = float((rows_ND - mean_D).pow(2).sum(1).mean())
-    config = TrainConfig(num_latents=256, k=4, batch_tokens=128, tokens=128 * steps, kernel="torch")
+    config = TrainConfig(
+        num_latents=256, k=4, batch_tokens=128, tokens=128 * steps, dead_after_tokens=10_000_000, kernel="torch"
+    )
     facts = {"mean_D": mean_D.float().numpy(), "variance": variance, "hook": "blocks.0.hook_resid_post", "host": {}}
     torch.set_num_threads(1)
     trainer = Trainer(config, Source(), **facts, folder=tmp_path)
