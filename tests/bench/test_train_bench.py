@@ -126,7 +126,7 @@ def test_rows_are_on_disk_when_a_later_group_fails(tmp_path, monkeypatch, capsys
         raise BenchError("the other side went away")
 
     monkeypatch.setattr(cases, "own_parts", failing)
-    assert train.main(["--shapes", "small", "--json", str(target)]) == 3
+    assert train.main(["--shapes", "small", "--only", "peers", "parts", "--json", str(target)]) == 3
     written = json.loads(target.read_text())
     assert [row["case"] for row in written["rows"]] == ["d32_n256_k4_b128_torch", "half"]
     assert written["machine"]["failed"] == ["d32_n256_k4_b128 parts: the other side went away"]
