@@ -54,7 +54,7 @@ class InitParams(ctypes.Structure):
 def function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
     """A typed C function of the loaded libraries; LlamaError when this build lacks it."""
     try:
-        found = getattr(_LIB, name)
+        found = _LIB[name]  # by item a new object: another user's types of the same function do not replace ours
     except AttributeError:
         raise LlamaError(
             f"the installed llama.cpp has no symbol '{name}'; ggscope is tested with llama-cpp-python 0.3.36: "
