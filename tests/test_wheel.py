@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def test_the_whole_pipeline_runs_from_the_wheel(installed, tmp_path):
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     report = (run / "report" / "report.html").read_text(encoding="utf-8")
-    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert not re.search(
+        r"(?:src|href)\s*=\s*[\"']?https?:|url\([\"']?https?:|@import", report
+    )  # the text may hold URLs
     evaluation = json.loads((run / "evaluate" / "manifest.json").read_text())["metrics"]
     assert evaluation["ce_recovered"] > 0.5
     assert set(evaluation["baselines"]) >= {"pca", "untrained", "random_model"}
