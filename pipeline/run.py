@@ -136,9 +136,9 @@ class RunContext:
 
 def movable(path: str, folder: Path) -> str:
     """The path from the run folder on where both lie in one project (the working directory), so that it can be moved."""
-    place, project = Path(path).absolute(), Path.cwd()
     if "://" in path:
         return path
+    place, project = Path(path).absolute(), Path.cwd()
     together = place.is_relative_to(project) and folder.is_relative_to(project)
     return os.path.relpath(place, folder) if together or place.is_relative_to(folder) else str(place)
 

@@ -136,6 +136,11 @@ class SAEWeights:
             raise ConfigError(f"the ports' widths {[width for _, width in self.ports]} do not add up to {columns}")
 
     @property
+    def is_wired(self) -> bool:
+        """Whether it reads several hook points or reconstructs another than it reads."""
+        return bool(self.hook_out or self.ports)
+
+    @property
     def d_in(self) -> int:
         """Width of the activations this SAE reads."""
         return self.W_enc_FD.shape[1]

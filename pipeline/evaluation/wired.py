@@ -24,11 +24,6 @@ from .measure import json_safe
 Ports = tuple[tuple[str, int], ...]  # (hook point, width), in the order of the columns
 
 
-def is_wired(weights: SAEWeights) -> bool:
-    """Whether it reads several hook points or reconstructs another than it reads."""
-    return bool(weights.hook_out or weights.ports)
-
-
 def ports_of(weights: SAEWeights) -> tuple[Ports, Ports]:
     """What is read, and what is reconstructed: of a crosscoder the same."""
     if not weights.ports:

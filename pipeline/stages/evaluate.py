@@ -22,7 +22,6 @@ from ..evaluation.evaluate import captured_rows, evaluate, json_safe, reconstruc
 from ..evaluation.latents import dictionary_summary, latent_columns, save_columns
 from ..evaluation.picture import draw_evaluation
 from ..evaluation.saebench import core_metrics, sparse_probing_metrics
-from ..evaluation.wired import is_wired
 from ..llama.hooks import HookPoint
 from ..llama.identity import check_same_model
 from ..llama.model import Model
@@ -61,7 +60,7 @@ RowSource = Callable[[int], Iterable[np.ndarray]]  # at most so many unflagged t
 def run(context: RunContext) -> None:
     config = context.config.evaluate
     path, weights = open_sae(context, several=True)
-    if is_wired(weights):
+    if weights.is_wired:
         evaluate_several(context, path, weights, EVALUATION_NAME)
         return
     extras = open_extras(context, weights)

@@ -13,7 +13,6 @@ from ..evaluation.joint import Further, hooks_of
 from ..evaluation.optional import needed
 from ..evaluation.probing import SETTING, Labelled, Pooled, pool, probe, read_labelled
 from ..evaluation.stability import check_same_kind, seed_stability
-from ..evaluation.wired import is_wired
 from ..llama.model import Model
 from ..run import RunContext, file_sha256
 from .inputs import load_sae, number, outlier_norm, sae_sha256, session_options
@@ -55,7 +54,7 @@ def open_extras(context: RunContext, weights: SAEWeights) -> Extras:
 
 def at_one_point(weights: SAEWeights, path: Path) -> SAEWeights:
     """The SAE; ConfigError for a transcoder or crosscoder."""
-    if is_wired(weights):
+    if weights.is_wired:
         raise ConfigError(f"{path}: expected an SAE at one hook point, got a transcoder or crosscoder")
     return weights
 

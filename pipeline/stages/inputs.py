@@ -192,7 +192,7 @@ def open_sae(context: RunContext, *, several: bool = False) -> tuple[Path, SAEWe
 
 def check_one_point(context: RunContext, weights: SAEWeights, *, several: bool = False) -> None:
     """Refuse transcoders and SAEs over several hook points, unless `several`."""
-    if not several and (weights.hook_out or weights.ports):
+    if weights.is_wired and not several:
         points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
         raise ConfigError(
             f"expected an SAE at one hook point, this one is over {points}: "
