@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from .processes import portable
 
 WAIT_SECONDS = 0.5
 CONNECT_SECONDS = 10.0
+PLACING_SECONDS = 60.0  # how long actors that die before they begin are made anew
 NOTES_FILE = "ray.log"  # in the run folder: what Ray says of dead workers
 OBJECT_STORE_BYTES = 80 << 20  # what Ray takes at least; only shard numbers and errors pass through it
 SOCKET_FOLDER_CHARS = 40  # Ray adds about 60 to it, of 107
@@ -62,7 +64,9 @@ class RayCrew(Crew):
         self._config = config
         self._work = pickle.dumps(work)
         self._actors: dict[int, Any] = {}
-        self._calls: dict[Any, int] = {}
+        self._calls: dict[Any, tuple[int, list[int]]] = {}
+        self._begun: dict[int, Any] = {}  # a worker's first call: answered once its actor has a process
+        self._unplaced: dict[int, float] = {}  # since when a worker's actors die before they begin
         with ExitStack() as stack:
             if not ray.is_initialized():
                 stack.enter_context(cluster(config))
@@ -75,11 +79,13 @@ class RayCrew(Crew):
         for number, shards in tasks.items():
             if number not in self._actors:
                 self._actors[number] = self._hire(number)
-            self._calls[self._actors[number].capture.remote(shards)] = number
+                self._begun[number] = self._actors[number].begin.remote()
+            self._calls[self._actors[number].capture.remote(shards)] = (number, shards)
 
     def wait(self) -> list[Event]:
         ready, _ = ray.wait(list(self._calls), timeout=WAIT_SECONDS)
-        return [self._read(call, self._calls.pop(call)) for call in ready]
+        events = [self._read(call, *self._calls.pop(call)) for call in ready]
+        return [event for event in events if event is not None]
 
     def close(self) -> None:
         for actor in self._actors.values():
@@ -93,15 +99,39 @@ class RayCrew(Crew):
             options["num_gpus"] = self._config.gpus_per_worker
         return ray.remote(**options)(RayWorker).remote(self._work, number, self._n_threads)
 
-    def _read(self, call: Any, number: int) -> Event:
+    def _read(self, call: Any, number: int, shards: list[int]) -> Event | None:
         try:
             error: Any = ray.get(call)
         except ray.exceptions.RayTaskError as failed:
             return Event(worker=number, error=failed.cause)
         except ray.exceptions.RayError as death:
             ray.kill(self._actors.pop(number))
+            if self._place_again(number, shards):
+                return None
             return Event(worker=number, died=f"its Ray worker died ({type(death).__name__})")
+        self._unplaced.pop(number, None)
         return Event(worker=number, ended=error is None, error=error)
+
+    def _place_again(self, number: int, shards: list[int]) -> bool:
+        """Whether a dead actor never began, and another was made: on a lost node that Ray still counts, for a while.
+
+        Such a death says nothing of the shards.
+        """
+        if self._has_begun(number):
+            self._unplaced.pop(number, None)
+            return False
+        if time.monotonic() - self._unplaced.setdefault(number, time.monotonic()) > PLACING_SECONDS:
+            return False
+        time.sleep(WAIT_SECONDS)
+        self.start({number: shards})
+        return True
+
+    def _has_begun(self, number: int) -> bool:
+        try:
+            ray.get(self._begun[number])
+        except ray.exceptions.RayError:
+            return False
+        return True
 
     def release(self, worker: int) -> None:
         if worker in self._actors:
@@ -136,6 +166,9 @@ class RayWorker:
     def __init__(self, work: bytes, number: int, n_threads: int) -> None:
         self._pickled, self._number, self._n_threads = work, number, n_threads
         self._work: Work | None = None
+
+    def begin(self) -> None:
+        """Answered by every actor that got as far as a process."""
 
     def capture(self, shards: Sequence[int]) -> BaseException | None:
         """Returns the error of the work; Ray has set CUDA_VISIBLE_DEVICES by now, before llama.cpp is imported."""

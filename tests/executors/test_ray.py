@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
+import ray
 
 from pipeline.config import ExecutorConfig
 from pipeline.executors import open_executor
-from pipeline.executors.ray import cluster, shape
+from pipeline.executors.ray import RayCrew, cluster, shape
 from sae.errors import ConfigError, LlamaError, StoreError
 from tests.executors.file_work import FileWork, alive, wait_until
 from tests.executors.kills import kill_mid_shard
+
+_hire = RayCrew._hire
 
 RAY = ExecutorConfig(kind="ray", workers=2, threads_per_worker=1)
 
@@ -67,6 +71,38 @@ def test_a_shard_that_kills_every_ray_worker_ends_the_run(tmp_path):
 
 
 @pytest.mark.usefixtures("running")
+def test_actors_that_die_before_they_begin_cost_no_shard_anything(tmp_path, monkeypatch):
+    hired = []
+
+    def hire(crew: RayCrew, number: int) -> Any:
+        hired.append(number)
+        actor = _hire(crew, number)
+        if len(hired) <= 4:
+            ray.kill(actor)
+        return actor
+
+    monkeypatch.setattr(RayCrew, "_hire", hire)
+    config = ExecutorConfig(kind="ray", workers=1, threads_per_worker=1, retries=0)
+    work = FileWork(folder=tmp_path, n_shards=2)
+    open_executor(config, tmp_path).run(work)
+    assert work.missing() == []
+    assert len(hired) == 5
+    assert [work.starts_of(shard) for shard in range(2)] == [1, 1]
+
+
+def test_no_actor_ever_beginning_ends_the_run(tmp_path, monkeypatch):
+    def hire(crew: RayCrew, number: int) -> Any:
+        actor = _hire(crew, number)
+        ray.kill(actor)
+        return actor
+
+    monkeypatch.setattr(RayCrew, "_hire", hire)
+    monkeypatch.setattr("pipeline.executors.ray.PLACING_SECONDS", 1.0)
+    config = ExecutorConfig(kind="ray", workers=1, threads_per_worker=1, retries=0)
+    with pytest.raises(StoreError, match="shard 0 was lost 1 times, last because its Ray worker died"):
+        open_executor(config, tmp_path).run(FileWork(folder=tmp_path, n_shards=1))
+
+
 def test_more_than_the_cluster_has_is_refused_with_what_it_has(tmp_path):
     work = FileWork(folder=tmp_path, n_shards=3)
     with pytest.raises(ConfigError, match=r"no room for executor\.workers=999"):
