@@ -152,6 +152,7 @@ DEFINE_KEEP(ggscope_keep_bf16, uint16_t, 0x7f80)
 #define SIGMAS 4.0f
 #define HALVINGS 10
 #define APART 24 /* items between the rows' lists: a power of two would put them all into one set of the cache */
+#define FETCHED 4 /* rows of the weights that come in while a tile is multiplied: a line of 16 floats every 4 columns */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__GNUC__)
 #define HAVE_INT8 1
@@ -167,6 +168,10 @@ struct block {
     float inverse[BLOCK], ratio[BLOCK], least[BLOCK]; /* 1 / sx; ||x'|| / sx; the bound to reach */
     int finite[BLOCK];
     float * row;
+    /* What is left to do for the block before this one, whose candidates are known */
+    int64_t first, rows, hits; /* its first row, its rows and its candidates */
+    int64_t hit;               /* the candidate whose exact values come next */
+    int64_t at, slot;          /* then, the row that is reconstructed next, and which of its latents is fetched next */
 };
 
 int ggscope_has_int8(void) { return 1; }
@@ -204,7 +209,8 @@ static void quantise_row(const struct step * s, struct block * b, int64_t n, int
 /* GCC's intrinsic copies the accumulators to the stack and back in this loop: half the speed */
 #define DOT4(acc, x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w))
 
-static void bounds_of_tile(const struct step * s, struct block * b, int64_t tile) {
+/* Meanwhile FETCHED rows of D floats, `rows`, come into the cache: the product leaves the memory idle. */
+static void bounds_of_tile(const struct step * s, struct block * b, int64_t tile, const float * const * rows) {
     int64_t quads = (s->D + 3) / 4, first = tile * TILE;
     const int8_t * w = s->q_tiles + tile * quads * TILE * 4;
     const uint8_t * x = b->q;
@@ -213,16 +219,21 @@ static void bounds_of_tile(const struct step * s, struct block * b, int64_t tile
     for (int r = 0; r < TILE; r++) {
         left[r] = right[r] = _mm512_set1_epi32(s->q_offset_F[first + r]);
     }
-    for (int64_t j = 0; j < quads; j++, x += 128, w += 4 * TILE) {
-        __m512i x0 = _mm512_load_si512(x), x1 = _mm512_load_si512(x + 64);
-        _mm_prefetch((const char *) w + 4096, _MM_HINT_T0);
-        _Pragma("GCC unroll 12")
-        for (int r = 0; r < TILE; r++) {
-            int32_t four;
-            memcpy(&four, w + 4 * r, sizeof four);
-            __m512i w16 = _mm512_set1_epi32(four);
-            DOT4(left[r], x0, w16);
-            DOT4(right[r], x1, w16);
+    for (int part = 0; part < FETCHED; part++) {
+        const char * ahead = (const char *) rows[part];
+        int64_t stop = (part + 1) * quads / FETCHED;
+        for (int64_t j = part * quads / FETCHED; j < stop; j++, x += 128, w += 4 * TILE, ahead += 64) {
+            __m512i x0 = _mm512_load_si512(x), x1 = _mm512_load_si512(x + 64);
+            _mm_prefetch((const char *) w + 4096, _MM_HINT_T0);
+            _mm_prefetch(ahead, _MM_HINT_T0);
+            _Pragma("GCC unroll 12")
+            for (int r = 0; r < TILE; r++) {
+                int32_t four;
+                memcpy(&four, w + 4 * r, sizeof four);
+                __m512i w16 = _mm512_set1_epi32(four);
+                DOT4(left[r], x0, w16);
+                DOT4(right[r], x1, w16);
+            }
         }
     }
     const float root12 = 3.4641016f;
@@ -289,16 +300,58 @@ static uint64_t * items_of(const struct step * s, struct block * b, int r) {
     return b->items_BF + r * (2 * s->F + APART);
 }
 
-/* Exact values of the candidates, latent by latent: a row of W_enc is fetched once for the block, and in order. */
-static void exact_values(const struct step * s, struct block * b, int64_t first, int64_t rows, int64_t hits) {
-    uint32_t there = rows < BLOCK ? (1u << rows) - 1 : UINT32_MAX;
-    memset(b->found, 0, sizeof b->found);
-    for (int64_t h = 0; h < hits; h++) {
-        if (h + AHEAD < hits) prefetch_row(s->W_enc_FD + b->hit_latent_F[h + AHEAD] * s->D, s->D);
-        for (uint32_t left = b->hit_rows_F[h] & there; left; left &= left - 1) {
-            int r = __builtin_ctz(left);
-            items_of(s, b, r)[b->found[r]++] = exact_item(s, first + r, b->hit_latent_F[h]);
+/* ---- the block before, a little after every tile ---- */
+
+/* Exact values of candidate `hit` on its rows: a row of W_enc is fetched once for the block. */
+static void exact_values(const struct step * s, struct block * b, int64_t hit) {
+    uint32_t there = b->rows < BLOCK ? (1u << b->rows) - 1 : UINT32_MAX;
+    for (uint32_t left = b->hit_rows_F[hit] & there; left; left &= left - 1) {
+        int r = __builtin_ctz(left);
+        items_of(s, b, r)[b->found[r]++] = exact_item(s, b->first + r, b->hit_latent_F[hit]);
+    }
+}
+
+/* The next rows of the weights to be fetched; returns how many, the others are any address. Once the exact values are
+   there, a row's latents are chosen when the first of them is fetched. */
+static int rows_to_fetch(const struct step * s, struct block * b, const float ** rows) {
+    int count = 0;
+    if (b->hit < b->hits) {
+        for (; count < FETCHED && b->hit + count < b->hits; count++) {
+            rows[count] = s->W_enc_FD + b->hit_latent_F[b->hit + count] * s->D;
         }
+    } else if (b->at < b->rows) {
+        int64_t row = b->first + b->at;
+        if (b->slot == 0) {
+            s->candidates_N[row] = b->found[b->at];
+            ggscope_choose(s, row, items_of(s, b, (int) b->at), b->found[b->at]);
+        }
+        for (; count < FETCHED && b->slot + count < s->K; count++) {
+            rows[count] = s->W_dec_FD + s->idx_NK[row * s->K + b->slot + count] * s->D;
+        }
+    }
+    for (int i = count; i < FETCHED; i++) rows[i] = s->W_enc_FD;
+    return count;
+}
+
+/* Work with the rows that were fetched. */
+static void use_rows(const struct step * s, struct block * b, int count) {
+    if (b->hit < b->hits) {
+        for (int i = 0; i < count; i++) exact_values(s, b, b->hit++);
+    } else if (b->at < b->rows) {
+        b->slot += count;
+        if (b->slot == s->K) {
+            ggscope_reconstruct(s, b->first + b->at++);
+            b->slot = 0;
+        }
+    }
+}
+
+static void finish_block(const struct step * s, struct block * b) {
+    const float * rows[FETCHED];
+    while (b->hit < b->hits || b->at < b->rows) {
+        int count = rows_to_fetch(s, b, rows);
+        for (int i = 0; i < count; i++) prefetch_row(rows[i], s->D);
+        use_rows(s, b, count);
     }
 }
 
@@ -324,6 +377,7 @@ static void close_block(struct block * b) {
     free(b->row);
 }
 
+/* The candidates of a block, and the rest of the block before. */
 static void block_of_rows(const struct step * s, struct block * b, int64_t first) {
     int64_t rows = s->N - first < BLOCK ? s->N - first : BLOCK, tiles = (s->F + TILE - 1) / TILE;
     memset(b->q, 128, (s->D + 3) / 4 * BLOCK * 4);
@@ -334,17 +388,23 @@ static void block_of_rows(const struct step * s, struct block * b, int64_t first
         for (int64_t j = 0; j < s->D; j++) centred[j] = u[j] - s->b_dec_D[j];
         quantise_row(s, b, first + r, r);
     }
-    for (int64_t t = 0; t < tiles; t++) bounds_of_tile(s, b, t);
+    const float * fetched[FETCHED];
+    for (int64_t t = 0; t < tiles; t++) {
+        int count = rows_to_fetch(s, b, fetched);
+        bounds_of_tile(s, b, t, fetched);
+        use_rows(s, b, count);
+    }
+    finish_block(s, b);
     bounds_to_reach(s, b, 0);
     bounds_to_reach(s, b, 1);
     for (int r = 0; r < BLOCK; r++) {
         if (!b->finite[r]) b->least[r] = INFINITY; /* no latent will do; the row's error is not finite either */
     }
-    exact_values(s, b, first, rows, find_candidates(s, b));
-    for (int r = 0; r < rows; r++) {
-        s->candidates_N[first + r] = b->found[r];
-        ggscope_row(s, first + r, items_of(s, b, r), b->found[r]);
-    }
+    b->hits = find_candidates(s, b);
+    b->first = first;
+    b->rows = rows;
+    b->hit = b->at = b->slot = 0;
+    memset(b->found, 0, sizeof b->found);
 }
 
 /* Everything that goes row by row, latents chosen by their exact float32 values. 0: done, -1: no memory. */
@@ -358,10 +418,11 @@ int ggscope_rows_int8(const struct step * s) {
 #pragma omp atomic write
             failed = -1;
         }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t first = 0; first < s->N; first += BLOCK) {
             if (opened) block_of_rows(s, &b, first);
         }
+        if (opened) finish_block(s, &b);
         close_block(&b);
     }
     return failed;

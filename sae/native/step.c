@@ -24,10 +24,10 @@ static void decode_row(const struct step * s, int64_t row) {
     for (int i = 0; i < held; i++) add_scaled(error, four[i], rows[i], s->D);
 }
 
-void ggscope_row(const struct step * s, int64_t row, uint64_t * items, int64_t count) {
-    int64_t D = s->D, K = s->K;
+void ggscope_choose(const struct step * s, int64_t row, uint64_t * items, int64_t count) {
+    int64_t K = s->K;
     int32_t * idx = s->idx_NK + row * K;
-    float *vals = s->vals_NK + row * K, *grad_vals = s->grad_vals_NK + row * K;
+    float * vals = s->vals_NK + row * K;
     uint64_t least = 0; /* of the items taken; an item holds its index, so no two are equal */
     if (count > K) {
         memcpy(items + count, items, count * sizeof *items);
@@ -43,13 +43,19 @@ void ggscope_row(const struct step * s, int64_t row, uint64_t * items, int64_t c
         bits = bits & 0x80000000u ? bits ^ INT32_MAX : bits;
         memcpy(&value, &bits, sizeof value);
         idx[taken] = ranked_index(items[c]);
-        vals[taken] = value < 0 ? 0 : value;
-        prefetch_row(s->W_dec_FD + idx[taken++] * D, D);
+        vals[taken++] = value < 0 ? 0 : value;
     }
     for (; taken < K; taken++) {
         idx[taken] = 0;
         vals[taken] = 0;
     }
+}
+
+void ggscope_reconstruct(const struct step * s, int64_t row) {
+    int64_t D = s->D, K = s->K;
+    const int32_t * idx = s->idx_NK + row * K;
+    const float * vals = s->vals_NK + row * K;
+    float * grad_vals = s->grad_vals_NK + row * K;
     decode_row(s, row);
     float * grad = s->grad_ND + row * D;
     double sum = 0;
@@ -87,7 +93,9 @@ int ggscope_rows(const struct step * s) {
                 items[k] = exact_item(s, row, idx[k]);
             }
             s->candidates_N[row] = s->K;
-            ggscope_row(s, row, items, s->K);
+            ggscope_choose(s, row, items, s->K);
+            for (int64_t k = 0; k < s->K; k++) prefetch_row(s->W_dec_FD + s->idx_NK[row * s->K + k] * s->D, s->D);
+            ggscope_reconstruct(s, row);
         }
         free(items);
     }

@@ -140,9 +140,11 @@ static inline uint64_t exact_item(const struct step * s, int64_t row, int32_t la
     return ranked(order_key(value), (uint32_t) latent);
 }
 
-/* One row whose candidates are known, `items` as above: the K largest, reconstruction, residual and its gradients.
-   There is room for as many items again behind them. */
-void ggscope_row(const struct step * s, int64_t row, uint64_t * items, int64_t count);
+/* One row whose candidates are known, `items` as above: the K largest. There is room for as many items again behind
+   them. */
+void ggscope_choose(const struct step * s, int64_t row, uint64_t * items, int64_t count);
+/* Reconstruction, residual and its gradients of a row whose latents are chosen. */
+void ggscope_reconstruct(const struct step * s, int64_t row);
 /* Refresh the copies of W_enc[i] that are in use; `scratch`: D floats. */
 void ggscope_refresh(const struct step * s, int64_t latent, float * scratch);
 
