@@ -31,6 +31,7 @@ from .variants.groupmax import group_leaders
 
 BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
 BLOCK_ROWS = 512  # but never fewer rows than this: W_enc is read once per block
+SUM = 0  # embedding_bag's number for mode="sum"
 DENSE_DEAD_SHARE = 4  # up to this multiple of auxk_k, dead latents go through plain matrix products
 
 ENCODER_DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
@@ -319,6 +320,11 @@ def sampled_products(
     a_ND: torch.Tensor, table_FD: torch.Tensor, idx: torch.Tensor, offsets_N: torch.Tensor | None = None
 ) -> torch.Tensor:
     """<a_n, table[idx_nk]>, (N, K) or (P,), without gathering the rows."""
+    if a_ND.device.type == "cpu":  # the backward alone: there is no forward whose result is wanted
+        at_N = torch.arange(0, idx.numel(), idx.shape[1]) if offsets_N is None else offsets_N
+        bag_P = torch.empty(0, dtype=idx.dtype)  # which bag each is in: the operator makes it from the offsets
+        operator = torch.ops.aten._embedding_bag_per_sample_weights_backward
+        return operator(a_ND, table_FD.detach(), idx.flatten(), at_N, bag_P, SUM).view(idx.shape)
     zeros = torch.zeros(idx.shape, dtype=a_ND.dtype, device=a_ND.device)
     _, pull = decode_with_pull(idx, zeros, table_FD, offsets_N)
     return pull(a_ND)

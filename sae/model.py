@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 TWO_SIDED_START = 0.1  # norm of a transcoder's encoder rows: what unrelated rows write starts small beside the target
+PROJECTED_ROWS = 512  # of the decoder at a time
 
 
 def input_scale(variance: float, d_in: int) -> float:
@@ -248,8 +249,10 @@ class SparseCoder(nn.Module, ABC):
         if self.wiring.kind == "cross_layer":
             grad_FD.mul_(self.reaches_FO)
         if self.unit_rows:
-            parallel_F1 = torch.linalg.vecdot(grad_FD, self.W_dec_FD).unsqueeze(1)
-            grad_FD.addcmul_(parallel_F1, self.W_dec_FD, value=-1)
+            for start in range(0, len(grad_FD), PROJECTED_ROWS):  # the products stay in cache, and need no new memory
+                part = slice(start, start + PROJECTED_ROWS)
+                parallel_F1 = torch.linalg.vecdot(grad_FD[part], self.W_dec_FD[part]).unsqueeze(1)
+                grad_FD[part].addcmul_(parallel_F1, self.W_dec_FD[part], value=-1)
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
