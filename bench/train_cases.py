@@ -100,7 +100,7 @@ class Settings:
         """The large case holds gigabytes a side: its peer is sparsify's Adam alone."""
         if shape.num_latents > MAIN.num_latents:
             return (ADAM,)
-        return PEERS if shape == MAIN or not self.short else (ADAM, *(p for p in PEERS if p.name == "topk-f32"))
+        return (ADAM, *(p for p in PEERS if p.name == "topk-f32")) if self.short else PEERS
 
 
 def ours_worker(threads: int) -> Worker:
@@ -223,14 +223,15 @@ def own_parts(shape: Shape, settings: Settings, say: Say) -> Iterator[Row]:
     """What AuxK, BatchTopK and the loop around the step cost: ours against ours without."""
     with ours_worker(settings.threads) as worker:
         kernels = our_kernels(worker, say)
-        has_batchtopk = worker.ask("accepts", settings={"variant": "batchtopk"})["accepted"]
+        other = {"variant": "batchtopk"}
+        has = {name: worker.ask("accepts", settings=other | {"kernel": name})["accepted"] for name in kernels}
     for kernel in kernels:
         base = {"kernel": kernel}
         changes: dict[str, tuple[dict[str, Any], float]] = {
             f"auxk_dead{100 * share:g}": ({"dead": share}, goal) for share, goal in AUXK_TARGETS.items()
         }
-        if has_batchtopk:
-            changes["batchtopk"] = ({"variant": "batchtopk"}, BATCHTOPK_TARGET)
+        if has[kernel]:
+            changes["batchtopk"] = (other, BATCHTOPK_TARGET)
         with Turns(shape, settings, say) as turns:
             turns.add("step", ours_worker(settings.threads), "ours", base)
             for name, (options, _) in changes.items():

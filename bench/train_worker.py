@@ -91,8 +91,10 @@ class Served:
         return {"checksum": zlib.crc32(self._ring[0].numpy().tobytes())}
 
     def run(self, steps: int) -> dict[str, Any]:
-        """Steps on the batches in memory, one after the other."""
+        """Steps on the batches in memory, one after the other, after a quarter as many that are not timed."""
         side = self.loaded()
+        for number in range(steps // 4):  # caches and clocks have been another side's: fast steps show it
+            side.step(self._ring[number % RING])
         started = time.perf_counter()
         for number in range(steps):
             side.step(self._ring[number % RING])
