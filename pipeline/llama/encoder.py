@@ -3,11 +3,10 @@
     pre = W_enc u + b_enc,  u the row less b_dec, normalised where the SAE has layer norm
 
 u is made in float32 on the host (a few thousand numbers): folding W_enc b_dec into the bias would leave the product
-to round a row several times as large. Then W_enc u + b_enc in ggml, of one row and a Q8_0 matrix in `reading.c` where
-it can be had; of the variant "topk" the k largest in `reading.c`, else in ggml; the other variants select by the
-general path's code. ggml rounds u to what its kernel of the type multiplies with: F16 for
-F16, BF16 for BF16, blocks of 8-bit integers for the quantised types. A row beyond the range of those takes the general
-path.
+to round a row several times as large. Then W_enc u + b_enc in ggml, of one row in `reading.c` where that has the type
+and ggml does not lay the matrix out anew; of the variant "topk" the k largest in `reading.c`, else in ggml; the other
+variants select by the general path's code. ggml rounds u to what its kernel of the type multiplies with: F16 for F16,
+BF16 for BF16, blocks of 8-bit integers for the quantised types. A row beyond the range of those takes the general path.
 
 Shape letters: N rows, D d_in, F latents, K slots for active latents.
 """
@@ -63,8 +62,8 @@ class GgmlEncoder(Encoder):
         k = weights.k if weights.variant == "topk" and self._native is None else 0
         self._affine = Affine(backend, int(kind), raw, weights.d_in, weights.b_enc_F, k=k)
         self._decoder = None if weights.needs_input else decoder_of(weights.W_dec_FD, weights.b_dec_D)
-        in_blocks = self.dtype == "Q8_0" and self._affine.buffer_type == backend.default_buffers
-        self._one_row = in_blocks and self._native is not None and self._native.has_q8_0
+        as_stored = self._affine.buffer_type == backend.default_buffers
+        self._one_row = as_stored and self._native is not None and self._native.has_affine(self.dtype)
         self._pre_1F = np.empty((1, weights.num_latents if self._one_row else 0), np.float32)
         self._n_threads = n_threads
         self._step = max(1, PRE_ACT_BYTES // (4 * weights.num_latents))
@@ -112,7 +111,7 @@ class GgmlEncoder(Encoder):
         assert self._native is not None
         u_D = np.ascontiguousarray(u_ND[0])
         address, b_F = self._affine.weight_address, self.weights.b_enc_F
-        self._native.affine_q8_0(address, u_D, b_F, self._pre_1F[0], self._n_threads)
+        self._native.affine(self.dtype, address, u_D, b_F, self._pre_1F[0], self._n_threads)
         return self._pre_1F
 
     def _block(self, u_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,12 @@
-/* What reading one row costs beside the bytes of its encoder, in C: the product with a Q8_0 matrix, the k largest, the
-   error of the reconstruction. The blocks are ggml's: F16 scale, 32 signed bytes. Every function has a general path
-   (ggml, numpy) that it is tested against. */
+/* What reading one row costs beside the bytes of its encoder, in C: the product with the matrix as it is stored, the k
+   largest, the error of the reconstruction. The blocks of Q8_0 are ggml's: F16 scale, 32 signed bytes. Every function
+   has a general path (ggml, numpy) that it is tested against. */
 #include "vectors.h"
 
 #define QK 32
 #define BLOCK_BYTES 34
+
+enum kind { KIND_F32 = 0, KIND_F16 = 1, KIND_Q8_0 = 8, KIND_BF16 = 30 }; /* enum ggml_type */
 
 int ggscope_topk_f32(const float * pre_NF, int64_t N, int64_t F, int64_t K, int32_t * idx_NK, int64_t threads);
 
@@ -30,7 +32,75 @@ static inline float half_at(const void * p) {
 #endif
 }
 
-/* ---- pre = W u + b, W of type Q8_0 ---- */
+/* ---- pre = W u + b ----
+   One stream of memory for each thread: chunks handed out as they come cost a tenth. */
+
+#if defined(__AVX512F__) && defined(__F16C__) && defined(__GNUC__)
+#define HAVE_FLOATS 1
+
+static inline __m512 floats_at(int kind, const uint8_t * w, int64_t j) {
+    if (kind == KIND_F32) return _mm512_loadu_ps((const float *) w + j);
+    __m256i halves = _mm256_loadu_si256((const void *) (w + 2 * j));
+    if (kind == KIND_F16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+/* <w, u> */
+static inline __attribute__((always_inline)) float float_product(int kind, const uint8_t * w, const float * u, int64_t D) {
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    int64_t j = 0;
+    for (; j + 64 <= D; j += 64) {
+        for (int i = 0; i < 4; i++) {
+            sum[i] = _mm512_fmadd_ps(floats_at(kind, w, j + 16 * i), _mm512_loadu_ps(u + j + 16 * i), sum[i]);
+        }
+    }
+    for (; j + 16 <= D; j += 16) sum[0] = _mm512_fmadd_ps(floats_at(kind, w, j), _mm512_loadu_ps(u + j), sum[0]);
+    float total = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+    for (; j < D; j++) {
+        float value;
+        if (kind == KIND_F32) {
+            memcpy(&value, w + 4 * j, sizeof value);
+        } else if (kind == KIND_F16) {
+            value = half_at(w + 2 * j);
+        } else {
+            uint32_t bits = (uint32_t) (w[2 * j] | w[2 * j + 1] << 8) << 16;
+            memcpy(&value, &bits, sizeof value);
+        }
+        total += value * u[j];
+    }
+    return total;
+}
+
+/* u as ggml's product with this type takes it */
+static void rounded(int kind, const float * u, int64_t D, float * out) {
+    for (int64_t j = 0; j < D; j++) {
+        if (kind == KIND_F16) {
+            out[j] = _cvtsh_ss(_cvtss_sh(u[j], 0));
+        } else if (kind == KIND_BF16) {
+            uint32_t bits;
+            memcpy(&bits, u + j, sizeof bits);
+            bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+            memcpy(out + j, &bits, sizeof bits);
+        } else {
+            out[j] = u[j];
+        }
+    }
+}
+
+#define DEFINE_AFFINE(NAME, KIND, BYTES)                                                                               \
+    static void NAME(const uint8_t * W, int64_t F, int64_t D, const float * u, const float * b_F, float * pre_F,       \
+                     int64_t threads) {                                                                                \
+        (void) threads; /* unused where there is no OpenMP */                                                          \
+        _Pragma("omp parallel for num_threads((int) threads) schedule(static)")                                        \
+        for (int64_t f = 0; f < F; f++) pre_F[f] = float_product(KIND, W + f * D * BYTES, u, D) + b_F[f];              \
+    }
+
+DEFINE_AFFINE(affine_f32, KIND_F32, 4)
+DEFINE_AFFINE(affine_f16, KIND_F16, 2)
+DEFINE_AFFINE(affine_bf16, KIND_BF16, 2)
+#else
+#define HAVE_FLOATS 0
+#endif
 
 #if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__F16C__) && defined(__GNUC__)
 #define HAVE_Q8_0 1
@@ -87,10 +157,7 @@ static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const 
     return total;
 }
 
-int ggscope_has_q8_0(void) { return 1; }
-
-/* pre_F. D is a multiple of 32. 0: done, -1: no memory. */
-int ggscope_affine_q8_0(
+static int affine_q8_0(
     const uint8_t * W, int64_t F, int64_t D, const float * u_D, const float * b_F, float * pre_F, int64_t threads) {
     int64_t blocks = D / QK;
     char * room = malloc((size_t) D + 4 * (size_t) (D / 4) + 4 * (size_t) blocks);
@@ -99,7 +166,6 @@ int ggscope_affine_q8_0(
     float * scale = (float *) (offset + D / 4);
     int8_t * q = (int8_t *) (scale + blocks);
     quantise(u_D, D, q, scale, offset);
-    /* one stream of memory for each thread: chunks handed out as they come cost a tenth */
     #pragma omp parallel for num_threads((int) threads) schedule(static)
     for (int64_t f = 0; f < F; f++) {
         pre_F[f] = product(W + f * blocks * BLOCK_BYTES, blocks, q, scale, offset) + b_F[f];
@@ -108,13 +174,36 @@ int ggscope_affine_q8_0(
     return 0;
 }
 #else
-int ggscope_has_q8_0(void) { return 0; }
-int ggscope_affine_q8_0(
-    const uint8_t * W, int64_t F, int64_t D, const float * u_D, const float * b_F, float * pre_F, int64_t threads) {
+#define HAVE_Q8_0 0
+#endif
+
+/* Whether there is a product with this type here. */
+int ggscope_has_affine(int kind) {
+    if (kind == KIND_Q8_0) return HAVE_Q8_0;
+    return HAVE_FLOATS && (kind == KIND_F32 || kind == KIND_F16 || kind == KIND_BF16);
+}
+
+/* pre_F; rows of Q8_0 are multiples of 32 wide. 0: done, -1: no memory, -2: not here. */
+int ggscope_affine(int kind, const uint8_t * W, int64_t F, int64_t D, const float * u_D, const float * b_F,
+                   float * pre_F, int64_t threads) {
+    if (!ggscope_has_affine(kind)) return -2;
+#if HAVE_Q8_0
+    if (kind == KIND_Q8_0) return affine_q8_0(W, F, D, u_D, b_F, pre_F, threads);
+#endif
+#if HAVE_FLOATS
+    float * u = malloc((size_t) D * sizeof *u);
+    if (!u) return -1;
+    rounded(kind, u_D, D, u);
+    if (kind == KIND_F32) affine_f32(W, F, D, u, b_F, pre_F, threads);
+    if (kind == KIND_F16) affine_f16(W, F, D, u, b_F, pre_F, threads);
+    if (kind == KIND_BF16) affine_bf16(W, F, D, u, b_F, pre_F, threads);
+    free(u);
+    return 0;
+#else
     (void) W, (void) F, (void) D, (void) u_D, (void) b_F, (void) pre_F, (void) threads;
     return -2;
-}
 #endif
+}
 
 /* ---- the k largest above zero, sorted ---- */
 
@@ -145,8 +234,6 @@ int ggscope_largest(
 }
 
 /* ---- ||x - sum_k a_k W_dec[k] - b_dec||^2 ---- */
-
-enum kind { KIND_F32 = 0, KIND_F16 = 1, KIND_Q8_0 = 8, KIND_BF16 = 30 }; /* enum ggml_type */
 
 static void add_row(int kind, const uint8_t * row, float a, float * y, int64_t D) {
     if (kind == KIND_F32) {

@@ -28,7 +28,7 @@ _VARIANTS = (
     (*_COMMON, "-mcpu=native"),
     _COMMON,
 )
-_KINDS = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}  # of decoder rows that reading.c knows
+_KINDS = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}  # of matrices that reading.c knows
 _I = ctypes.c_int64
 _log = logging.getLogger(__name__)
 
@@ -39,18 +39,22 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        self._affine, self._largest = library.ggscope_affine_q8_0, library.ggscope_largest
+        self._affine, self._largest = library.ggscope_affine, library.ggscope_largest
         self._squared_error = library.ggscope_squared_error
         p = ctypes.c_void_p
-        self._affine.argtypes = [p, _I, _I, p, p, p, _I]
+        self._affine.argtypes = [ctypes.c_int, p, _I, _I, p, p, p, _I]
         self._largest.argtypes = [p, _I, _I, _I, p, p, _I]
         self._squared_error.argtypes = [ctypes.c_int, p, _I, _I, p, p, p, p, _I, _I, p]
-        self.has_q8_0 = bool(library.ggscope_has_q8_0())
+        self._has_affine = library.ggscope_has_affine
 
-    def affine_q8_0(self, W: int, u_D: np.ndarray, b_F: np.ndarray, pre_F: np.ndarray, threads: int) -> None:
-        """pre_F = W u + b, W at this address in F rows of D values of ggml's Q8_0; u is rounded as ggml rounds it."""
+    def has_affine(self, type_name: str) -> bool:
+        """Whether `affine` multiplies with matrices of this type on this processor."""
+        return type_name in _KINDS and bool(self._has_affine(_KINDS[type_name]))
+
+    def affine(self, type_name: str, W: int, u_D: np.ndarray, b_F: np.ndarray, pre_F: np.ndarray, threads: int) -> None:
+        """pre_F = W u + b, W at this address in F rows of D values of this type; u is rounded as ggml rounds it."""
         addresses = u_D.ctypes.data, b_F.ctypes.data, pre_F.ctypes.data
-        _check(self._affine(W, b_F.size, u_D.size, *addresses, threads))
+        _check(self._affine(_KINDS[type_name], W, b_F.size, u_D.size, *addresses, threads))
 
     def largest(self, pre_NF: np.ndarray, k: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
         """(idx_NK, vals_NK) of the k largest above zero: sorted and padded as `sae.runtime.encode` says."""

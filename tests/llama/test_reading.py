@@ -29,25 +29,33 @@ def native() -> Kernels:
     return found
 
 
-@pytest.mark.parametrize(("D", "F"), [(32, 100), (96, 640), (160, 257), (512, 300)])
+@pytest.mark.parametrize(("D", "F"), [(32, 100), (96, 640), (160, 257), (512, 300), (71, 65)])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_product_with_q8_0_is_ggmls_up_to_the_order_of_sums(native, D, F, threads):
-    if not native.has_q8_0:
-        pytest.skip("this processor has no 8-bit dot product: ggml computes it")
+@pytest.mark.parametrize(("dtype", "within"), [("Q8_0", 1e-2), ("F32", 1e-6), ("F16", 1e-3), ("BF16", 1e-2)])
+def test_the_product_is_ggmls_up_to_the_order_of_sums(native, D, F, threads, dtype, within):
+    if not native.has_affine(dtype):
+        pytest.skip("this processor lacks the instructions: ggml computes it")
+    if D % 32 and dtype == "Q8_0":
+        pytest.skip("Q8_0 has blocks of 32")
     rng = np.random.default_rng(D)
-    stored, rounded_FD = stored_matrix(rng.standard_normal((F, D)).astype(np.float32), "Q8_0")
+    stored, rounded_FD = stored_matrix(rng.standard_normal((F, D)).astype(np.float32), dtype)
     b_F = rng.standard_normal(F).astype(np.float32)
-    affine = Affine(Backend(n_threads=1), 8, stored.raw, D, b_F)
-    for scale in (1e-3, 1.0, 3e4):
+    affine = Affine(Backend(n_threads=1), int(gguf.GGMLQuantizationType[dtype]), stored.raw, D, b_F)
+    for scale in (1e-3, 1.0, 3e4 if dtype == "Q8_0" else 1e3):  # beyond 65504 F16 is for the general path
         u_D = (scale * rng.standard_normal(D)).astype(np.float32)
         u_D[:32] = 0 if scale == 1.0 and D > 32 else u_D[:32]  # a block of zeros
         pre_F = np.full(F, np.nan, np.float32)
-        native.affine_q8_0(affine.weight_address, u_D, b_F, pre_F, threads)
+        native.affine(dtype, affine.weight_address, u_D, b_F, pre_F, threads)
         ggmls_F = affine.pre_acts(u_D[None])[0]
         largest = np.abs(ggmls_F).max()
         np.testing.assert_allclose(pre_F, ggmls_F, rtol=0, atol=1e-6 * largest)
         exact_F = rounded_FD.astype(np.float64) @ u_D + b_F
-        assert np.linalg.norm(pre_F - exact_F) < 1e-2 * np.linalg.norm(exact_F)
+        assert np.linalg.norm(pre_F - exact_F) < within * np.linalg.norm(exact_F)
+
+
+def test_a_type_without_a_product_is_said(native):
+    assert not native.has_affine("Q4_0")
+    assert not native.has_affine("Q8_K")
 
 
 @pytest.mark.parametrize("k", [1, 7, 640])
