@@ -40,6 +40,8 @@ SUM_BYTES = 1 << 30
 CACHED_BYTES = 64 << 20  # encoders below are allowed SMALL_MS more
 FLOOR_FACTOR, SMALL_MS = 1.25, 0.1
 TOKEN_SHARE, CALLBACK_SHARE, BUSY_SHARE = 0.08, 0.03, 0.10
+NUMPY, SAME = "numpy-f32", "same context"
+SHARED_TOKENS = 512
 SHARE_OF = (32768, "Q8_0")  # the encoder that is held against the token's time
 WARM_TOKENS = 4
 SHAPE_1B = models.Shape(d=2048, blocks=16, heads=32, kv_heads=8, ff=8192)
@@ -90,7 +92,12 @@ def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[R
     """The rows of one model, and what they rest on."""
     with Model(path) as model, _sides(model, settings, say) as (sides, sizes):
         say(f"{name}: {settings.tokens} tokens, {len(sides)} sides in turns")
-        quiet = in_step(sides, settings, settings.tokens)
+        # numpy's threads spin on for a while, into the next side; the sum leaves a cache without the model to it
+        apart = [key for key in sides if key == "sum" or key.endswith(NUMPY)]
+        quiet = in_step({key: step for key, step in sides.items() if key not in apart}, settings, settings.tokens)
+        for key in apart:
+            beside_it = in_step({SAME: sides[SAME], key: sides[key]}, settings, settings.tokens)
+            quiet |= {key: beside_it[key], f"{key} {SAME}": beside_it[SAME]}
         say(f"{name}: {settings.busy_tokens} tokens beside a busy Python thread")
         some = {key: sides[key] for key in ("bare", "callback")}
         with beside(busy=True):
@@ -126,19 +133,25 @@ def in_step(sides: Mapping[str, Step], settings: Settings, count: int) -> dict[s
 def _sides(
     model: Model, settings: Settings, say: Say
 ) -> Iterator[tuple[dict[str, Step], dict[str, tuple[int, str, int]]]]:
-    """Name -> step, and of the readings (F, type, bytes of the encoder)."""
+    """Name -> step, and of the readings (F, type, bytes of the encoder).
+
+    The readings and `SAME` have one context and go on in one text: where a context's buffers happen to lie is worth as
+    much as a small reading.
+    """
     n_ctx = settings.prompt + WARM_TOKENS + max(settings.tokens, settings.busy_tokens)
     bare = _bare_context(model, n_ctx, settings.threads)
     sides: dict[str, Step] = {"bare": _bare_step(bare)}
     sizes: dict[str, tuple[int, str, int]] = {}
     try:
         sides["callback"] = session_step(session_of(model, n_ctx, settings), None)
+        session = session_of(model, SHARED_TOKENS, settings)
+        sides[SAME] = session_step(session, None, goes_on=True)
         sides["sum"] = _sum_step(settings)
         for latents in settings.latents:
             say(f"encoders of {model.n_embd} x {latents}")
             for label, reader, n_bytes in _readers(model, latents, settings):
                 key = f"{latents} {label}"
-                sides[key] = session_step(session_of(model, n_ctx, settings), reader)
+                sides[key] = session_step(session, reader, goes_on=True)
                 sizes[key] = (latents, label, n_bytes)
         yield sides, sizes
     finally:
@@ -177,21 +190,28 @@ def _readers(model: Model, latents: int, settings: Settings) -> Iterator[tuple[s
         encoder = GgmlEncoder(weights, n_threads=settings.threads, stored=stored)
         yield label, Reader(weights, top=settings.k, encoder=encoder), raw.nbytes
     if latents == settings.numpy_latents:
-        yield "numpy-f32", Reader(weights, top=settings.k, encoder=NumpyEncoder(weights)), W_FD.nbytes
+        yield NUMPY, Reader(weights, top=settings.k, encoder=NumpyEncoder(weights)), W_FD.nbytes
 
 
 def session_of(model: Model, n_ctx: int, settings: Settings) -> Session:
     return Session(model, n_ctx=n_ctx, n_batch=min(n_ctx, 32), n_threads=settings.threads)
 
 
-def session_step(session: Session, reader: Reader | None, keep: list[Reading] | None = None) -> Step:
-    """Decode a token and take its reading; the last one stays in `keep`."""
+def session_step(
+    session: Session, reader: Reader | None, keep: list[Reading] | None = None, *, goes_on: bool = False
+) -> Step:
+    """Decode a token and take its reading; the last one stays in `keep`.
+
+    `goes_on`: the token comes after whatever the session holds, and first in one that is full.
+    """
     hooks = [reader.hook()] if reader is not None else []
     seq_N = np.zeros(1, np.int32)
 
     def step(token: int, pos: int) -> None:
+        if goes_on:
+            pos = int(session.n_past[0]) % session.n_ctx
         if pos == 0:
-            session.clear()
+            session.clear(wipe=False)
         session.decode(np.array([token]), seq_N, np.array([pos]), hooks=hooks, logits="last")
         if reader is not None:
             (reading,) = reader.take(0, [pos])
@@ -264,12 +284,13 @@ def _callback_rows(name: str, quiet: Mapping, busy: Mapping, settings: Settings)
 def _reading_rows(
     name: str, seconds: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, str, int]], settings: Settings
 ) -> list[Row]:
-    """Added time of each reading against the time its encoder's bytes take to be read once."""
+    """Added time of each reading against the time its encoder's bytes take to be read once; a token's is that of `SAME`."""
     ms_per_byte = 1e3 * statistics.median(seconds["sum"]) / settings.sum_bytes
-    token_ms = 1e3 * statistics.median(seconds["callback"])
+    token_ms = 1e3 * statistics.median(seconds[SAME])
     rows = []
     for key, (latents, label, n_bytes) in sizes.items():
-        added = 1e3 * statistics.median(a - b for a, b in zip(seconds[key], seconds["callback"], strict=True))
+        without = seconds.get(f"{key} {SAME}", seconds[SAME])
+        added = 1e3 * statistics.median(a - b for a, b in zip(seconds[key], without, strict=True))
         floor = n_bytes * ms_per_byte
         allowed = FLOOR_FACTOR * floor + (SMALL_MS if n_bytes < CACHED_BYTES else 0.0)
         limited = settings.limits and label in TYPES

@@ -48,7 +48,7 @@ def test_every_side_gives_a_row_and_the_floor_is_the_encoders_bytes(tmp_path, mo
 
 
 def test_the_floor_and_the_added_time_are_those_of_the_seconds_given():
-    seconds = {"sum": [0.02, 0.02], "callback": [0.03, 0.05], "32768 Q8_0": [0.032, 0.052]}
+    seconds = {"sum": [0.02, 0.02], live_cases.SAME: [0.03, 0.05], "32768 Q8_0": [0.032, 0.052]}
     settings = live_cases.Settings(sum_bytes=1 << 30)
     read, token = live_cases._reading_rows("m", seconds, {"32768 Q8_0": (32768, "Q8_0", 1 << 26)}, settings)
     assert read.ours == pytest.approx(2.0)
