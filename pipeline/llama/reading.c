@@ -32,6 +32,13 @@ static inline float half_at(const void * p) {
 #endif
 }
 
+static inline float bfloat_at(const uint8_t * p) {
+    uint32_t bits = (uint32_t) (p[0] | p[1] << 8) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* ---- pre = W u + b ----
    One stream of memory for each thread: chunks handed out as they come cost a tenth. */
 
@@ -63,8 +70,7 @@ static inline __attribute__((always_inline)) float float_product(int kind, const
         } else if (kind == KIND_F16) {
             value = half_at(w + 2 * j);
         } else {
-            uint32_t bits = (uint32_t) (w[2 * j] | w[2 * j + 1] << 8) << 16;
-            memcpy(&value, &bits, sizeof value);
+            value = bfloat_at(w + 2 * j);
         }
         total += value * u[j];
     }
@@ -241,12 +247,7 @@ static void add_row(int kind, const uint8_t * row, float a, float * y, int64_t D
     } else if (kind == KIND_F16) {
         for (int64_t j = 0; j < D; j++) y[j] += a * half_at(row + 2 * j);
     } else if (kind == KIND_BF16) {
-        for (int64_t j = 0; j < D; j++) {
-            uint32_t bits = (uint32_t) (row[2 * j] | row[2 * j + 1] << 8) << 16;
-            float value;
-            memcpy(&value, &bits, sizeof value);
-            y[j] += a * value;
-        }
+        for (int64_t j = 0; j < D; j++) y[j] += a * bfloat_at(row + 2 * j);
     } else {
         for (int64_t b = 0; b < D / QK; b++, row += BLOCK_BYTES) {
             float scale = half_at(row);
