@@ -66,12 +66,10 @@ def entries_from(pre_NF: torch.Tensor, least: float, k: int, first_row: int = 0)
     return Entries(flat_P // latents + first_row, flat_P % latents, value_HG[kept_P])
 
 
-def largest(entries: Entries, count: int, num_latents: int) -> torch.Tensor:
-    """Mask of the `count` largest positive entries."""
-    value_P = entries.value_P
-    edge = edge_of(value_P[value_P > 0], count)
-    chosen_P = value_P > edge
-    tied_P = (value_P == edge).nonzero().squeeze(1)
+def largest(entries: Entries, count: int, num_latents: int, edge: float) -> torch.Tensor:
+    """Mask of the `count` largest positive entries, of which `edge` is the least."""
+    chosen_P = entries.value_P > edge
+    tied_P = (entries.value_P == edge).nonzero().squeeze(1)
     wanted = count - int(chosen_P.sum())
     if len(tied_P) > wanted:
         place_P = entries.row_P[tied_P] * num_latents + entries.latent_P[tied_P]
@@ -93,6 +91,13 @@ class Guess:
         self.least = 0.0  # 0: none yet
         self._slack = 0.1
 
+    def state(self) -> list[float]:
+        """For `load`: a resumed run makes the same guesses."""
+        return [self.least, self._slack]
+
+    def load(self, state: list[float]) -> None:
+        self.least, self._slack = map(float, state)
+
     def first(self, sample_NF: torch.Tensor, share: float) -> None:
         """Start from a few rows: the value that 1.5 times the wanted share of their entries reaches."""
         wanted = max(1, min(sample_NF.numel(), round(1.5 * share * sample_NF.numel())))
@@ -100,11 +105,12 @@ class Guess:
         found = float(values_P.kthvalue(len(values_P) - wanted + 1).values)
         self.least = found if found > 0 else torch.finfo(torch.float32).tiny
 
-    def good(self, value_P: torch.Tensor, count: int, margin: float) -> bool:
-        """Whether every entry that matters was looked at; moves the guess either way."""
+    def good(self, seen: int, count: int, lowest: float) -> bool:
+        """Whether every entry that matters was looked at; moves the guess either way. `seen` entries reached it, and
+        `lowest` is the least that matters; any number where fewer than `count` were seen."""
         tiny = torch.finfo(torch.float32).tiny
-        lowest = max(tiny, edge_of(value_P.float(), count) * (1 - margin))
-        if len(value_P) >= count and lowest >= self.least:
+        lowest = max(tiny, lowest)
+        if seen >= count and lowest >= self.least:
             self._slack = max(LEAST_SLACK, self._slack * 0.98)
             self.least = max(tiny, lowest * (1 - self._slack))
             return True
@@ -112,6 +118,6 @@ class Guess:
             return True  # every positive entry was
         self._slack = min(MOST_SLACK, 2 * self._slack)
         # far below what rounding or a step of training can do: take all
-        lower = (self.least if len(value_P) < count else lowest) * (1 - self._slack)
+        lower = (self.least if seen < count else lowest) * (1 - self._slack)
         self.least = lower if lower > 1e-6 * self.least and self._slack < MOST_SLACK else tiny
         return False

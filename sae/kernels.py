@@ -123,6 +123,35 @@ class PreActs:
             yield part, pre_NF
 
 
+class BatchPairs:
+    """BatchTopK's pairs: the k N largest pre-activations of a batch, row after row, all above zero."""
+
+    def __init__(self, model: SparseCoder, dtype: torch.dtype) -> None:
+        self.model, self.guess = model, Guess()
+        self._pre_acts = PreActs(model, dtype)
+
+    def __call__(self, centred_ND: torch.Tensor) -> Entries:
+        model, rows, low = self.model, len(centred_ND), self._pre_acts.dtype == torch.bfloat16
+        count, margin = model.k * rows, MARGIN if low else 0.0
+        while True:
+            parts = []
+            for part, pre_NF in self._pre_acts(centred_ND):
+                if not self.guess.least:
+                    self.guess.first(pre_NF[:: max(1, len(pre_NF) // 32)], model.k / model.num_latents)
+                parts.append(entries_from(pre_NF, self.guess.least, model.k, part.start))
+            found = Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+            edge = edge_of(found.value_P.float(), count)
+            if self.guess.good(len(found.value_P), count, edge * (1 - margin)):
+                break
+        if low:
+            found = take(found, found.value_P.float() >= edge * (1 - margin))
+            latent_P, offsets_N = found.latent_P, offsets_of(found.row_P, rows)
+            exact_P = sampled_products(centred_ND, model.W_enc_FD, latent_P, offsets_N) + model.b_enc_F[latent_P]
+            found = found._replace(value_P=exact_P)
+            edge = edge_of(exact_P[exact_P > 0], count)
+        return take(found, largest(found, count, model.num_latents, edge))
+
+
 class FastStep:
     """Callable like `dense_step` with the model and settings bound; keeps its buffer between batches."""
 
@@ -131,7 +160,7 @@ class FastStep:
         self.settings = settings
         self.denominator = auxk_denominator  # of AuxK; ranks that share a batch put theirs
         self._pre_acts = PreActs(model, settings.encoder_dtype)
-        self._guess = Guess()
+        self._batch = BatchPairs(model, settings.encoder_dtype) if model.selects == "batchtopk" else None
 
     @torch.no_grad()
     def __call__(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None = None) -> StepResult:
@@ -180,8 +209,9 @@ class FastStep:
     def _encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
         """The latents of the rows and their values after ReLU."""
         model = self.model
-        if model.selects == "batchtopk":
-            return self._encode_batch(centred_ND)
+        if self._batch is not None:
+            found = self._batch(centred_ND)
+            return Chosen(found.latent_P, offsets_of(found.row_P, len(centred_ND)), found.row_P), found.value_P
         choose = group_leaders if model.selects == "groupmax" else grouped_topk
         rows, dtype = len(centred_ND), self.settings.encoder_dtype
         vals_NK = torch.empty(rows, model.k, dtype=dtype, device=centred_ND.device)
@@ -191,28 +221,6 @@ class FastStep:
         if dtype == torch.bfloat16:
             vals_NK = sampled_products(centred_ND, model.W_enc_FD, idx_NK) + model.b_enc_F[idx_NK]
         return Chosen(idx_NK), vals_NK.relu_()
-
-    def _encode_batch(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
-        """The k N largest of the batch (batch_select.py): pairs row after row, all above zero."""
-        model, rows, low = self.model, len(centred_ND), self.settings.encoder_dtype == torch.bfloat16
-        count, margin = model.k * rows, MARGIN if low else 0.0
-        while True:
-            parts = []
-            for part, pre_NF in self._pre_acts(centred_ND):
-                if not self._guess.least:
-                    self._guess.first(pre_NF[:: max(1, len(pre_NF) // 32)], model.k / model.num_latents)
-                parts.append(entries_from(pre_NF, self._guess.least, model.k, part.start))
-            found = Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-            if self._guess.good(found.value_P, count, margin):
-                break
-        if low:
-            edge = edge_of(found.value_P.float(), count) * (1 - margin)
-            found = take(found, found.value_P.float() >= edge)
-            latent_P, offsets_N = found.latent_P, offsets_of(found.row_P, rows)
-            exact_P = sampled_products(centred_ND, model.W_enc_FD, latent_P, offsets_N) + model.b_enc_F[latent_P]
-            found = found._replace(value_P=exact_P)
-        found = take(found, largest(found, count, model.num_latents))
-        return Chosen(found.latent_P, offsets_of(found.row_P, rows), found.row_P), found.value_P
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from .model import SparseCoder
 from .optimizers import make_optimizer
 from .train_config import TrainConfig
 
-FUSED = "variant topk on one hook point with unit decoder rows, Adam, no layer norm"
+FUSED = "on one hook point with unit decoder rows, Adam, no layer norm"
 
 
 class Stepper(ABC):
@@ -113,8 +113,8 @@ def _no_native(model: SparseCoder, config: TrainConfig, device: torch.device) ->
     """Why the compiled step cannot be had; empty where it can."""
     if device.type != "cpu":
         return f"runs on a CPU, the device is {device.type}"
-    if not has_fused_step(model, config) or config.options.k_start:
-        return f"is for {FUSED} and no k annealing"
+    if not has_fused_step(model, config, ("topk", "batchtopk")):
+        return f"is for variant topk or batchtopk {FUSED}"
     from .native.library import native_library  # here: the compiler starts only where the kernels are wanted
 
     return "" if native_library() is not None else "needs a C compiler that works (see the warning above)"
@@ -124,17 +124,17 @@ def _no_triton(model: SparseCoder, config: TrainConfig, device: torch.device) ->
     """Why the Triton kernels cannot be had; empty where they can."""
     from .gpu.check import MOST_DIMENSIONS, trouble  # it extends Stepper
 
-    if not has_fused_step(model, config) or model.d_in > MOST_DIMENSIONS:
-        return f"is for {FUSED}, at most {MOST_DIMENSIONS} dimensions"
+    if not has_fused_step(model, config, ("topk",)) or model.d_in > MOST_DIMENSIONS:
+        return f"is for variant topk {FUSED}, at most {MOST_DIMENSIONS} dimensions"
     why = trouble(model.d_in, model.num_latents, max(model.k, config.options.k_start), device)
     return why and f"cannot be had: {why}"
 
 
-def has_fused_step(model: SparseCoder, config: TrainConfig) -> bool:
-    """Whether the compiled and the Triton steps have this model's choice, loss and optimizer."""
+def has_fused_step(model: SparseCoder, config: TrainConfig, choices: tuple[str, ...]) -> bool:
+    """Whether a fused step with these choices of the latents has this model's, and its loss and optimizer."""
     return (
         has_fast_step(model)
-        and model.selects == "topk"
+        and model.selects in choices
         and model.wiring.kind == "sae"
         and config.optimizer == "adam"
         and config.options.input_norm != "layer"

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from ..kernels import rest_
+from ..model import SparseCoder
+from ..train_config import TrainConfig
 from .build import BuildError, build
 
 FOLDER = Path(__file__).parent
@@ -27,16 +29,17 @@ VARIANTS = (
     (*_COMMON, "-mcpu=native"),
     _COMMON,
 )
-_INTEGERS = ("N", "D", "F", "K", "threads")
-_FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction")
+LATENTS_PER_K_OF_BATCH = TILE  # BatchTopK asks no tiles; but of fewer latents too many would be candidates
+_INTEGERS = ("N", "D", "F", "K", "threads", "pool_capacity")
+_FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction", "least")
 _BEFORE = (
     "W_enc_FD", "W_enc_m", "W_enc_v", "b_enc_F", "b_enc_m", "b_enc_v",
     "W_dec_FD", "W_dec_m", "W_dec_v", "b_dec_D", "b_dec_m", "b_dec_v",
 )  # fmt: skip
 _AFTER = (
     "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_offset_F", "balance_D",
-    "u_ND", "centred_ND", "grad_ND", "idx_NK", "vals_NK", "grad_vals_NK", "error_N", "candidates_N",
-    "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
+    "u_ND", "centred_ND", "grad_ND", "first_N1", "row_P", "idx_P", "vals_P", "grad_vals_P", "error_N", "candidates_N",
+    "pool", "pool_used", "pool_at_N", "pool_count_N", "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ class Library:
         self.has_int8 = bool(self._library.ggscope_has_int8())
 
     def run(self, function: str, step: Step) -> None:
-        """`rows`, `rows_int8`, `latents` or `refresh_all` on the structure."""
+        """A function that takes the structure: `rows_int8`, `latents`, ..."""
         self._check(function, getattr(self._library, f"ggscope_{function}")(ctypes.byref(step)))
 
     def topk(self, pre_NF: torch.Tensor, k: int, idx_NK: torch.Tensor) -> None:
@@ -133,8 +136,15 @@ def native_library() -> Library | None:
         return None
 
 
-def selects_in_int8(d_in: int, num_latents: int, k: int) -> bool:
-    """Whether the latents are found by 8-bit products, their exact float32 values deciding: faster than bfloat16."""
+def selects_in_int8(d_in: int, num_latents: int, k: int, *, over_batch: bool = False) -> bool:
+    """Whether the latents are found by 8-bit products, their exact float32 values deciding: faster than bfloat16.
+    `over_batch`: the choice is BatchTopK's."""
     library = native_library()
-    fits = num_latents >= LATENTS_PER_K * k and d_in <= MOST_DIMENSIONS
-    return library is not None and library.has_int8 and fits
+    least = (LATENTS_PER_K_OF_BATCH if over_batch else LATENTS_PER_K) * k
+    return library is not None and library.has_int8 and num_latents >= least and d_in <= MOST_DIMENSIONS
+
+
+def finds_in_int8(model: SparseCoder, config: TrainConfig) -> bool:
+    """`selects_in_int8` of a model, with the largest k that it trains with."""
+    most_k = max(config.k, config.options.k_start)
+    return selects_in_int8(model.d_in, model.num_latents, most_k, over_batch=model.selects == "batchtopk")

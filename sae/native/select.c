@@ -55,7 +55,7 @@ static inline int32_t key_bf16(const uint16_t * p) {
             ggscope_take_largest(items, groups, K);                                                                    \
             least = INT32_MAX;                                                                                         \
             for (int64_t j = 0; j < K; j++) {                                                                          \
-                int32_t key = (int32_t) ((uint32_t) (items[j] >> 32) ^ 0x80000000u);                                   \
+                int32_t key = ranked_key(items[j]);                                                                    \
                 least = key < least ? key : least;                                                                     \
             }                                                                                                          \
         }                                                                                                              \
@@ -311,6 +311,27 @@ static void exact_values(const struct step * s, struct block * b, int64_t hit) {
     }
 }
 
+/* BatchTopK: what reaches s->least goes to the pool, a row's latents in their order. */
+static void to_pool(const struct step * s, struct block * b) {
+    for (int r = 0; r < b->rows; r++) {
+        uint64_t * items = items_of(s, b, r);
+        int64_t count = 0, row = b->first + r, at;
+        for (int64_t c = 0; c < b->found[r]; c++) {
+            items[count] = items[c];
+            count += ranked_key(items[c]) >= order_key(s->least);
+        }
+        s->candidates_N[row] = b->found[r];
+#pragma omp atomic capture
+        {
+            at = *s->pool_used;
+            *s->pool_used += count;
+        }
+        s->pool_at_N[row] = at;
+        s->pool_count_N[row] = count;
+        if (at + count <= s->pool_capacity) memcpy(s->pool + at, items, count * sizeof *items);
+    }
+}
+
 /* The next rows of the weights to be fetched; returns how many, the others are any address. Once the exact values are
    there, a row's latents are chosen when the first of them is fetched. */
 static int rows_to_fetch(const struct step * s, struct block * b, const float ** rows) {
@@ -326,7 +347,7 @@ static int rows_to_fetch(const struct step * s, struct block * b, const float **
             ggscope_choose(s, row, items_of(s, b, (int) b->at), b->found[b->at]);
         }
         for (; count < FETCHED && b->slot + count < s->K; count++) {
-            rows[count] = s->W_dec_FD + s->idx_NK[row * s->K + b->slot + count] * s->D;
+            rows[count] = s->W_dec_FD + s->idx_P[row * s->K + b->slot + count] * s->D;
         }
     }
     for (int i = count; i < FETCHED; i++) rows[i] = s->W_enc_FD;
@@ -337,6 +358,7 @@ static int rows_to_fetch(const struct step * s, struct block * b, const float **
 static void use_rows(const struct step * s, struct block * b, int count) {
     if (b->hit < b->hits) {
         for (int i = 0; i < count; i++) exact_values(s, b, b->hit++);
+        if (s->pool && b->hit == b->hits) to_pool(s, b);
     } else if (b->at < b->rows) {
         b->slot += count;
         if (b->slot == s->K) {
@@ -395,21 +417,32 @@ static void block_of_rows(const struct step * s, struct block * b, int64_t first
         use_rows(s, b, count);
     }
     finish_block(s, b);
-    bounds_to_reach(s, b, 0);
-    bounds_to_reach(s, b, 1);
+    if (s->pool) {
+        for (int r = 0; r < BLOCK; r++) b->least[r] = s->least * b->inverse[r];
+    } else {
+        bounds_to_reach(s, b, 0);
+        bounds_to_reach(s, b, 1);
+    }
     for (int r = 0; r < BLOCK; r++) {
         if (!b->finite[r]) b->least[r] = INFINITY; /* no latent will do; the row's error is not finite either */
     }
     b->hits = find_candidates(s, b);
     b->first = first;
     b->rows = rows;
-    b->hit = b->at = b->slot = 0;
+    b->hit = b->slot = 0;
+    b->at = s->pool ? rows : 0; /* BatchTopK reconstructs when all rows have been seen */
     memset(b->found, 0, sizeof b->found);
 }
 
-/* Everything that goes row by row, latents chosen by their exact float32 values. 0: done, -1: no memory. */
+/* TopK: everything that goes row by row, latents chosen by their exact float32 values. BatchTopK: the pool; where
+   pool_used says more than there is room for, it is not whole. 0: done, -1: no memory. */
 int ggscope_rows_int8(const struct step * s) {
     int failed = 0;
+    if (s->pool) {
+        *s->pool_used = 0;
+        memset(s->pool_count_N, 0, s->N * sizeof *s->pool_count_N);
+        memset(s->candidates_N, 0, s->N * sizeof *s->candidates_N);
+    }
 #pragma omp parallel num_threads((int) s->threads)
     {
         struct block b = {0};

@@ -4,15 +4,16 @@
 
 /* u_hat - u of the row, in grad_ND until it is scaled */
 static void decode_row(const struct step * s, int64_t row) {
-    const int32_t * idx = s->idx_NK + row * s->K;
-    const float * vals = s->vals_NK + row * s->K;
+    const int32_t * idx = s->idx_P + s->first_N1[row];
+    const float * vals = s->vals_P + s->first_N1[row];
+    int64_t count = s->first_N1[row + 1] - s->first_N1[row];
     float * error = s->grad_ND + row * s->D;
     const float * centred = s->centred_ND + row * s->D;
     for (int64_t j = 0; j < s->D; j++) error[j] = -centred[j];
     float four[4];
     const float * rows[4];
     int held = 0;
-    for (int64_t k = 0; k < s->K; k++) {
+    for (int64_t k = 0; k < count; k++) {
         if (vals[k] == 0) continue;
         four[held] = vals[k];
         rows[held++] = s->W_dec_FD + idx[k] * s->D;
@@ -26,8 +27,8 @@ static void decode_row(const struct step * s, int64_t row) {
 
 void ggscope_choose(const struct step * s, int64_t row, uint64_t * items, int64_t count) {
     int64_t K = s->K;
-    int32_t * idx = s->idx_NK + row * K;
-    float * vals = s->vals_NK + row * K;
+    int32_t * idx = s->idx_P + row * K;
+    float * vals = s->vals_P + row * K;
     uint64_t least = 0; /* of the items taken; an item holds its index, so no two are equal */
     if (count > K) {
         memcpy(items + count, items, count * sizeof *items);
@@ -38,10 +39,7 @@ void ggscope_choose(const struct step * s, int64_t row, uint64_t * items, int64_
     int64_t taken = 0;
     for (int64_t c = 0; c < count; c++) { /* in the order of the candidates, whichever others there were */
         if (items[c] < least) continue;
-        float value;
-        uint32_t bits = (uint32_t) (items[c] >> 32) ^ 0x80000000u; /* back from the key; NaN stays NaN */
-        bits = bits & 0x80000000u ? bits ^ INT32_MAX : bits;
-        memcpy(&value, &bits, sizeof value);
+        float value = ranked_value(items[c]);
         idx[taken] = ranked_index(items[c]);
         vals[taken++] = value < 0 ? 0 : value;
     }
@@ -52,10 +50,10 @@ void ggscope_choose(const struct step * s, int64_t row, uint64_t * items, int64_
 }
 
 void ggscope_reconstruct(const struct step * s, int64_t row) {
-    int64_t D = s->D, K = s->K;
-    const int32_t * idx = s->idx_NK + row * K;
-    const float * vals = s->vals_NK + row * K;
-    float * grad_vals = s->grad_vals_NK + row * K;
+    int64_t D = s->D, count = s->first_N1[row + 1] - s->first_N1[row];
+    const int32_t * idx = s->idx_P + s->first_N1[row];
+    const float * vals = s->vals_P + s->first_N1[row];
+    float * grad_vals = s->grad_vals_P + s->first_N1[row];
     decode_row(s, row);
     float * grad = s->grad_ND + row * D;
     double sum = 0;
@@ -66,12 +64,16 @@ void ggscope_reconstruct(const struct step * s, int64_t row) {
     }
     s->error_N[row] = sum;
     for (int64_t j = 0; j < D; j++) grad[j] *= scale;
-    for (int64_t k = 0; k < K; k++) {
+    for (int64_t k = 0; k < count; k++) {
         grad_vals[k] = vals[k] != 0 ? dot(s->W_dec_FD + idx[k] * D, grad, D) : 0;
     }
 }
 
-/* Everything that goes row by row, for latents chosen before: idx_NK. 0: done, -1: no memory. */
+static void fetch_decoder(const struct step * s, int64_t row) {
+    for (int64_t p = s->first_N1[row]; p < s->first_N1[row + 1]; p++) prefetch_row(s->W_dec_FD + s->idx_P[p] * s->D, s->D);
+}
+
+/* Everything that goes row by row, for K latents a row chosen before: idx_P. 0: done, -1: no memory. */
 int ggscope_rows(const struct step * s) {
     int failed = 0;
 #pragma omp parallel num_threads((int) s->threads)
@@ -84,7 +86,7 @@ int ggscope_rows(const struct step * s) {
 #pragma omp for schedule(dynamic, 16)
         for (int64_t row = 0; row < s->N; row++) {
             if (!items) continue;
-            const int32_t * idx = s->idx_NK + row * s->K;
+            const int32_t * idx = s->idx_P + row * s->K;
             const float * u = s->u_ND + row * s->D;
             float * centred = s->centred_ND + row * s->D;
             for (int64_t j = 0; j < s->D; j++) centred[j] = u[j] - s->b_dec_D[j];
@@ -94,7 +96,7 @@ int ggscope_rows(const struct step * s) {
             }
             s->candidates_N[row] = s->K;
             ggscope_choose(s, row, items, s->K);
-            for (int64_t k = 0; k < s->K; k++) prefetch_row(s->W_dec_FD + s->idx_NK[row * s->K + k] * s->D, s->D);
+            fetch_decoder(s, row);
             ggscope_reconstruct(s, row);
         }
         free(items);
@@ -102,20 +104,62 @@ int ggscope_rows(const struct step * s) {
     return failed;
 }
 
+/* The rest of what goes row by row, for pairs that are there, with their values. 0: done. */
+int ggscope_rows_of_pairs(const struct step * s) {
+#pragma omp parallel for schedule(dynamic, 16) num_threads((int) s->threads)
+    for (int64_t row = 0; row < s->N; row++) {
+        if (row + 1 < s->N) fetch_decoder(s, row + 1);
+        ggscope_reconstruct(s, row);
+    }
+    return 0;
+}
+
+/* BatchTopK: the K N largest of the pool become the pairs; all of them, where there are fewer. Among equal ones the
+   earlier row, then the lower latent. 0: done, -1: no memory. */
+int ggscope_pairs_of_pool(const struct step * s) {
+    int64_t seen = *s->pool_used, wanted = s->N * s->K < seen ? s->N * s->K : seen, place = 0, pair = 0;
+    const uint64_t high = (uint64_t) UINT32_MAX << 32;
+    uint64_t least = 0, * ranks = malloc((seen + 1) * sizeof *ranks); /* with the place in the batch for an index */
+    if (!ranks) return -1;
+    for (int64_t row = 0; row < s->N; row++) {
+        const uint64_t * items = s->pool + s->pool_at_N[row];
+        for (int64_t c = 0; c < s->pool_count_N[row]; c++, place++) ranks[place] = (items[c] & high) | (uint32_t) ~place;
+    }
+    if (wanted < seen) {
+        ggscope_take_largest(ranks, seen, wanted);
+        least = UINT64_MAX;
+        for (int64_t c = 0; c < wanted; c++) least = ranks[c] < least ? ranks[c] : least;
+    }
+    free(ranks);
+    place = 0;
+    for (int64_t row = 0; row < s->N; row++) {
+        const uint64_t * items = s->pool + s->pool_at_N[row];
+        s->first_N1[row] = pair;
+        for (int64_t c = 0; c < s->pool_count_N[row]; c++, place++) {
+            if (((items[c] & high) | (uint32_t) ~place) < least) continue;
+            s->row_P[pair] = (int32_t) row;
+            s->idx_P[pair] = ranked_index(items[c]);
+            s->vals_P[pair++] = ranked_value(items[c]);
+        }
+    }
+    s->first_N1[s->N] = pair;
+    return 0;
+}
+
 /* ---- latent by latent ---- */
 
-/* pair_P: the pairs (row, k) with a value, by latent and then by row; those of latent i from start[i] to start[i + 1] */
+/* pair_P: the pairs with a value, by latent and then by row; those of latent i from start[i] to start[i + 1] */
 static void sort_pairs(const struct step * s) {
-    int64_t P = s->N * s->K;
+    int64_t P = s->first_N1[s->N];
     int32_t * start = s->start_F1;
     memset(start, 0, (s->F + 1) * sizeof *start);
-    for (int64_t p = 0; p < P; p++) start[s->idx_NK[p] + 1] += s->vals_NK[p] != 0;
+    for (int64_t p = 0; p < P; p++) start[s->idx_P[p] + 1] += s->vals_P[p] != 0;
     for (int64_t i = 0; i < s->F; i++) {
         s->fired_F[i] = start[i + 1];
         start[i + 1] += start[i];
     }
     for (int64_t p = 0; p < P; p++) {
-        if (s->vals_NK[p] != 0) s->pair_P[start[s->idx_NK[p]]++] = (int32_t) p;
+        if (s->vals_P[p] != 0) s->pair_P[start[s->idx_P[p]]++] = (int32_t) p;
     }
     memmove(start + 1, start, s->F * sizeof *start); /* every start stands now where the next one begins */
     start[0] = 0;
@@ -238,9 +282,9 @@ static float sum_gradients(const struct step * s, int64_t i, float * enc, float 
         float vals[4], grads[4];
         const float *centred[4], *grad[4];
         for (int q = 0; q < 4; q++) {
-            int64_t pair = s->pair_P[p + q], row = pair / s->K;
-            vals[q] = s->vals_NK[pair];
-            bias += grads[q] = s->grad_vals_NK[pair];
+            int64_t pair = s->pair_P[p + q], row = s->row_P[pair];
+            vals[q] = s->vals_P[pair];
+            bias += grads[q] = s->grad_vals_P[pair];
             centred[q] = s->centred_ND + row * D;
             grad[q] = s->grad_ND + row * D;
         }
@@ -248,10 +292,10 @@ static float sum_gradients(const struct step * s, int64_t i, float * enc, float 
         add_scaled4(dec, vals, grad, D);
     }
     for (; p < stop; p++) {
-        int64_t pair = s->pair_P[p], row = pair / s->K;
-        bias += s->grad_vals_NK[pair];
-        add_scaled(enc, s->grad_vals_NK[pair], s->centred_ND + row * D, D);
-        add_scaled(dec, s->vals_NK[pair], s->grad_ND + row * D, D);
+        int64_t pair = s->pair_P[p], row = s->row_P[pair];
+        bias += s->grad_vals_P[pair];
+        add_scaled(enc, s->grad_vals_P[pair], s->centred_ND + row * D, D);
+        add_scaled(dec, s->vals_P[pair], s->grad_ND + row * D, D);
     }
     if (extra >= 0) {
         bias += s->extra_bias_M[extra];

@@ -7,10 +7,14 @@ where there are no 8-bit products, as far as torch's matrix product does).
 
 How the latents are chosen:
 - encoder_dtype=float32, processor with 8-bit dot products: candidates whose bound on the pre-activation, from an
-  8-bit product, reaches the k-th largest; their exact float32 pre-activations decide.
+  8-bit product, reaches the k-th largest (BatchTopK: a guess of the batch's edge); their exact float32
+  pre-activations decide.
 - else: torch's matrix product in encoder_dtype and an exact top-k, on blocks of rows that stay in cache.
 
-Shape letters: N rows, D d_in, F latents, K top-k, M latents with AuxK gradients.
+TopK reconstructs a block of rows while it multiplies the next one. BatchTopK cannot before it has seen all rows: it
+is one more pass.
+
+Shape letters: N rows, D d_in, F latents, K top-k, P active pairs of a row and a latent, M latents with AuxK gradients.
 """
 
 from __future__ import annotations
@@ -20,13 +24,15 @@ from typing import Any
 
 import torch
 
-from ..kernels import auxk_gradients
+from ..batch_select import Guess
+from ..kernels import BatchPairs, auxk_gradients, offsets_of
 from ..losses import LossSettings, StepResult
 from ..model import SparseCoder
 from ..steppers import Stepper
 from ..train_config import TrainConfig
-from .library import TILE, UNIT, Library, Step, selects_in_int8
+from .library import TILE, UNIT, Library, Step, finds_in_int8
 
+SAMPLE_ROWS = 32  # whose pre-activations give BatchTopK's first guess
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
 LEAST_BALANCE = 1e-6
 PARAMETERS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
@@ -40,7 +46,9 @@ class NativeStepper(Stepper):
     def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig, library: Library) -> None:
         self.model, self.settings, self._library = model, settings, library
         self._betas, self._steps = config.betas, 0
-        self._int8 = settings.encoder_dtype == torch.float32 and selects_in_int8(model.d_in, model.num_latents, model.k)
+        self._over_batch = model.selects == "batchtopk"
+        self._int8 = settings.encoder_dtype == torch.float32 and finds_in_int8(model, config)
+        self._pairs = BatchPairs(model, settings.encoder_dtype)
         self._moments = {
             f"{name.rpartition('_')[0]}_{moment}": torch.zeros_like(getattr(model, name))
             for name in PARAMETERS
@@ -65,7 +73,8 @@ class NativeStepper(Stepper):
         }
         self._batch: dict[str, torch.Tensor] = {}
         self._pre = torch.empty(0)
-        self._step = Step(D=d_in, F=latents, K=model.k, beta1=config.betas[0], beta2=config.betas[1], eps=config.eps)
+        self._pool = torch.empty(0, dtype=torch.int64)
+        self._step = Step(D=d_in, F=latents, beta1=config.betas[0], beta2=config.betas[1], eps=config.eps)
         self._step.point(**self._moments, **self._copies, **self._sums, balance_D=self._balance_D)
         self._fresh = False  # whether the copies are those of the weights
 
@@ -73,7 +82,9 @@ class NativeStepper(Stepper):
     def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
         u_ND = u_ND.contiguous()
         self._prepare(u_ND, lr)
-        if self._int8:
+        if self._over_batch:
+            self._rows_of_batch(u_ND)
+        elif self._int8:
             self._library.run("rows_int8", self._step)
         else:
             self._choose(u_ND)
@@ -89,10 +100,13 @@ class NativeStepper(Stepper):
         return StepResult(error=error, auxk_loss=auxk_loss, loss=loss, fired_F=self._sums["fired_F"].clone())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self._steps, "balance_D": self._balance_D} | self._moments
+        state = {"steps": self._steps, "balance_D": self._balance_D} | self._moments
+        return state | ({"guess": self._pairs.guess.state()} if self._over_batch else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._steps = int(state["steps"])
+        if self._over_batch:
+            self._pairs.guess.load(state["guess"])
         self._balance_D.copy_(state["balance_D"])
         for name, moment in self._moments.items():
             moment.copy_(state[name])
@@ -106,11 +120,11 @@ class NativeStepper(Stepper):
     def _prepare(self, u_ND: torch.Tensor, lr: float) -> None:
         """Set everything of the structure that this batch decides."""
         model, step, rows = self.model, self._step, len(u_ND)
-        if not self._batch or len(self._batch["error_N"]) != rows:
+        if not self._batch or len(self._batch["error_N"]) != rows or model.k != step.K:
             self._batch = self._batch_memory(rows)
             step.point(**self._batch)
         self._steps += 1
-        step.N, step.threads = rows, torch.get_num_threads()
+        step.N, step.K, step.threads = rows, model.k, torch.get_num_threads()
         step.step_size = lr / (1 - self._betas[0] ** self._steps)
         step.root_correction = math.sqrt(1 - self._betas[1] ** self._steps)
         step.point(
@@ -126,20 +140,69 @@ class NativeStepper(Stepper):
     def _batch_memory(self, rows: int) -> dict[str, torch.Tensor]:
         model = self.model
         pairs, parts = rows * model.k, -(-rows // UNIT) + -(-model.num_latents // UNIT)
+        pool = ("pool_used", "pool_at_N", "pool_count_N") if self._over_batch else ()
         return {
             "centred_ND": torch.empty(rows, model.d_in),
             "grad_ND": torch.empty(rows, model.d_in),
-            "idx_NK": torch.empty(rows, model.k, dtype=torch.int32),
-            "vals_NK": torch.empty(rows, model.k),
-            "grad_vals_NK": torch.empty(rows, model.k),
+            "first_N1": torch.arange(0, pairs + 1, model.k),
+            "row_P": torch.arange(rows, dtype=torch.int32).repeat_interleave(model.k),
+            "idx_P": torch.empty(pairs, dtype=torch.int32),
+            "vals_P": torch.empty(pairs),
+            "grad_vals_P": torch.empty(pairs),
             "error_N": torch.empty(rows, dtype=torch.float64),
             "candidates_N": torch.empty(rows, dtype=torch.int64),
             "pair_P": torch.empty(pairs, dtype=torch.int32),
             "partial_D": torch.empty(parts, model.d_in),
+            **{name: torch.zeros(rows, dtype=torch.int64) for name in pool},
         }
 
+    def _rows_of_batch(self, u_ND: torch.Tensor) -> None:
+        """BatchTopK: the pairs of the whole batch, then everything else that goes row by row."""
+        batch = self._batch
+        if self._int8:
+            self._fill_pool(u_ND, self._pairs.guess)
+            self._library.run("pairs_of_pool", self._step)
+        else:
+            torch.sub(u_ND, self.model.b_dec_D, out=batch["centred_ND"])
+            found = self._pairs(batch["centred_ND"])
+            count = len(found.value_P)
+            for name, part_P in zip(("row_P", "idx_P", "vals_P"), found, strict=True):
+                batch[name][:count] = part_P
+            batch["first_N1"][:-1], batch["first_N1"][-1] = offsets_of(found.row_P, len(u_ND)), count
+            batch["candidates_N"].fill_(self.model.num_latents)
+        vals_P = batch["vals_P"][: int(batch["first_N1"][-1])]
+        if self._int8 and len(vals_P) == len(batch["vals_P"]):
+            self._pairs.guess.good(len(vals_P), len(vals_P), float(vals_P.min()))
+        self._library.run("rows_of_pairs", self._step)
+        self.model.observe_(vals_P)
+
+    def _fill_pool(self, u_ND: torch.Tensor, guess: Guess) -> None:
+        """Every pre-activation that may be among the k N largest, with a guess of the least of them."""
+        model, step, wanted = self.model, self._step, self.model.k * len(u_ND)
+        if not guess.least:
+            some_ND = u_ND[:: max(1, len(u_ND) // SAMPLE_ROWS)]
+            guess.first(model.pre_acts(some_ND), model.k / model.num_latents)
+        while True:
+            step.least = guess.least
+            self._pool_of(2 * wanted)
+            self._library.run("rows_int8", step)
+            seen = int(self._batch["pool_used"][0])
+            if seen > step.pool_capacity:
+                self._pool_of(seen)
+                self._library.run("rows_int8", step)
+            if seen >= wanted or guess.good(seen, wanted, 0.0):
+                return
+
+    def _pool_of(self, items: int) -> None:
+        """Room for so many at least."""
+        if len(self._pool) < items:
+            self._pool = torch.empty(items, dtype=torch.int64)
+        self._step.point(pool=self._pool)
+        self._step.pool_capacity = len(self._pool)
+
     def _choose(self, u_ND: torch.Tensor) -> None:
-        """idx_NK by a dense product on blocks of rows."""
+        """idx_P by a dense product on blocks of rows."""
+        idx_NK = self._batch["idx_P"].view(len(u_ND), self.model.k)
         model, dtype = self.model, self.settings.encoder_dtype
         weight_FD = self._copies.get("bf16_FD", model.W_enc_FD)
         input_ND, bias_F = (u_ND - model.b_dec_D).to(dtype), model.b_enc_F.to(dtype)
@@ -150,7 +213,7 @@ class NativeStepper(Stepper):
             part = slice(start, min(len(u_ND), start + block))
             pre_NF = self._pre[: part.stop - start]
             torch.addmm(bias_F, input_ND[part], weight_FD.t(), out=pre_NF)
-            self._library.topk(pre_NF, model.k, self._batch["idx_NK"][part])
+            self._library.topk(pre_NF, model.k, idx_NK[part])
 
     def _select(self, pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Like `select_topk`."""

@@ -99,17 +99,28 @@ static inline uint64_t ranked(int32_t key, uint32_t index) {
     return ((uint64_t) ((uint32_t) key ^ 0x80000000u) << 32) | (uint32_t) ~index;
 }
 static inline int32_t ranked_index(uint64_t item) { return (int32_t) ~(uint32_t) item; }
+static inline int32_t ranked_key(uint64_t item) { return (int32_t) ((uint32_t) (item >> 32) ^ 0x80000000u); }
+/* The value back from the key; NaN stays NaN. */
+static inline float ranked_value(uint64_t item) {
+    int32_t key = ranked_key(item), bits = key ^ ((key >> 31) & INT32_MAX);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 /* Reorder so that the k largest of the items come first; 0 < k <= count. */
 void ggscope_take_largest(uint64_t * items, int64_t count, int64_t k);
 
-/* One training step; every pointer is to plain arrays in row-major order. N rows, D width, F latents, K per row. */
+/* One training step; every pointer is to plain arrays in row-major order. N rows, D width, F latents, K per row, P
+   pairs of a row and a latent that is active on it: those of row n from first_N1[n] to first_N1[n + 1]. */
 struct step {
     int64_t N, D, F, K, threads;
+    int64_t pool_capacity;
     /* the model, and Adam's first and second moments */
     float *W_enc_FD, *W_enc_m, *W_enc_v, *b_enc_F, *b_enc_m, *b_enc_v;
     float *W_dec_FD, *W_dec_m, *W_dec_v, *b_dec_D, *b_dec_m, *b_dec_v;
     float beta1, beta2, eps, step_size, root_correction; /* lr / (1 - beta1^t), sqrt(1 - beta2^t) */
+    float least; /* BatchTopK: pre-activations below it are not looked at */
     /* copies of W_enc that choose the latents: bfloat16 (F, D), or 8 bits in tiles; NULL where not in use */
     uint16_t * bf16_FD;
     int8_t * q_tiles;         /* (F / TILE, D / 4, TILE, 4), zeros beyond F and D */
@@ -119,10 +130,14 @@ struct step {
     /* the batch */
     const float * u_ND;
     float *centred_ND, *grad_ND; /* u - b_dec, dL/du_hat */
-    int32_t * idx_NK;
-    float *vals_NK, *grad_vals_NK;
+    int64_t * first_N1;
+    int32_t *row_P, *idx_P;
+    float *vals_P, *grad_vals_P;
     double * error_N; /* ||u - u_hat||^2 */
     int64_t * candidates_N; /* latents whose exact value was computed */
+    /* BatchTopK: the pre-activations of the batch from `least` on, row by row but the rows in no order; NULL: TopK */
+    uint64_t * pool;
+    int64_t *pool_used, *pool_at_N, *pool_count_N;
     /* sums over the rows of a latent */
     int64_t * fired_F;
     int32_t *start_F1, *pair_P;

@@ -17,7 +17,7 @@ from ..initial import scale_encoder_
 from ..kernels import encoder_dtype, has_fast_step
 from ..losses import LossSettings
 from ..model import SparseCoder, input_scale, layer_normalise
-from ..native.library import selects_in_int8
+from ..native.library import finds_in_int8
 from ..options import TOP_K_FAMILY
 from ..steppers import pick_kernel
 from ..train_config import TrainConfig
@@ -119,7 +119,7 @@ def dtype_of(config: TrainConfig, model: SparseCoder, device: torch.device) -> t
     """bfloat16 chooses latents only where the step has that choice; "auto" means float32 elsewhere."""
     if has_fast_step(model):
         native = pick_kernel(model, config, device) == "native"
-        exact = native and selects_in_int8(model.d_in, model.num_latents, model.k)
+        exact = native and finds_in_int8(model, config)
         return encoder_dtype(config.encoder_dtype, device, float32_is_fast=exact)
     found = encoder_dtype("float32" if config.encoder_dtype == "auto" else config.encoder_dtype, device)
     if found != torch.float32:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.batch_select import Guess, entries_from, largest, select_batch
+from sae.batch_select import Guess, edge_of, entries_from, largest, select_batch
 from sae.errors import ConfigError
 from sae.kernels import FastStep, has_fast_step
 from sae.losses import dense_step
@@ -186,7 +186,7 @@ def test_the_choice_over_a_batch_does_not_depend_on_the_guess():
         assert int(wanted_NF.sum()) == 300
         for least in (1e-30, 0.5, float(pre_NF[wanted_NF].min())):
             found = entries_from(pre_NF, least, 6)
-            chosen_P = largest(found, 300, 512)
+            chosen_P = largest(found, 300, 512, edge_of(found.value_P, 300))
             chosen_NF = torch.zeros_like(wanted_NF)
             chosen_NF[found.row_P[chosen_P], found.latent_P[chosen_P]] = True
             assert torch.equal(chosen_NF, wanted_NF)
@@ -203,7 +203,7 @@ def test_a_guess_that_is_too_high_is_lowered_until_all_that_matters_was_seen():
             guess.first(pre_NF[::5], 300 / pre_NF.numel())
         while True:
             seen_P, passes = entries_from(pre_NF, guess.least, 6).value_P, passes + 1
-            if guess.good(seen_P, 300, 0.0):
+            if guess.good(len(seen_P), 300, edge_of(seen_P, 300)):
                 break
         assert len(seen_P) >= 300
         assert passes < 8
