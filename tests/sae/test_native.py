@@ -303,7 +303,7 @@ def batch_topk(d, latents, k, rows, settings, lib, *, seed=0):
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     with torch.no_grad():
-        model.b_enc_F += 0.1 * torch.randn(latents, generator=torch.Generator().manual_seed(seed + 1))
+        model.b_enc_F.add_(0.1 * torch.randn(latents, generator=torch.Generator().manual_seed(seed + 1)))
     config = TrainConfig(num_latents=latents, k=k, variant="batchtopk")
     return model, NativeStepper(model, settings, config, lib), batch(seed, rows, d)
 
