@@ -7,8 +7,8 @@ g = 2/N (u_hat - u):
     da_nk     = <g_n, W_dec[idx_nk]> where a_nk > 0                db_enc[i] = sum of da_nk
     db_dec    = sum_n g_n - db_enc W_enc
 
-The sums over the rows of a latent are an embedding_bag over the pairs (n, k) sorted by latent; sums run in one fixed
-order, so equal input gives equal bits. Dense pre-activations exist for one block of rows at a time. TopK, GroupMax and
+The sums over the rows of a latent are a sparse matrix product, or an embedding_bag, over the pairs (n, k) sorted by
+latent; sums run in one fixed order, so equal input gives equal bits. Dense pre-activations exist for one block of rows at a time. TopK, GroupMax and
 BatchTopK share all of this but the choice; BatchTopK's pairs are not K to a row, so they come with offsets.
 
 Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k, P = N K pairs, M dead latents.
@@ -16,6 +16,7 @@ Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k, P = N K pairs,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,7 +32,6 @@ from .variants.groupmax import group_leaders
 
 BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
 BLOCK_ROWS = 512  # but never fewer rows than this: W_enc is read once per block
-SUM = 0  # embedding_bag's number for mode="sum"
 DENSE_DEAD_SHARE = 4  # up to this multiple of auxk_k, dead latents go through plain matrix products
 
 ENCODER_DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
@@ -81,9 +81,9 @@ def grouped_topk(pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tens
         return select_topk(pre_NF, k)
     groups = latents // group
     pre_NgG = pre_NF.view(rows, group, groups)  # a group: every groups-th latent, so that the maximum vectorises
-    _, group_NK = select_topk(pre_NgG.amax(1), k)
+    _, group_NK = grouped_topk(pre_NgG.amax(1), k)
     candidates_NC = pre_NgG.gather(2, group_NK.unsqueeze(1).expand(rows, group, k)).view(rows, group * k)
-    vals_NK, at_NK = select_topk(candidates_NC, k)
+    vals_NK, at_NK = grouped_topk(candidates_NC, k)
     return vals_NK, group_NK.gather(1, at_NK % k) + (at_NK // k) * groups
 
 
@@ -161,6 +161,7 @@ class FastStep:
         self.denominator = auxk_denominator  # of AuxK; ranks that share a batch put theirs
         self._pre_acts = PreActs(model, settings.encoder_dtype)
         self._batch = BatchPairs(model, settings.encoder_dtype) if model.selects == "batchtopk" else None
+        self._sums: tuple[torch.Tensor, torch.Tensor] | None = None  # the gradients' memory, on a CPU
 
     @torch.no_grad()
     def __call__(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None = None) -> StepResult:
@@ -171,11 +172,15 @@ class FastStep:
         chosen, vals = self._encode(centred_ND)
         scale = 2.0 / len(u_ND)
         bag_ND, pull = decode_with_pull(chosen.idx, vals, model.W_dec_FD, chosen.offsets_N)
-        minus_error_ND = self._total(bag_ND) - centred_ND
+        minus_error_ND = self._total(bag_ND).sub_(centred_ND)
         grad_ND = minus_error_ND * scale
         grad_vals = pull(grad_ND) * (vals > 0)
-        W_enc_FD, W_dec_FD, b_enc_F = sparse_sums(model.num_latents, centred_ND, grad_ND, chosen, vals, grad_vals)
-        error = minus_error_ND.pow(2).sum()
+        if self._sums is None and grad_ND.device.type == "cpu":
+            self._sums = torch.empty_like(model.W_enc_FD), torch.empty_like(model.W_dec_FD)
+        W_enc_FD, W_dec_FD, b_enc_F = sparse_sums(
+            model.num_latents, centred_ND, grad_ND, chosen, vals, grad_vals, self._sums
+        )
+        error = squares(minus_error_ND)
         loss, auxk_loss = error / len(u_ND), torch.zeros_like(error)
         if dead_F is not None and bool(dead_F.any()):
             auxk = self._auxk(centred_ND, minus_error_ND, dead_F)
@@ -189,7 +194,7 @@ class FastStep:
         if model.selects == "batchtopk":
             model.observe_(vals)
         if batch.sigma_N1 is not None:
-            error = (minus_error_ND * batch.sigma_N1).pow(2).sum()
+            error = squares(minus_error_ND * batch.sigma_N1)
         return StepResult(error=error, auxk_loss=auxk_loss, loss=loss, fired_F=self._fired(chosen, vals))
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:
@@ -244,17 +249,21 @@ def keep_largest_(pre_NM: torch.Tensor, k: int) -> torch.Tensor:
     return acts_NM
 
 
+def squares(x_ND: torch.Tensor) -> torch.Tensor:
+    """||x||^2 without an array of squares."""
+    return torch.linalg.vector_norm(x_ND, dim=1).square().sum()
+
+
 def rest_(
     product_ND: torch.Tensor, minus_error_ND: torch.Tensor, unit: float, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """||rest||^2 and scale * rest in the product's dtype, rest = product + unit * minus_error in that of the error.
 
-    In place, and without an array of squares: new arrays of this size cost more in page faults than the arithmetic.
+    In place: new arrays of this size cost more in page faults than the arithmetic.
     """
     # float32 first: torch takes ten times as long to add numbers of two dtypes
     rest_ND = product_ND.to(minus_error_ND.dtype).add_(minus_error_ND, alpha=unit)
-    square = torch.linalg.vector_norm(rest_ND, dim=1).square().sum()
-    return square, rest_ND.mul_(scale).to(product_ND.dtype)
+    return squares(rest_ND), rest_ND.mul_(scale).to(product_ND.dtype)
 
 
 def auxk_gradients(
@@ -310,32 +319,54 @@ def sparse_sums(
     chosen: Chosen,
     vals: torch.Tensor,
     grad_vals: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dW_enc, dW_dec and db_enc of the module docstring, for `latents` latents."""
+    """dW_enc, dW_dec and db_enc of the module docstring, for `latents` latents; the first two in `out` if it is given:
+    new arrays of their size cost more in page faults than the sums."""
     latent_P, order_P = chosen.idx.flatten().sort(stable=True)
     row_P = order_P // chosen.idx.shape[1] if chosen.row_P is None else chosen.row_P[order_P]
-    start_F = torch.searchsorted(latent_P, torch.arange(latents, device=latent_P.device))
+    start_F1 = torch.searchsorted(latent_P, torch.arange(latents + 1, device=latent_P.device))
     vals_P, grad_vals_P = vals.flatten()[order_P], grad_vals.flatten()[order_P]
 
     def sums(table_ND: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:
-        return functional.embedding_bag(row_P, table_ND, start_F, per_sample_weights=weight_P, mode="sum")
+        return functional.embedding_bag(row_P, table_ND, start_F1[:-1], per_sample_weights=weight_P, mode="sum")
 
     ones_N1 = torch.ones(len(centred_ND), 1, dtype=centred_ND.dtype, device=centred_ND.device)
-    return sums(centred_ND, grad_vals_P), sums(grad_ND, vals_P), sums(ones_N1, grad_vals_P).squeeze(1)
+    db_enc_F = sums(ones_N1, grad_vals_P).squeeze(1)
+    if out is None or not torch.backends.mkl.is_available():
+        return sums(centred_ND, grad_vals_P), sums(grad_ND, vals_P), db_enc_F
+    for sum_FD, table_ND, weight_P in ((out[0], centred_ND, grad_vals_P), (out[1], grad_ND, vals_P)):
+        size = (latents, len(table_ND))
+        pairs_FN = sparse_matrix(start_F1.int(), row_P.int(), weight_P, size)
+        torch.addmm(sum_FD, pairs_FN, table_ND, beta=0, out=sum_FD)
+    return *out, db_enc_F
+
+
+def sparse_matrix(
+    start_M1: torch.Tensor, column_P: torch.Tensor, value_P: torch.Tensor, size: tuple[int, int]
+) -> torch.Tensor:
+    """CSR. torch says once in every process that this is beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(start_M1, column_P, value_P, size=size, check_invariants=False)
 
 
 def sampled_products(
     a_ND: torch.Tensor, table_FD: torch.Tensor, idx: torch.Tensor, offsets_N: torch.Tensor | None = None
 ) -> torch.Tensor:
     """<a_n, table[idx_nk]>, (N, K) or (P,), without gathering the rows."""
-    if a_ND.device.type == "cpu":  # the backward alone: there is no forward whose result is wanted
-        at_N = torch.arange(0, idx.numel(), idx.shape[1]) if offsets_N is None else offsets_N
-        bag_P = torch.empty(0, dtype=idx.dtype)  # which bag each is in: the operator makes it from the offsets
-        operator = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        return operator(a_ND, table_FD.detach(), idx.flatten(), at_N, bag_P, SUM).view(idx.shape)
+    if a_ND.device.type == "cpu":  # half the time of embedding_bag's backward
+        start_N1 = torch.arange(0, idx.numel() + 1, idx.shape[1]) if offsets_N is None else _ends(offsets_N, idx)
+        zero_P = torch.zeros(idx.numel(), dtype=a_ND.dtype)
+        pairs_NF = sparse_matrix(start_N1.int(), idx.flatten().int(), zero_P, (len(a_ND), len(table_FD)))
+        return torch.sparse.sampled_addmm(pairs_NF, a_ND, table_FD.detach().t(), beta=0).values().view(idx.shape)
     zeros = torch.zeros(idx.shape, dtype=a_ND.dtype, device=a_ND.device)
     _, pull = decode_with_pull(idx, zeros, table_FD, offsets_N)
     return pull(a_ND)
+
+
+def _ends(offsets_N: torch.Tensor, idx_P: torch.Tensor) -> torch.Tensor:
+    return functional.pad(offsets_N, (0, 1), value=len(idx_P))
 
 
 class Pull:
@@ -350,8 +381,11 @@ class Pull:
 
 def decode_with_pull(
     idx: torch.Tensor, vals: torch.Tensor, table_FD: torch.Tensor, offsets_N: torch.Tensor | None = None
-) -> tuple[torch.Tensor, Pull]:
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """(sum_k vals_nk table[idx_nk], its pull-back to vals)."""
+    if vals.device.type == "cpu":
+        bag_ND = functional.embedding_bag(idx, table_FD.detach(), offsets_N, per_sample_weights=vals, mode="sum")
+        return bag_ND, lambda grad_ND: sampled_products(grad_ND, table_FD, idx, offsets_N)
     with torch.enable_grad():
         leaf = vals.detach().requires_grad_()
         bag_ND = functional.embedding_bag(idx, table_FD.detach(), offsets_N, per_sample_weights=leaf, mode="sum")
