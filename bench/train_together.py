@@ -1,6 +1,7 @@
 """Several SAEs from one reading of a store, against as many trainings one after the other (`bench.train --only together`).
 
-The SAEs are small, so that reading bounds; the store is read cold from the disk, its pages dropped before each training.
+The SAEs are small beside their rows, so that reading bounds: on few cores it takes them from the steps rather than let
+those wait. The store is read cold from the disk, its pages dropped before each training.
 Seconds are those of `fit` alone: neither the start of a process nor the opening of the store.
 """
 
@@ -21,7 +22,13 @@ from pipeline.store.schema import is_store
 from sae.train_config import TrainConfig
 from sae.trainer import JointTrainer
 
-WIDTH, LATENTS, K, BATCH, SHARD_ROWS = 768, 512, 8, 4096, 65_536
+WIDTH, LATENTS, K, BATCH, SHARD_ROWS = (
+    2048,
+    256,
+    4,
+    4096,
+    16_384,
+)  # a row of these takes longer to read than to train on
 SAES = 4
 TOGETHER_TARGET = 1.5
 LARGER_LATENTS, LARGER_K = 4096, 32  # where arithmetic bounds ...
