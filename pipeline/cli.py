@@ -201,7 +201,8 @@ def with_texts(config: Config, texts: dict[str, str]) -> Config:
 
 def run_stage(name: str, config: Config, verb: str = "") -> None:
     """Open the run folder (of a command that keeps one) and call `pipeline.stages.<name>.run`."""
-    from .run import RunContext, new_folder, resume_folder, running, torchrun_rank
+    from .resuming import resume_folder
+    from .run import RunContext, new_folder, running, torchrun_rank
 
     check_ranges(config)
     stage = importlib.import_module(f"pipeline.stages.{name}")
@@ -231,11 +232,15 @@ def hydra_task(
     def task(cfg: Any) -> None:
         from omegaconf import OmegaConf
 
+        from .resuming import with_settings_of_run
+
         try:
             config = OmegaConf.to_object(cfg)
             assert isinstance(config, Config)
             for line in warnings(name, keys, config):
                 print(f"warning: {line}", file=sys.stderr)
+            if config.resume and COMMANDS[name].keeps_run:
+                config = with_settings_of_run(name, config, keys)
             run_stage(name, with_paths(name, with_texts(config, texts), words[1]), words[0])
         except Exception as error:
             if os.getpid() != owner:  # a launcher's worker: the exception is the only way back

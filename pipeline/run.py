@@ -208,13 +208,6 @@ def newest_finished(command: str, output: str = "") -> tuple[Path, dict[str, Any
 
 
 # settings, and whole groups, that change how fast or how often something is written, never the result
-NOT_RESULT_RELEVANT = {
-    "model.n_threads", "model.mmap", "extract.load", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.save_best",
-    "trainer.log_steps", "trainer.queue_batches", "store.verify",
-    "extract.plan_only", "executor",
-}  # fmt: skip
-
-
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dict to dotted keys."""
     found: dict[str, Any] = {}
@@ -224,38 +217,6 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = item
     return found
-
-
-def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path:
-    """The folder that `resume=RUN_DIR|latest` names, after its config was compared with this one."""
-    if config.resume == "latest":
-        unfinished = [
-            folder
-            for folder, manifest in runs_of(command)
-            if manifest.get("status") != "finished"
-            and not (manifest.get("status") == "failed" and nothing_done(folder))
-        ]
-        if not unfinished:
-            raise ConfigError(f"resume=latest: no unfinished `ggscope {command}` run under {Path('runs').resolve()}")
-        folder = unfinished[0]
-    else:
-        folder = Path(config.resume)
-    manifest = read_manifest(folder)
-    if manifest is None or manifest.get("command") != command:
-        raise ConfigError(f"resume={config.resume}: {folder} holds no run of `ggscope {command}`")
-    old, new = flat(manifest["config"]), flat(asdict(config))
-    changed = [
-        f"{key}: {old.get(key)} -> {new[key]}"
-        for key in new
-        if not {key, key.split(".")[0]} & NOT_RESULT_RELEVANT
-        and key.split(".")[0] in groups
-        and old.get(key) != new[key]
-    ]
-    if changed:
-        raise ConfigError(
-            f"resume={folder}: the settings differ ({'; '.join(changed)}); use the old ones or start anew"
-        )
-    return folder.resolve()
 
 
 def torchrun_rank(name: str, config: Config) -> int:
@@ -304,7 +265,7 @@ def _manifest_kept(context: RunContext) -> Iterator[None]:
         if isinstance(error, InterruptedRunError):
             raise
         raise InterruptedRunError(
-            f"interrupted; continue with `ggscope {context.command} resume={context.folder}` and the same settings"
+            f"interrupted; continue with `ggscope {context.command} resume={context.folder}`"
         ) from error
     except BaseException as error:
         if (

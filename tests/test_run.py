@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import Config, ExecutorConfig, ExtractConfig, LoggerConfig, TrainerConfig
 from pipeline.loggers import JsonlLogger, open_loggers
-from pipeline.run import RunContext, new_folder, newest_finished, read_manifest, resume_folder, running, write_json
+from pipeline.resuming import resume_folder, with_settings_of_run
+from pipeline.run import RunContext, new_folder, newest_finished, read_manifest, running, write_json
 from sae.errors import CheckFailedError, ConfigError, InterruptedRunError
 
 
@@ -153,7 +155,7 @@ def test_resume_finds_the_unfinished_run_and_names_a_changed_setting():
     assert resume_folder("train", elsewhere, ("trainer", "executor")) == context.folder
     with pytest.raises(ConfigError, match=r"trainer\.lr: 0\.5 -> 0\.1"):
         resume_folder("train", Config(trainer=TrainerConfig(lr=0.1), resume=str(context.folder)), ("trainer",))
-    with pytest.raises(ConfigError, match="holds no run of"):
+    with pytest.raises(ConfigError, match="expected latest or the folder of a"):
         resume_folder("extract", Config(resume=str(context.folder)), ("corpus",))
 
 
@@ -202,3 +204,22 @@ def test_a_missing_logger_package_is_named(setting, module, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"ggscope\[{setting}\]"):
         open_loggers(LoggerConfig(**{setting: True}), tmp_path, {}, 0)
+
+
+def test_a_resumed_run_has_its_own_settings_where_none_are_typed():
+    old = Config(
+        trainer=TrainerConfig(lr=0.5, lr_search=[0.1, 0.2]), extract=ExtractConfig(plan_only=True, dtype="float32")
+    )
+    context = started(config=old)
+    with pytest.raises(InterruptedRunError), running(context):
+        raise KeyboardInterrupt
+    given = Config(trainer=TrainerConfig(log_steps=7), resume="latest")
+    found = with_settings_of_run("train", given, ["trainer.log_steps", "resume"])
+    assert found.trainer == replace(old.trainer, log_steps=7)
+    assert found.extract == replace(old.extract, plan_only=False)
+    assert found.resume == "latest"
+    assert resume_folder("train", found, ("trainer", "extract")) == context.folder
+    typed = with_settings_of_run("train", given, ["trainer.log_steps", "trainer.lr", "resume"])
+    with pytest.raises(ConfigError, match=r"settings differ \(trainer\.lr: 0\.5 -> "):
+        resume_folder("train", typed, ("trainer",))
+    assert with_settings_of_run("train", given, ["trainer", "resume"]) == given

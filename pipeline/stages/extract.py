@@ -70,7 +70,7 @@ def only_plan(context: RunContext, plan: Plan, cost: Estimate, given: str) -> No
     print_plan(context, plan, cost)
     context.ends_as = "planned"
     context.metrics = {"rows": plan.rows, "bytes": cost.bytes_missing, "seconds": cost.seconds}
-    output = f"nothing was captured (extract.plan_only=true); the same settings with resume={relative(context.folder)} instead do"
+    output = f"nothing was captured (extract.plan_only=true); `ggscope extract resume={relative(context.folder)}` does"
     context.three_lines(given, what_it_costs(plan, cost), output)
 
 

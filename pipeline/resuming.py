@@ -1,0 +1,73 @@
+"""`resume=RUN_DIR|latest`: which run goes on, and with which settings: its own, where none are typed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sae.errors import ConfigError
+
+from .config import Config
+from .run import flat, nothing_done, read_manifest, runs_of
+
+NOT_RESULT_RELEVANT = {
+    "model.n_threads", "model.mmap", "extract.load", "trainer.n_threads", "trainer.checkpoint_steps", "trainer.keep_last", "trainer.save_best",
+    "trainer.log_steps", "trainer.queue_batches", "store.verify",
+    "extract.plan_only", "executor",
+}  # fmt: skip
+
+FOR_ONE_CALL = ("extract.plan_only",)  # a planned run goes on to capture
+
+
+def run_to_resume(command: str, resume: str) -> tuple[Path, dict[str, Any]]:
+    """The folder that `resume=` names, and its manifest."""
+    if resume == "latest":
+        unfinished = [
+            (folder, manifest)
+            for folder, manifest in runs_of(command)
+            if manifest.get("status") != "finished"
+            and not (manifest.get("status") == "failed" and nothing_done(folder))
+        ]
+        if not unfinished:
+            raise ConfigError(f"resume=latest: no unfinished `ggscope {command}` run under {Path('runs').resolve()}")
+        return unfinished[0]
+    manifest = read_manifest(Path(resume))
+    if manifest is None or manifest.get("command") != command:
+        raise ConfigError(f"resume={resume}: expected latest or the folder of a `ggscope {command}` run")
+    return Path(resume), manifest
+
+
+def with_settings_of_run(command: str, config: Config, typed: Collection[str]) -> Config:
+    """The run's own settings for whatever was not typed; as it is where a set of settings was (`experiment=`,
+    `trainer=signum`), which says more than its name does."""
+    if any("." not in key and key not in ("resume", "run_dir") for key in typed):
+        return config
+    _, manifest = run_to_resume(command, config.resume)
+    for group, items in manifest["config"].items():
+        mine = getattr(config, group, None)
+        if not is_dataclass(mine) or isinstance(mine, type):
+            continue
+        known = {item: value for item, value in items.items() if hasattr(mine, item)}
+        taken = {item: value for item, value in known.items() if f"{group}.{item}" not in {*typed, *FOR_ONE_CALL}}
+        config = replace(config, **{group: replace(mine, **taken)})
+    return config
+
+
+def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path:
+    """The folder to go on in, after its config was compared with this one."""
+    folder, manifest = run_to_resume(command, config.resume)
+    old, new = flat(manifest["config"]), flat(asdict(config))
+    changed = [
+        f"{key}: {old.get(key)} -> {new[key]}"
+        for key in new
+        if not {key, key.split(".")[0]} & NOT_RESULT_RELEVANT
+        and key.split(".")[0] in groups
+        and old.get(key) != new[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume={folder}: the settings differ ({'; '.join(changed)}); use the old ones or start anew"
+        )
+    return folder.resolve()
