@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import TrainerConfig
-from pipeline.training.lr_search import RESULT, candidates, search
+from pipeline.training.lr_search import RESULT, candidates, search, smallest_good
 from sae.errors import ConfigError, DivergedError
 from sae.trainer import JointTrainer, TrainConfig, Trainer
 from tests.sae.toy import Toy
@@ -58,6 +58,12 @@ def test_the_rate_of_the_lowest_fvu_is_found_and_the_data_goes_back_to_its_start
     assert not (tmp_path / "tries").exists()
     again, _, opened = run(tmp_path, resume=True)
     assert (again, opened) == (found, [])  # read, not searched again
+
+
+def test_of_rates_that_are_close_the_smallest_is_taken():
+    assert smallest_good({4e-3: 0.2428, 8e-3: 0.2258, 1.6e-2: 0.2240}) == 8e-3
+    assert smallest_good({4e-3: 0.1470, 8e-3: 0.1439, 1.6e-2: 0.1519}) == 8e-3
+    assert smallest_good({1.6e-2: 0.3, 4e-3: 0.2}) == 4e-3
 
 
 def test_each_of_several_saes_has_its_own_rate(tmp_path):
