@@ -63,7 +63,7 @@ class Step(ctypes.Structure):
 
 
 class Library:
-    """The functions of select.c and step.c; MemoryError where they could not have their scratch memory."""
+    """The functions of select.c, candidates.c and step.c; MemoryError where they could not have their scratch memory."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -129,7 +129,7 @@ class Library:
 def native_library() -> Library | None:
     """The library, built on first use; None, after one warning, where it cannot be had."""
     try:
-        sources = [FOLDER / "select.c", FOLDER / "step.c"]
+        sources = [FOLDER / name for name in ("select.c", "candidates.c", "step.c")]
         return Library(build("step", sources, VARIANTS, headers=[FOLDER / "vectors.h"]))
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.warning("training without compiled kernels, which is slower: %s", error)
