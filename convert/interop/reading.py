@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import struct
 import tokenize
 import warnings
@@ -24,6 +25,7 @@ from sae.errors import FormatError
 MAX_JSON = 16 << 20
 MAX_HEADER = 64 << 20
 MAX_RATIO = 200  # of what a packed array may grow by: weights hardly pack
+_YAML_LINE = re.compile(r"(\w{1,64}):[ \t]+([^\s#:{}\[\]&*!|>][^\s#]{0,200})[ \t]*(?:#.*)?")
 SAFETENSORS_TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "<u1",
@@ -53,6 +55,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{path} should hold a JSON object, it holds a {type(found).__name__}")
     return found
+
+
+def read_yaml(path: Path) -> dict[str, str]:
+    """The top-level `key: text` lines of a YAML file of at most MAX_JSON bytes: all that is asked of one here."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise FormatError(f"{path} is larger than {MAX_JSON >> 20} MiB; no SAE's settings are")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{path} is no text") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({error.strerror or error})") from None
+    found = (_YAML_LINE.fullmatch(line) for line in text.splitlines())
+    return {match[1]: match[2].strip("\"'") for match in found if match}
 
 
 def read_arrays(path: Path) -> dict[str, Any]:

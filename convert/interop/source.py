@@ -8,7 +8,7 @@ from typing import Any
 
 from sae.errors import FormatError
 
-from .reading import read_arrays, read_json
+from .reading import read_arrays, read_json, read_yaml
 
 WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 
@@ -38,6 +38,10 @@ class Source:
         if name not in self._json:
             self._json[name] = read_json(self.folder / name) if self.has(name) else {}
         return self._json[name]
+
+    def yaml(self, name: str) -> dict[str, str]:
+        """The top-level `key: text` lines of a YAML file of the folder; nothing nested, {} where there is none."""
+        return read_yaml(self.folder / name) if self.has(name) else {}
 
     def arrays(self, name: str = "") -> dict[str, Any]:
         """The arrays of a file of the folder; without a name of the file that was given, or the only one there."""

@@ -50,7 +50,7 @@ def located(source: str) -> tuple[Path, str]:
     if not inside.endswith(WEIGHT_SUFFIXES):
         return fetch_folder(repo, inside, HUB_FILES, setting, revision), label
     folder = inside.rpartition("/")[0]
-    configs = tuple(name for name in HUB_FILES if name.endswith(".json"))
+    configs = tuple(name for name in HUB_FILES if not name.endswith(WEIGHT_SUFFIXES))
     fetch_folder(repo, folder, (*configs, inside.rpartition("/")[2]), setting, revision)
     return fetch_file(repo, inside, setting, revision), label
 
