@@ -49,6 +49,8 @@ class GemmaScope1:
         if release:
             size, kind, _ = release.groups()
             found.model_name = f"google/gemma-2-{size}" + ("-it" if kind == "it" else "")
+        if l0 := layer_in(label, r"average_l0_(\d{1,6})"):
+            found.published["l0"] = float(l0)
         if "embedding/width_" in label:  # trained on embeddings before their scale sqrt(D), which the model applies
             found.input_scale = found.output_scale = 1 / float(np.sqrt(found.W_enc_FD.shape[1]))
             name = "blocks.0.hook_resid_pre"

@@ -54,6 +54,8 @@ def write_file(context: RunContext) -> None:
     if config.export:
         context.outputs["export"] = str(export_folder(context.folder / config.export, written[0], config.export))
     context.metrics = reports[0] | {"bytes": out.stat().st_size}
+    if made[0][0].imported is not None:
+        context.metrics |= {"proof": made[0][0].proof | {"published": made[0][0].imported.published}}
     if len(reports) > 1:
         context.metrics["entries"] = [{"hook": w.hook} | found for w, found in zip(written, reports, strict=True)]
     named = f", {len(written[0].labels)} of them labelled" if written[0].labels else ""

@@ -93,6 +93,27 @@ def measured(imported: Imported, probe_ND: np.ndarray, target_NO: np.ndarray, mo
     return replace(weights, host=host | {"name": weights.host.get("name", model.id.name)}, training=training, **fields)
 
 
+def report_proof(context: RunContext, imported: Imported, found: dict[str, float]) -> None:
+    """Says it, beside what its publisher says, and warns where it does not look like an SAE of this place."""
+    published = imported.published
+    said = ", ".join(f"{name} {published[key]:.4g}" for key, name in (("fvu", "FVU"), ("l0", "L0")) if key in published)
+    context.console.print(
+        f"it reconstructs {found['rows']:,} held-out rows with FVU {found['fvu']:.4f} and L0 {found['l0']:.1f}"
+        + (f"; published: {said}" if said else ""),
+        highlight=False,
+    )
+    doubts = []
+    if not found["fvu"] < 1:
+        doubts.append("no better than their mean does")
+    if "l0" in published and not published["l0"] / 2 <= found["l0"] <= published["l0"] * 2:
+        doubts.append("with an L0 far from the published one")
+    if doubts:
+        context.console.print(
+            f"warning: it reconstructs them {' and '.join(doubts)}; is this its model, its hook point, its kind of text?",
+            style="yellow", highlight=False,
+        )  # fmt: skip
+
+
 def report_notes(context: RunContext, imported: Imported) -> None:
     for note in imported.notes:
         context.console.print(f"warning: {note}", style="yellow", highlight=False)

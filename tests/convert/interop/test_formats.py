@@ -42,6 +42,7 @@ def test_gemma_scope_1_takes_layer_and_site_from_the_name(tmp_path):
         same(found.weights, a["x"], acts, out(a, acts))
         assert (found.format, found.weights.hook) == ("gemma_scope", "blocks.20.hook_resid_post")
         assert found.weights.host["name"] == "google/gemma-2-2b"
+        assert found.published == {"l0": 71}
     sites = {"gemma-scope-9b-it-att": "attn.hook_z", "gemma-scope-9b-pt-mlp": "hook_mlp_out"}
     for repo, site in sites.items():
         w = imported(place, label=f"google/{repo}/layer_7/width_16k/average_l0_1").weights
@@ -163,6 +164,11 @@ def test_every_class_of_dictionary_learning(tmp_path, kind):
     found = imported(tmp_path)
     same(found.weights, a["x"], acts, out(a, acts))
     assert (found.format, found.weights.hook) == ("dictionary_learning", "blocks.8.hook_resid_post")
+    (tmp_path / "eval_results.json").write_text('{"l0": 58.5, "frac_variance_explained": 0.75, "frac_alive": 1e400}')
+    assert (found.published, imported(tmp_path).published) == ({}, {"l0": 58.5, "fvu": 0.25})
+    for odd in ('{"l0": 1e400, "frac_variance_explained": "much"}', '{"l0": NaN}', '{"frac_variance_explained": [1]}'):
+        (tmp_path / "eval_results.json").write_text(odd)
+        assert imported(tmp_path).published == {}
     assert found.weights.host["name"] == "EleutherAI/pythia-160m"
     if kind in (
         "AutoEncoder",
@@ -261,6 +267,7 @@ def test_qwen_scope_has_its_k_in_the_repository_s_name(tmp_path):
     same(found.weights, a["x"], acts, out(a, acts))
     assert (found.format, found.weights.hook, found.weights.k) == ("qwen_scope", "blocks.3.hook_resid_post", 6)
     assert found.weights.host["name"] == "Qwen/Qwen3-1.7B-Base"
+    assert found.published == {"l0": 6}
     with pytest.raises(FormatError, match="repository's name"):
         imported(path)
 

@@ -236,6 +236,8 @@ def test_settings_of_any_json_type_end_in_an_error_of_ours(tmp_path, form):
             -1,
             0,
             1e400,
+            10**400,
+            2**64,
             float("nan"),
             True,
             {"in": "a"},
