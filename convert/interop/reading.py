@@ -159,11 +159,22 @@ def read_torch(path: Path) -> dict[str, Any]:
         raise
     except _TORCH_ERRORS as error:
         raise FormatError(
-            f"{path} is truncated, or holds more than tensors and plain values ({one_line(error)})"
+            f"{path} is truncated, or holds more than tensors and plain values ({_reason(error)})"
         ) from None
     if not isinstance(found, dict):
         raise FormatError(f"{path} should hold a dictionary of tensors, it holds a {type(found).__name__}")
     return _from_torch(path, found)
+
+
+def _reason(error: BaseException) -> str:
+    """torch's cause without its advice, which is to unpickle whatever the file holds."""
+    text = one_line(error, most=4096)
+    if named := re.search(r"(?i:unsupported global:? (?:GLOBAL )?)(\S{1,100})", text):
+        return f"it names {named[1]}"
+    if text.startswith("Weights only load failed"):
+        cause = text.partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+        return cause.strip()[:160] or "it is none of torch's"
+    return text[:160]
 
 
 def _from_torch(path: Path, found: dict[Any, Any], depth: int = 0) -> dict[str, Any]:
@@ -204,6 +215,6 @@ def plain(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     raise FormatError(f"{path}: array {name[:80]!r} is of dtype {array.dtype}, expected numbers")
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, most: int = 160) -> str:
     text = " ".join(str(error).split())
-    return text[:160] or type(error).__name__
+    return text[:most] or type(error).__name__

@@ -22,6 +22,8 @@ class Source:
     def __init__(self, path: Path, label: str = "") -> None:
         if not path.exists():
             raise FormatError(f"{path} does not exist; expected the folder or the file of a published SAE")
+        if not (path.is_dir() or path.is_file()):
+            raise FormatError(f"{path} is neither a folder nor a file; expected those of a published SAE")
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self.file = path if path.is_file() else None

@@ -136,5 +136,14 @@ def test_files_that_drift_cannot_have_are_refused_before_any_is_written(settings
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_is_not_written_over_what_it_is_made_from(folder):
+    before = (folder / "made" / "sae.gguf").read_bytes()
+    done = ggscope(
+        "convert", "convert.source=made/sae.gguf#1", "convert.out=made/../made/sae.gguf", *FEW, cwd=folder, code=2
+    )
+    assert "made/sae.gguf is what is read; name another file" in last_line(done)
+    assert (folder / "made" / "sae.gguf").read_bytes() == before
+
+
 def test_a_misspelt_verb_is_no_path(folder):
     assert "got 'verfy'; did you mean verify?" in last_line(ggscope("convert", "verfy", "made", cwd=folder, code=2))

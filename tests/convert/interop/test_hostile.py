@@ -221,6 +221,23 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def test_a_pipe_is_no_sae_and_no_other_file_is_taken_for_it(tmp_path):
+    torch.save({"W_enc": torch.ones(3, 4)}, tmp_path / "other.pt")
+    os.mkfifo(tmp_path / "sae.pt")
+    with pytest.raises(FormatError, match=r"sae\.pt is neither a folder nor a file"):
+        imported(tmp_path / "sae.pt")
+
+
+def test_what_torch_refuses_is_said_without_its_advice_to_unpickle(tmp_path):
+    for data in (b"x", pickle.dumps({"a": print}), pickle.dumps(os.system, protocol=2)):
+        (tmp_path / "sae.pt").write_bytes(data)
+        said = refusal(FormatError, read_arrays, tmp_path / "sae.pt")
+        assert "holds more than tensors" in said
+        assert "weights_only" not in said
+        assert "Re-running" not in said
+    assert "it names posix.system" in said
+
+
 @pytest.mark.parametrize("form", SETTINGS)
 def test_settings_of_any_json_type_end_in_an_error_of_ours(tmp_path, form):
     config_name, weights_name, base, arrays = SETTINGS[form]
