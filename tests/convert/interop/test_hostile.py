@@ -221,6 +221,34 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def test_many_tensors_of_the_same_bytes_are_refused_before_any_is_copied(tmp_path):
+    names = [f"t{i}" for i in range(64)]
+    entry = tensor(shape=(64, 1024), offsets=(0, 1 << 18))["t"]
+    (tmp_path / "w.safetensors").write_bytes(header(dict.fromkeys(names, entry), b"\0" * (1 << 18)))
+    refused(tmp_path / "w.safetensors", "its tensors overlap")
+    shared = torch.zeros(64, 1024, dtype=torch.bfloat16)
+    torch.save(dict.fromkeys(names, shared), tmp_path / "w.pt")
+    refused(tmp_path / "w.pt", "share their bytes")
+    torch.save({"a": dict.fromkeys(names, shared[:])}, tmp_path / "nested.pt")
+    refused(tmp_path / "nested.pt", "share their bytes")
+    torch.save({"a": shared, "b": shared}, tmp_path / "tied.pt")
+    assert read_arrays(tmp_path / "tied.pt")["b"].shape == (64, 1024)
+
+
+def test_members_of_an_archive_that_overlap_are_refused(tmp_path):
+    """Two entries of the directory name the same local file, as in an archive that unpacks to far more than it is."""
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.ones(5000, "f4"), b=np.zeros(5000, "f4"))
+    whole = path.read_bytes()
+    first, directory = whole.index(b"PK\1\2"), whole.index(b"PK\5\6")
+    entry = whole[first : whole.index(b"PK\1\2", first + 1)]
+    end = bytearray(whole[directory:])
+    end[8:12] = struct.pack("<HH", 3, 3)
+    end[12:16] = struct.pack("<I", 3 * len(entry))
+    path.write_bytes(whole[:first] + entry * 3 + bytes(end))
+    refused(path, "members overlap|Overlapped|Overlap")
+
+
 def test_a_pipe_is_no_sae_and_no_other_file_is_taken_for_it(tmp_path):
     torch.save({"W_enc": torch.ones(3, 4)}, tmp_path / "other.pt")
     os.mkfifo(tmp_path / "sae.pt")
