@@ -149,7 +149,8 @@ def cached(tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub" / "models--owner--name"
     (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text(commit)
+    for name in ("main", "v1"):
+        (cache / "refs" / name).write_text(commit)
     shutil.copytree(published(tmp_path / "theirs"), cache / "snapshots" / commit / "sae" / "layer_2")
 
     def convert(source):
@@ -163,11 +164,11 @@ def cached(tmp_path):
 
 
 def test_a_folder_and_a_file_of_a_hub_repository(tmp_path, cached):
-    for source in ("hf://owner/name/sae/layer_2", "hf://owner/name/sae/layer_2/sae_weights.safetensors"):
+    for source in ("hf://owner/name/sae/layer_2", "hf://owner/name@v1/sae/layer_2/sae_weights.safetensors"):
         done = cached(source)
         assert done.returncode == 0, done.stderr
         w = read_sae_gguf(tmp_path / "out" / "sae.gguf")
-        assert w.training["source"] == source.removeprefix("hf://")
+        assert w.training["source"] == source.removeprefix("hf://").replace("@v1", "")
         shutil.rmtree(tmp_path / "out")
 
 

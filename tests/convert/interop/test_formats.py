@@ -329,6 +329,13 @@ def test_llamascopium_and_r1_distill_llama_scope(tmp_path, old, by_norm, functio
     ours = chosen if function == "topk" else acts  # ours keep the norm there
     same(found.weights, a["x"], ours, (acts @ a["W_dec_FD"].astype("f8") + a["b_dec"]) / scale)
     assert found.format == "llamascopium"
+    if not old and function == "jumprelu":  # the same as a torch file
+        (tmp_path / "m" / "sae_weights.safetensors").unlink()
+        tensors = {key: torch.from_numpy(np.array(value, "f4")) for key, value in arrays.items()}
+        torch.save({"sae": tensors, "version": "2.0"}, tmp_path / "m" / "sae_weights.pt")
+        again = imported(tmp_path / "m")
+        assert again.format == "llamascopium"
+        same(again.weights, a["x"], ours, (acts @ a["W_dec_FD"].astype("f8") + a["b_dec"]) / scale)
 
 
 @pytest.mark.parametrize("form", ["relu", "threshold", "skip"])
