@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from sae.weights import SAEWeights
 
+from ..terminal import shown
 from .inputs import counted, number
 
 
@@ -24,7 +26,7 @@ def table_of(result: dict[str, Any]) -> Table:
         moved = f"activations moved by {number(model['activation_fvu'])} FVU"
         made.add_section()
         made.add_row(
-            f"[bold]{model['name']}[/bold]",
+            f"[bold]{escape(shown(model['name']))}[/bold]",
             moved,
             f"{model['bytes'] / 1e6:.1f}",
             *[""] * 3,
