@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from sae.errors import FormatError
+from sae.errors import ConfigError, FormatError
 
 from .keys import MATRIX_TYPES
 
@@ -231,8 +231,13 @@ def write_atomically(
     fill: Callable[[gguf.GGUFWriter], None],
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Writes a GGUF beside `path`, syncs it, runs `check(temporary path)`, renames: never half a file at `path`."""
+    """Writes a GGUF beside `path`, syncs it, runs `check(temporary path)`, renames: never half a file at `path`.
+
+    ConfigError where `path` is a folder or a device: the renaming would put a file in its place.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is there and is no file; name another one to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, architecture)

@@ -100,6 +100,12 @@ def stored_as(weights: SAEWeights, encoder_type: str, decoder_type: str) -> SAEW
     )
 
 
+def stored_matrix(name: str, W_FD: np.ndarray, dtype: str) -> StoredMatrix:
+    """A matrix as a file of this type holds it. FormatError where the type cannot hold it."""
+    data, _ = encode_matrix(name, W_FD, dtype)
+    return StoredMatrix(dtype=dtype, shape=W_FD.shape, raw=np.ascontiguousarray(data).view(np.uint8).reshape(-1))
+
+
 def matrix_bytes(weights: SAEWeights, encoder_type: str, decoder_type: str) -> int:
     """What both matrices take in a file of these types."""
     return stored_bytes(weights.W_enc_FD.shape, encoder_type) + stored_bytes(weights.W_dec_FD.shape, decoder_type)

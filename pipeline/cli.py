@@ -27,6 +27,7 @@ from .config import Config
 from .help import help_of, overview, takes_several
 from .ranges import check_ranges
 from .setting_errors import one_line, unknown
+from .terminal import shown
 from .unread import warnings
 
 # numpy's BLAS threads spin for a while after each product and then take the cores from llama.cpp's threads, which
@@ -317,7 +318,7 @@ def exit_code_of(error: BaseException, name: str) -> int:
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, SAEError):
-        print(f"ggscope {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ggscope {name}: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print(f"ggscope {name}: interrupted", file=sys.stderr)
@@ -328,7 +329,8 @@ def exit_code_of(error: BaseException, name: str) -> int:
         print(f"ggscope {name}: {one_line(text, name, list(flat_defaults(name)))}", file=sys.stderr)
         return 2
     if isinstance(error, OSError) and error.errno != errno.ENOSPC and error.filename is not None:
-        print(f"ggscope {name}: {error.filename}: {error.strerror}; name a path that can be used", file=sys.stderr)
+        place = shown(str(error.filename))
+        print(f"ggscope {name}: {place}: {error.strerror}; name a path that can be used", file=sys.stderr)
         return 2
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         print(

@@ -220,6 +220,7 @@ class DriftConfig:
     types: list[str] = field(
         default_factory=lambda: ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0"]
     )  # ... or ENCODER/DECODER
+    encoder: str = "auto"  # what computes the latents, as apply.encoder
     tokens: int = 32_768  # rows for FVU, L0 and overlap
     splice_tokens: int = 16_384  # rows for CE, each run through the model once for each type and three times more
     copies_bytes: int = 2 << 30  # of the SAE in several types, held at once

@@ -13,6 +13,7 @@ from sae.wiring import KINDS
 from .config import Config
 
 FORMATS = ("text", "json")
+ENCODERS = ("auto", "ggml", "numpy")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.kv_type": ("f16", "f32"),
     "model.flash_attn": ("auto", "on", "off"),
@@ -44,11 +45,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "convert.export": ("", *EXPORT_TARGETS),
     "convert.encoder_type": MATRIX_TYPES,
     "convert.decoder_type": MATRIX_TYPES,
+    "drift.encoder": ENCODERS,
     "drift.format": FORMATS,
     "convert.thresholds": ("none", *THRESHOLD_MODES),
     "intervention.kind": ("none", "steer", "clamp", "ablate", "reconstruct"),
     "intervention.phase": ("all", "prompt", "response"),
-    "apply.encoder": ("auto", "ggml", "numpy"),
+    "apply.encoder": ENCODERS,
     "apply.format": ("text", "jsonl"),
     "lens.format": FORMATS,
     "patch.format": FORMATS,

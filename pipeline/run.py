@@ -23,6 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sae.errors import ConfigError, InterruptedRunError, SAEError
 
 from .config import Config
+from .console import PlainConsole
+from .terminal import shown
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -57,7 +59,7 @@ def versions() -> dict[str, str]:
 
 def print_three(command: str, given: str, numbers: str, output: str, *, stderr: bool = False) -> None:
     """The three lines of `RunContext.three_lines`."""
-    out = Console(highlight=False, soft_wrap=True, markup=False, stderr=stderr)
+    out = PlainConsole(highlight=False, soft_wrap=True, stderr=stderr)
     for name, text in (("input", given), ("result", numbers), ("output", output)):
         out.print(f"{command:<9}{name:<7} {text}")
 
@@ -82,7 +84,7 @@ class RunContext:
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     outputs: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    console: Console = field(default_factory=lambda: Console(stderr=True))
+    console: Console = field(default_factory=lambda: PlainConsole(stderr=True))
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -122,11 +124,11 @@ class RunContext:
     def progress(self, what: str, total: int, unit: str = "tokens") -> Iterator[ProgressCall]:
         """A progress bar with an ETA; yields a callable `(done, total=None, **numbers)`."""
         columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(unit),
-            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(unit),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
         )  # fmt: skip
         with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as bar:
-            task = bar.add_task(what, total=total or None, note="")
+            task = bar.add_task(shown(what), total=total or None, note="")
 
             def call(done: int, total: int | None = None, note: str = "") -> None:
                 bar.update(task, completed=done, total=total, note=note)

@@ -13,6 +13,7 @@ import numpy as np
 from sae.errors import FormatError, SAEError
 from sae.weights import SAEWeights
 
+LARGEST = float(np.finfo(np.float32).max)
 WIDE_SITES = ("attn.hook_z", "mlp.hook_post", "attn.hook_q", "attn.hook_k", "attn.hook_v")  # not as wide as the model
 
 
@@ -44,6 +45,7 @@ class Foreign:
     W_skip_OD: np.ndarray | None = None
     freq_F: np.ndarray | None = None
     model_name: str = ""
+    published: dict[str, float] = field(default_factory=dict)  # l0, fvu, as its files or its name say
     notes: list[str] = field(default_factory=list)
 
 
@@ -54,6 +56,7 @@ class Imported:
     weights: SAEWeights
     format: str
     k_known: bool
+    published: dict[str, float]
     notes: tuple[str, ...]
 
 
@@ -101,7 +104,10 @@ def build(found: Foreign, format_name: str, label: str) -> Imported:
         )  # fmt: skip
     except SAEError as error:
         raise FormatError(f"{label}: {error}") from error
-    return Imported(weights=weights, format=format_name, k_known=found.k > 0, notes=tuple(found.notes))
+    published = {key: value for key, value in found.published.items() if np.isfinite(value)}
+    return Imported(
+        weights=weights, format=format_name, k_known=found.k > 0, published=published, notes=tuple(found.notes)
+    )
 
 
 def check_shapes(found: Foreign, label: str) -> None:
@@ -169,10 +175,10 @@ def whole_number(value: Any, what: str, label: str, most: int) -> int:
 
 
 def number(value: Any, what: str, label: str) -> float:
-    """A finite number."""
+    """A finite number, of the range of a float32."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
-    if type(value) not in (int, float) or not np.isfinite(value):
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:
         raise FormatError(f"{label}: {what} should be a number, got {str(value)[:40]}")
     return float(value)
 

@@ -21,8 +21,8 @@ from .hook_names import to_hook
 from .source import Source
 
 NAME = "dictionary_learning"
-CONFIG = "config.json"
-FILES = (CONFIG, "ae.pt")
+CONFIG, RESULTS = "config.json", "eval_results.json"  # the latter by the library's evaluation, where it was run
+FILES = (CONFIG, "ae.pt", RESULTS)
 SITES = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attention_out": "hook_attn_out"}
 _SUBMODULE = re.compile(r"(resid_post|mlp_out|attention_out)_layer_(\d+)")
 
@@ -73,8 +73,16 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE") and number(arrays.get("threshold"), "threshold", label) < 0:
         found.notes.append("its threshold was never set in training: every positive latent fires, as in the library")
     found.model_name = text(trainer.get("lm_name"))
+    found.published = _results(source.json(RESULTS))
     found.hook = to_hook(_place(trainer), hook, label, found.notes)
     return found
+
+
+def _results(results: dict[str, Any]) -> dict[str, float]:
+    """l0, and fvu from the explained share: there a constant error costs nothing, so ours may be higher."""
+    said = {"l0": results.get("l0"), "fvu": results.get("frac_variance_explained")}
+    found = {key: value for key, value in said.items() if isinstance(value, float)}
+    return found | {"fvu": 1 - found["fvu"]} if "fvu" in found else found
 
 
 def kind_of(arrays: dict[str, Any]) -> str:

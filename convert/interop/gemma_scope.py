@@ -20,6 +20,11 @@ from .hook_names import layer_in, to_hook
 from .source import Source
 
 SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+SITES_2 = {  # read, written
+    "resid_post": ("output", ""), "attn_out": ("self_attn.o_proj.input", ""),
+    "mlp_out": ("post_feedforward_layernorm.output", ""),
+    "transcoder": ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
+}  # fmt: skip
 _RELEASE = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)")
 
 
@@ -44,6 +49,8 @@ class GemmaScope1:
         if release:
             size, kind, _ = release.groups()
             found.model_name = f"google/gemma-2-{size}" + ("-it" if kind == "it" else "")
+        if l0 := layer_in(label, r"average_l0_(\d{1,6})"):
+            found.published["l0"] = float(l0)
         if "embedding/width_" in label:  # trained on embeddings before their scale sqrt(D), which the model applies
             found.input_scale = found.output_scale = 1 / float(np.sqrt(found.W_enc_FD.shape[1]))
             name = "blocks.0.hook_resid_pre"
@@ -76,14 +83,29 @@ class GemmaScope2:
         found = _jumprelu(
             {"W" + name[1:] if name[:2] == "w_" else name: array for name, array in arrays.items()}, label
         )
-        found.model_name = text(config.get("model_name"))
-        read, written = text(config.get("hf_hook_point_in")), text(config.get("hf_hook_point_out"))
+        told = config or _of_the_name(label)
+        found.model_name = text(told.get("model_name"))
+        read, written = text(told.get("hf_hook_point_in")), text(told.get("hf_hook_point_out"))
         found.hook = to_hook(read, hook, label, found.notes)
         skip_DO = optional(arrays, "affine_skip_connection")
         if (written and written != read) or skip_DO is not None or hook_out:
             found.hook_out = to_hook(written, hook_out, label, found.notes, key="convert.hook_out")
             found.W_skip_OD = None if skip_DO is None else skip_DO.T
         return found
+
+
+def _of_the_name(label: str) -> dict[str, str]:
+    """Some folders hold no config.json; there the place says it: google/gemma-scope-2-1b-pt/resid_post/layer_7_width_16k_l0_small."""
+    release, layer = re.search(r"gemma-scope-2-([^/]+)", label), layer_in(label, r"layer_(\d+)")
+    site = next((site for site in SITES_2 if f"/{site}" in label), "")
+    if not layer or not site:
+        return {}
+    read, written = SITES_2[site]
+    return {
+        "model_name": f"google/gemma-3-{release[1]}" if release else "",
+        "hf_hook_point_in": f"model.layers.{layer}.{read}",
+        "hf_hook_point_out": f"model.layers.{layer}.{written}" if written else "",
+    }
 
 
 def _jumprelu(arrays: dict[str, Any], label: str) -> Foreign:

@@ -65,6 +65,6 @@ def to_hook(name: str, override: str, label: str, notes: list[str], *, key: str 
 
 
 def layer_in(label: str, pattern: str) -> str:
-    """The digits that `pattern`'s group finds in the place's name, "" where it does not."""
+    """The number that `pattern`'s group finds in the place's name, "" where it does not."""
     match = re.search(pattern, label)
     return str(int(match[1])) if match else ""

@@ -9,7 +9,7 @@ loading, with s = sqrt(D) / the dataset's average norm, of the input and of what
 on raw x. The threshold was estimated in these units; SAELens multiplies it by s_in and leaves m out, which gives
 another L0.
 
-R1-distill and llamascopium: `config.json`, `sae_weights.safetensors`; u = s_in x and, in these units,
+R1-distill and llamascopium: `config.json`, `sae_weights.safetensors` or `.pt`; u = s_in x and, in these units,
 
     pre = W_E u + b_E,  a = pre where pre ||W_D[i]|| > exp(log_jumprelu_threshold),  y = (W_D^T a + b_D) / s_out
 
@@ -30,7 +30,7 @@ from .building import Foreign, number, optional, required, text, whole_number
 from .hook_names import to_hook
 from .source import Source
 
-WEIGHTS = "sae_weights.safetensors"
+WEIGHTS, TORCH_WEIGHTS = "sae_weights.safetensors", "sae_weights.pt"
 NORM = "dataset_average_activation_norm"
 
 
@@ -73,15 +73,19 @@ class LlamaScope:
 
 class Llamascopium:
     NAME = "llamascopium"
-    FILES = ("config.json", "lm_config.json", WEIGHTS)
+    FILES = ("config.json", "lm_config.json", WEIGHTS, TORCH_WEIGHTS)
 
     @staticmethod
     def recognises(source: Source) -> bool:
-        return source.has("config.json", WEIGHTS) and "hook_point_in" in source.json("config.json")
+        held = source.has(WEIGHTS) or source.has(TORCH_WEIGHTS)
+        return held and "hook_point_in" in source.json("config.json")
 
     @staticmethod
     def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
-        label, config, arrays = source.label, source.json("config.json"), source.arrays(WEIGHTS)
+        label, config = source.label, source.json("config.json")
+        arrays = source.arrays(WEIGHTS if source.has(WEIGHTS) else TORCH_WEIGHTS)
+        if isinstance(arrays.get("sae"), dict):  # a torch file has the version beside it
+            arrays = arrays["sae"]
         if config.get("sae_type", "sae") != "sae" or config.get("use_glu_encoder"):
             raise FormatError(
                 f"{label}: sae_type {str(config.get('sae_type'))[:40]!r} or a GLU encoder; read are SAEs without"

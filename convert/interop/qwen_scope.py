@@ -42,5 +42,6 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
         variant="topk",
         k=whole_number(int(release[3]), "L0 of the name", label, len(W_enc_FD)),
         model_name=f"Qwen/{release[1]}",
+        published={"l0": float(release[3])},
         notes=notes,
     )

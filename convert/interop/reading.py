@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import struct
 import tokenize
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from sae.errors import FormatError
 MAX_JSON = 16 << 20
 MAX_HEADER = 64 << 20
 MAX_RATIO = 200  # of what a packed array may grow by: weights hardly pack
+MAX_SHARED = 4  # tensors of a torch file may share bytes (a tied decoder), not make many of few
+MAX_DEPTH = 3  # of dictionaries in a torch file
+_YAML_LINE = re.compile(r"(\w{1,64}):[ \t]+([^\s#:{}\[\]&*!|>][^\s#]{0,200})[ \t]*(?:#.*)?")
 SAFETENSORS_TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "<u1",
@@ -53,6 +58,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{path} should hold a JSON object, it holds a {type(found).__name__}")
     return found
+
+
+def read_yaml(path: Path) -> dict[str, str]:
+    """The top-level `key: text` lines of a YAML file of at most MAX_JSON bytes: all that is asked of one here."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise FormatError(f"{path} is larger than {MAX_JSON >> 20} MiB; no SAE's settings are")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FormatError(f"{path} is no text") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({error.strerror or error})") from None
+    found = (_YAML_LINE.fullmatch(line) for line in text.splitlines())
+    return {match[1]: match[2].strip("\"'") for match in found if match}
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
@@ -85,10 +104,14 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise FormatError(f"{path}: the safetensors header is no JSON object")
     header.pop("__metadata__", None)
     mapped = np.memmap(path, np.uint8, "r")[8 + length :]
-    return {name: _safetensor(path, name, entry, mapped) for name, entry in header.items()}
+    spans = {name: _span(path, name, entry, len(mapped)) for name, entry in header.items()}
+    if sum(end - start for _, _, start, end in spans.values()) > len(mapped):
+        raise FormatError(f"{path}: its tensors overlap: together they are larger than the file")
+    return {name: _safetensor(path, name, *span, mapped) for name, span in spans.items()}
 
 
-def _safetensor(path: Path, name: str, entry: Any, mapped: np.ndarray) -> np.ndarray:
+def _span(path: Path, name: str, entry: Any, n_bytes: int) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, first and last byte of a tensor."""
     damaged = FormatError(f"{path}: tensor {name[:80]!r} has no dtype, shape and data_offsets of whole numbers")
     try:
         kind, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
@@ -99,9 +122,15 @@ def _safetensor(path: Path, name: str, entry: Any, mapped: np.ndarray) -> np.nda
     if kind not in SAFETENSORS_TYPES:
         raise FormatError(f"{path}: tensor {name[:80]!r} is of type {kind[:20]!r}, which is not read")
     dtype = np.dtype(SAFETENSORS_TYPES[kind])
-    if end - start != math.prod(shape) * dtype.itemsize or end > len(mapped):
+    if end - start != math.prod(shape) * dtype.itemsize or end > n_bytes:
         raise FormatError(f"{path}: tensor {name[:80]!r} does not fit the file; it is truncated or damaged")
-    raw = np.frombuffer(mapped[start:end].tobytes(), dtype).reshape(shape)
+    return kind, shape, start, end
+
+
+def _safetensor(
+    path: Path, name: str, kind: str, shape: tuple[int, ...], start: int, end: int, mapped: np.ndarray
+) -> np.ndarray:
+    raw = np.frombuffer(mapped[start:end].tobytes(), SAFETENSORS_TYPES[kind]).reshape(shape)
     return plain(path, name, _from_bfloat16(raw) if kind == "BF16" else raw)
 
 
@@ -113,6 +142,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays of a zip of .npy files; object arrays, which would be unpickled, are refused by numpy."""
     try:
         with zipfile.ZipFile(path) as packed:
+            if sum(member.compress_size for member in packed.infolist()) > path.stat().st_size:
+                raise FormatError(f"{path}: its members overlap: together they are larger than the file")
             for member in packed.infolist():
                 if member.file_size > MAX_RATIO * max(member.compress_size, 1 << 14):
                     raise FormatError(f"{path}: {member.filename[:80]!r} would unpack to {member.file_size} bytes")
@@ -143,11 +174,36 @@ def read_torch(path: Path) -> dict[str, Any]:
         raise
     except _TORCH_ERRORS as error:
         raise FormatError(
-            f"{path} is truncated, or holds more than tensors and plain values ({one_line(error)})"
+            f"{path} is truncated, or holds more than tensors and plain values ({_reason(error)})"
         ) from None
     if not isinstance(found, dict):
         raise FormatError(f"{path} should hold a dictionary of tensors, it holds a {type(found).__name__}")
+    if sum(_sizes(found)) > MAX_SHARED * path.stat().st_size:  # each would be copied
+        raise FormatError(f"{path}: its tensors share their bytes: together they are far larger than the file")
     return _from_torch(path, found)
+
+
+def _sizes(found: dict[Any, Any], depth: int = 0) -> Iterator[int]:
+    """Bytes of every plain tensor; of one that is larger than its bytes, which is refused by name, its bytes."""
+    import torch
+
+    for value in found.values():
+        if isinstance(value, torch.Tensor):
+            if value.layout == torch.strided:
+                yield min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+        elif isinstance(value, dict) and depth < MAX_DEPTH:
+            yield from _sizes(value, depth + 1)
+
+
+def _reason(error: BaseException) -> str:
+    """torch's cause without its advice, which is to unpickle whatever the file holds."""
+    text = one_line(error, most=4096)
+    if named := re.search(r"(?i:unsupported global:? (?:GLOBAL )?)(\S{1,100})", text):
+        return f"it names {named[1]}"
+    if text.startswith("Weights only load failed"):
+        cause = text.partition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+        return cause.strip()[:160] or "it is none of torch's"
+    return text[:160]
 
 
 def _from_torch(path: Path, found: dict[Any, Any], depth: int = 0) -> dict[str, Any]:
@@ -158,7 +214,7 @@ def _from_torch(path: Path, found: dict[Any, Any], depth: int = 0) -> dict[str, 
         name = str(key)
         if isinstance(value, torch.Tensor):
             values[name] = _tensor(path, name, value)
-        elif isinstance(value, dict) and depth < 3:
+        elif isinstance(value, dict) and depth < MAX_DEPTH:
             values[name] = _from_torch(path, value, depth + 1)
         else:
             values[name] = value
@@ -188,6 +244,6 @@ def plain(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     raise FormatError(f"{path}: array {name[:80]!r} is of dtype {array.dtype}, expected numbers")
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, most: int = 160) -> str:
     text = " ".join(str(error).split())
-    return text[:160] or type(error).__name__
+    return text[:most] or type(error).__name__

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from sae.errors import ConfigError, FormatError
 
-from . import dictionary_learning, openai, qwen_scope, saelens, sparsify
+from . import circuit_tracer, dictionary_learning, openai, qwen_scope, saelens, sparsify
 from .building import Foreign, Imported, build
 from .gemma_scope import GemmaScope1, GemmaScope2
 from .llama_scope import LlamaScope, Llamascopium
@@ -34,7 +34,7 @@ class Format(Protocol):
 
 FORMATS: tuple[Format, ...] = (
     saelens, GemmaScope1, GemmaScope2, sparsify, LlamaScope, Llamascopium, Goodfire, openai, qwen_scope,
-    dictionary_learning, R1Distill,
+    dictionary_learning, R1Distill, circuit_tracer,
 )  # type: ignore[assignment]  # fmt: skip
 NAMES = tuple(found.NAME for found in FORMATS)
 HUB_FILES = tuple(dict.fromkeys(name for found in FORMATS for name in found.FILES))

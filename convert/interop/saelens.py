@@ -64,6 +64,7 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
         log_F = optional(source.arrays(SPARSITY), "sparsity")
         if log_F is not None and log_F.shape == found.b_enc_F.shape and not np.isnan(log_F).any():
             found.freq_F = 10.0 ** np.minimum(log_F, 0)
+            found.published["l0"] = float(found.freq_F.sum(dtype=np.float64))
     return found
 
 

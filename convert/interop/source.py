@@ -8,7 +8,7 @@ from typing import Any
 
 from sae.errors import FormatError
 
-from .reading import read_arrays, read_json
+from .reading import read_arrays, read_json, read_yaml
 
 WEIGHT_SUFFIXES = (".safetensors", ".npz", ".pt", ".pth")
 
@@ -22,6 +22,8 @@ class Source:
     def __init__(self, path: Path, label: str = "") -> None:
         if not path.exists():
             raise FormatError(f"{path} does not exist; expected the folder or the file of a published SAE")
+        if not (path.is_dir() or path.is_file()):
+            raise FormatError(f"{path} is neither a folder nor a file; expected those of a published SAE")
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self.file = path if path.is_file() else None
@@ -38,6 +40,10 @@ class Source:
         if name not in self._json:
             self._json[name] = read_json(self.folder / name) if self.has(name) else {}
         return self._json[name]
+
+    def yaml(self, name: str) -> dict[str, str]:
+        """The top-level `key: text` lines of a YAML file of the folder; nothing nested, {} where there is none."""
+        return read_yaml(self.folder / name) if self.has(name) else {}
 
     def arrays(self, name: str = "") -> dict[str, Any]:
         """The arrays of a file of the folder; without a name of the file that was given, or the only one there."""

@@ -12,6 +12,7 @@ from typing import final
 import numpy as np
 
 from sae import runtime
+from sae.encoders import Encoder, encoder_of
 from sae.errors import ShapeError
 from sae.weights import SAEWeights
 
@@ -35,14 +36,14 @@ class Replacement(ABC):
 
 @final
 class SAEReplacement(Replacement):
-    """The reconstruction by a sparse autoencoder."""
+    """The reconstruction by a sparse autoencoder; `encoder` computes its latents, numpy without one."""
 
-    def __init__(self, weights: SAEWeights) -> None:
-        self.weights = weights
-        self.num_latents = len(weights.W_enc_FD)
+    def __init__(self, weights: SAEWeights, encoder: Encoder | None = None) -> None:
+        self.weights, self.encoder = weights, encoder_of(weights, encoder)
+        self.num_latents = weights.num_latents
 
     def code(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return runtime.encode(self.weights, x_ND)
+        return self.encoder.encode(x_ND)
 
     def decode(self, idx_NK: np.ndarray, vals_NK: np.ndarray, x_ND: np.ndarray) -> np.ndarray:
         return runtime.decode(self.weights, idx_NK, vals_NK, x_ND)

@@ -1,9 +1,10 @@
 """How far one SAE drifts over quantisations of its model, itself in each type of a file.
 
-A form is the SAE with both matrices rounded to types of the GGUF file. Of every form on every model:
+A form is the SAE with both matrices in types of the GGUF file, encoded as `apply` does (drift_forms.py). Of every
+form on every model:
 
     fvu, l0        on that model's own activations
-    top_k_overlap  of the form on that model with the SAE as given on the reference model, at the same tokens
+    top_k_overlap  of the form on that model with the float32 equations on the reference model, at the same tokens
     ce_recovered, delta_ce_nats, kl    of splicing the form into that model, against that model's clean run
     activation_fvu of the model: sum ||x - x_ref||^2 / sum ||x_ref - mean||^2, its activations against the reference's
 
@@ -14,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.keys import MATRIX_TYPES
-from convert.sae_gguf import matrix_bytes, stored_as
+from convert.sae_gguf import matrix_bytes
 from pipeline.config import DriftConfig
 from pipeline.corpus.windows import WindowTable
 from pipeline.llama.hooks import HookPoint
@@ -30,23 +31,15 @@ from sae.metrics import Moments, ReconstructionMetrics, mean_overlap, squared_er
 from sae.weights import SAEWeights
 
 from .baselines import ConstantReplacement, SAEReplacement
+from .drift_forms import Form, groups_of, running
 from .evaluate import captured_rows, clusters_of, take_windows
 from .measure import MEAN, ZERO, json_safe, quality, run_losses
 from .splice import CLEAN, SpliceConfig, SpliceResult, splice, split_windows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Form:
-    """The types of both matrices; `name` as the settings spell it: `Q8_0`, or `Q4_0/Q8_0` for encoder and decoder."""
-
-    name: str
-    encoder_type: str
-    decoder_type: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ReferencePart:
-    """A few windows of the reference model: rows of the table, activations, latents of the SAE as given."""
+    """A few windows of the reference model: rows of the table, activations, latents by the float32 equations."""
 
     row_N: np.ndarray
     x_ND: np.ndarray
@@ -74,21 +67,6 @@ class Setting:
         return captured_rows(model, self.table, chosen_W, hook, outlier_norm=self.outlier_norm, session=self.session)
 
 
-def forms_of(names: Sequence[str]) -> list[Form]:
-    """ConfigError for a type that no file has, and for one named twice."""
-    found = []
-    for name in names:
-        encoder, _, decoder = name.partition("/")
-        if encoder not in MATRIX_TYPES or (decoder or encoder) not in MATRIX_TYPES:
-            raise ConfigError(
-                f"drift.types: expected {', '.join(MATRIX_TYPES)}, or two of them as ENCODER/DECODER, got {name!r}"
-            )
-        found.append(Form(name=name, encoder_type=encoder, decoder_type=decoder or encoder))
-    if not found or len(set(names)) < len(found):
-        raise ConfigError(f"drift.types: expected each type once, got {', '.join(names) or 'none'}")
-    return found
-
-
 def capture_reference(setting: Setting, model: Model) -> list[ReferencePart]:
     """The rows every model is held against."""
     parts = [
@@ -112,7 +90,9 @@ def measure_model(
     """`activation_fvu`, `ce_clean`, ... of the model and under `forms` the numbers of each form. JSON-able."""
     found: dict[str, Any] = {"activation_fvu": activation_fvu(reference, setting.captured(model)), "forms": []}
     for group in groups_of(forms, setting.weights, setting.config.copies_bytes):
-        saes = {form.name: stored_as(setting.weights, form.encoder_type, form.decoder_type) for form in group}
+        saes = {
+            form.name: running(form, setting.weights, setting.config.encoder, model, setting.session) for form in group
+        }
         rows = reconstruct(setting, model, saes, reference)
         losses = spliced(setting, model, saes, progress)
         cluster_N, kind = clusters_of(losses)
@@ -122,19 +102,13 @@ def measure_model(
         found["forms"] += [
             {
                 "types": form.name, "encoder_type": form.encoder_type, "decoder_type": form.decoder_type,
+                "encoder": saes[form.name].encoder.name,
                 "matrix_bytes": matrix_bytes(setting.weights, form.encoder_type, form.decoder_type),
                 **rows[form.name], "ce_sae": ce[form.name], **run_losses(losses, form.name, cluster_N),
             }
             for form in group
         ]  # fmt: skip
     return json_safe(found)
-
-
-def groups_of(forms: Sequence[Form], weights: SAEWeights, copies_bytes: int) -> list[Sequence[Form]]:
-    """As many forms at once as their float32 copies fit `copies_bytes`, at least one."""
-    each = weights.W_enc_FD.nbytes + weights.W_dec_FD.nbytes
-    size = max(1, copies_bytes // each)
-    return [forms[i : i + size] for i in range(0, len(forms), size)]
 
 
 def activation_fvu(reference: Sequence[ReferencePart], parts: Iterator[Any]) -> float:
@@ -148,7 +122,7 @@ def activation_fvu(reference: Sequence[ReferencePart], parts: Iterator[Any]) -> 
 
 
 def reconstruct(
-    setting: Setting, model: Model, saes: Mapping[str, SAEWeights], reference: Sequence[ReferencePart]
+    setting: Setting, model: Model, saes: Mapping[str, SAEReplacement], reference: Sequence[ReferencePart]
 ) -> dict[str, dict[str, Any]]:
     """Reconstruction on the model's own rows, and the overlap with the reference's latents, of each SAE."""
     d_in, num_latents = setting.weights.d_in, setting.weights.num_latents
@@ -157,8 +131,8 @@ def reconstruct(
     for part, theirs in zip(setting.captured(model), reference, strict=True):
         _, a, b = np.intersect1d(part.row_N, theirs.row_N, assume_unique=True, return_indices=True)
         for name, sae in saes.items():
-            idx_NK, vals_NK = runtime.encode(sae, part.x_ND)
-            metrics[name].update(part.x_ND, runtime.decode(sae, idx_NK, vals_NK, part.x_ND), idx_NK, vals_NK)
+            idx_NK, vals_NK = sae.code(part.x_ND)
+            metrics[name].update(part.x_ND, sae.decode(idx_NK, vals_NK, part.x_ND), idx_NK, vals_NK)
             same = theirs.code[0][b], theirs.code[1][b]
             overlaps[name].append(top_k_overlap((idx_NK[a], vals_NK[a]), same))
     return {
@@ -169,7 +143,7 @@ def reconstruct(
 
 
 def spliced(
-    setting: Setting, model: Model, saes: Mapping[str, SAEWeights], progress: Callable[[int], None] | None
+    setting: Setting, model: Model, saes: Mapping[str, SAEReplacement], progress: Callable[[int], None] | None
 ) -> SpliceResult:
     weights, table = setting.weights, setting.table
     windows = split_windows(table)
@@ -177,7 +151,7 @@ def spliced(
         model,
         [windows[i] for i in take_windows(table, setting.order_W, setting.config.splice_tokens)],
         {
-            **{name: SAEReplacement(sae) for name, sae in saes.items()},
+            **saes,
             MEAN: ConstantReplacement(weights.mean_D),
             ZERO: ConstantReplacement(np.zeros(weights.d_in)),
         },
@@ -185,3 +159,11 @@ def spliced(
         config=SpliceConfig(outlier_norm=setting.outlier_norm, session=setting.session),
         progress=progress,
     )
+
+
+def with_names(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The models under the shortest name that tells them apart; the first is the reference."""
+    kinds = [one["file_type"] for one in found]
+    names = kinds if len(set(kinds)) == len(kinds) else [Path(one["file"]).stem for one in found]
+    names = names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names)]
+    return {"reference": names[0], "models": [{"name": name} | one for name, one in zip(names, found, strict=True)]}

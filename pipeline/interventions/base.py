@@ -20,6 +20,7 @@ from sae.weights import SAEWeights
 from ..llama.hooks import HookPoint
 from ..llama.session import Hook, Rows
 
+LARGEST = float(np.finfo(np.float32).max)
 PHASES = ("all", "prompt", "response")
 
 
@@ -180,8 +181,8 @@ def check_latents(w: SAEWeights, latents: Sequence[int], values: Sequence[float]
         raise ConfigError(f"a latent is named twice in {list(latents)}; name each once")
     if len(latents) != len(values):
         raise ConfigError(f"expected one {word} per latent, got {len(latents)} latents and {len(values)} values")
-    if not np.isfinite(values).all():
-        raise ConfigError(f"{word} must be finite, got {list(values)}")
+    if not all(abs(float(value)) <= LARGEST for value in values):
+        raise ConfigError(f"{word} must be finite in float32, got {list(values)}")
 
 
 def check_width(x_ND: np.ndarray, width: int, what: str) -> None:

@@ -21,7 +21,7 @@ from ..run import RunContext
 from .convert_verify import check_file, said
 from .cvector import direction
 from .inputs import open_model, relative
-from .sae_files import with_labels
+from .sae_files import split_entry, with_labels
 from .sources import open_sources, tried
 
 GGUF_NAME = "sae.gguf"
@@ -42,6 +42,8 @@ def write_file(context: RunContext) -> None:
         sources[0] = replace(sources[0], weights=weights)
         context.add_input("labels", Path(config.labels))
     out = Path(config.out).expanduser() if config.out else context.folder / GGUF_NAME
+    if any(split_entry(source.path)[0].resolve() == out.resolve() for source in sources):
+        raise ConfigError(f"convert.out={relative(out)} is what is read; name another file")
     with open_model(context) as model:
         made = [tried(context, model, source, config.probe_tokens) for source in sources]
         vector = control_vector(context, made[0][0].weights, model) if config.latent >= 0 else None
@@ -54,6 +56,8 @@ def write_file(context: RunContext) -> None:
     if config.export:
         context.outputs["export"] = str(export_folder(context.folder / config.export, written[0], config.export))
     context.metrics = reports[0] | {"bytes": out.stat().st_size}
+    if made[0][0].imported is not None:
+        context.metrics |= {"proof": made[0][0].proof | {"published": made[0][0].imported.published}}
     if len(reports) > 1:
         context.metrics["entries"] = [{"hook": w.hook} | found for w, found in zip(written, reports, strict=True)]
     named = f", {len(written[0].labels)} of them labelled" if written[0].labels else ""

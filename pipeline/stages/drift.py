@@ -7,23 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from sae.errors import ConfigError
-from sae.weights import SAEWeights
 
-from ..evaluation.drift import Form, ReferencePart, Setting, capture_reference, forms_of, measure_model
+from ..evaluation.drift import ReferencePart, Setting, capture_reference, measure_model, with_names
+from ..evaluation.drift_forms import Form, forms_of
 from ..evaluation.drift_picture import draw_drift
 from ..llama.identity import check_same_model
 from ..llama.model import Model
 from ..llama.requantise import KINDS, write_requantised
 from ..run import RunContext, write_json
 from .corpora import window_table
+from .drift_text import describe, numbers, table_of
 from .inputs import (
     check_host,
     counted,
     model_path,
-    number,
     open_model,
     open_sae,
     outlier_norm,
@@ -106,19 +104,6 @@ def measured_model(
         return facts | measure_model(setting, model, forms, reference, advance)
 
 
-def with_names(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The models under the shortest name that tells them apart; the first is the reference."""
-    kinds = [one["file_type"] for one in found]
-    names = kinds if len(set(kinds)) == len(kinds) else [Path(one["file"]).stem for one in found]
-    names = names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names)]
-    return {"reference": names[0], "models": [{"name": name} | one for name, one in zip(names, found, strict=True)]}
-
-
-def describe(weights: SAEWeights) -> str:
-    k = f", k {weights.k}" if weights.variant != "threshold" else ""
-    return f"{counted(weights.num_latents, 'latent')} of width {weights.d_in}{k}"
-
-
 def write(context: RunContext, result: dict[str, Any]) -> None:
     """The numbers as JSON and on the terminal, and a picture of them."""
     write_json(context.folder / TABLE_NAME, result)
@@ -129,43 +114,3 @@ def write(context: RunContext, result: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
     else:
         print_wide(table_of(result))
-
-
-def table_of(result: dict[str, Any]) -> Table:
-    made = Table(title=f"{result['sae']} at {result['hook']}", title_justify="left")
-    for title in ("model", "SAE", "MB", "FVU", "L0", "overlap", "CE recovered", "delta CE (nats)", "95 %", "KL (nats)"):
-        made.add_column(title, justify="left" if title in ("model", "SAE") else "right")
-    for model in result["models"]:
-        moved = f"activations moved by {number(model['activation_fvu'])} FVU"
-        made.add_section()
-        made.add_row(
-            f"[bold]{model['name']}[/bold]",
-            moved,
-            f"{model['bytes'] / 1e6:.1f}",
-            *[""] * 3,
-            f"CE {number(model['ce_clean'])}",
-        )
-        for form in model["forms"]:
-            low, high = form["delta_ce_ci95"]
-            half = "n/a" if low is None or high is None else f"+-{(high - low) / 2:.4f}"
-            made.add_row(
-                "", form["types"], f"{form['matrix_bytes'] / 1e6:.1f}", number(form["fvu"]), f"{form['l0']:.1f}",
-                number(form["top_k_overlap"]), number(form["ce_recovered"]), number(form["delta_ce_nats"]), half,
-                number(form["kl"]),
-            )  # fmt: skip
-    return made
-
-
-def numbers(result: dict[str, Any]) -> str:
-    """As it is, and the worst of all."""
-    cells = [(f"{form['types']} on {model['name']}", form) for model in result["models"] for form in model["forms"]]
-
-    def worst(key: str, sign: int) -> str:
-        have = [(sign * form[key], name) for name, form in cells if form[key] is not None]
-        return f"{sign * max(have)[0]:.4f} ({max(have)[1]})" if have else "n/a"
-
-    name, first = cells[0]
-    return (
-        f"{name}: FVU {number(first['fvu'])}, CE recovered {number(first['ce_recovered'])}; at worst FVU {worst('fvu', 1)}, "
-        f"CE recovered {worst('ce_recovered', -1)}, top-k overlap {worst('top_k_overlap', -1)}"
-    )

@@ -50,7 +50,7 @@ def located(source: str) -> tuple[Path, str]:
     if not inside.endswith(WEIGHT_SUFFIXES):
         return fetch_folder(repo, inside, HUB_FILES, setting, revision), label
     folder = inside.rpartition("/")[0]
-    configs = tuple(name for name in HUB_FILES if name.endswith(".json"))
+    configs = tuple(name for name in HUB_FILES if not name.endswith(WEIGHT_SUFFIXES))
     fetch_folder(repo, folder, (*configs, inside.rpartition("/")[2]), setting, revision)
     return fetch_file(repo, inside, setting, revision), label
 
@@ -91,6 +91,27 @@ def measured(imported: Imported, probe_ND: np.ndarray, target_NO: np.ndarray, mo
     host = {key: value for key, value in model.id.as_dict().items() if key in known}
     training = weights.training | {"statistics_rows": len(probe_ND)}
     return replace(weights, host=host | {"name": weights.host.get("name", model.id.name)}, training=training, **fields)
+
+
+def report_proof(context: RunContext, imported: Imported, found: dict[str, float]) -> None:
+    """Says it, beside what its publisher says, and warns where it does not look like an SAE of this place."""
+    published = imported.published
+    said = ", ".join(f"{name} {published[key]:.4g}" for key, name in (("fvu", "FVU"), ("l0", "L0")) if key in published)
+    context.console.print(
+        f"it reconstructs {found['rows']:,} held-out rows with FVU {found['fvu']:.4f} and L0 {found['l0']:.1f}"
+        + (f"; published: {said}" if said else ""),
+        highlight=False,
+    )
+    doubts = []
+    if not found["fvu"] < 1:
+        doubts.append("no better than their mean does")
+    if "l0" in published and not published["l0"] / 2 <= found["l0"] <= published["l0"] * 2:
+        doubts.append("with an L0 far from the published one")
+    if doubts:
+        context.console.print(
+            f"warning: it reconstructs them {' and '.join(doubts)}; is this its model, its hook point, its kind of text?",
+            style="yellow", highlight=False,
+        )  # fmt: skip
 
 
 def report_notes(context: RunContext, imported: Imported) -> None:

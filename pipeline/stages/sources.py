@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,21 @@ from sae.weights import SAEWeights
 
 from ..config import ConvertConfig
 from ..evaluation.evaluate import captured_rows, take_windows
+from ..evaluation.proof import proof
 from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..run import RunContext
 from .corpora import window_table
 from .inputs import check_host, load_sae, outlier_norm, relative, sae_path, sae_sha256, session_options
-from .published import check_width, import_published, is_published, measured, published_sha256, report_notes
+from .published import (
+    check_width,
+    import_published,
+    is_published,
+    measured,
+    published_sha256,
+    report_notes,
+    report_proof,
+)
 from .sae_files import located
 
 UNNAMED = ConvertConfig()
@@ -32,6 +41,7 @@ class Source:
     sha256: str
     weights: SAEWeights
     imported: Imported | None = None
+    proof: dict[str, float] = field(default_factory=dict)  # of a published one, once it was tried
 
     @property
     def named(self) -> str:
@@ -67,22 +77,34 @@ def tried(context: RunContext, model: Model, source: Source, tokens: int) -> tup
     """The SAE with what its files left open measured on the rows of its hook point, and these rows (N, D)."""
     weights = source.weights
     check_host(context, weights, model)
-    probe_ND = probe_rows(context, model, weights, tokens)
+    probe_ND, row_N = probe_rows(context, model, weights, tokens)
     if source.imported is None:
         return source, probe_ND
     check_width(weights, probe_ND, model)
     target_NO = probe_ND
     if weights.hook_out:
-        target_NO = probe_rows(context, model, replace(weights, hook=weights.hook_out), tokens)
-    return replace(source, weights=measured(source.imported, probe_ND, target_NO, model)), probe_ND
+        out_NO, out_row_N = probe_rows(context, model, replace(weights, hook=weights.hook_out), tokens)
+        _, here_N, there_N = np.intersect1d(row_N, out_row_N, assume_unique=True, return_indices=True)
+        probe_ND, target_NO = probe_ND[here_N], out_NO[there_N]
+    weights = measured(source.imported, probe_ND, target_NO, model)
+    found = proof(weights, probe_ND, target_NO)
+    report_proof(context, source.imported, found)
+    return replace(source, weights=weights, proof=found), probe_ND
 
 
-def probe_rows(context: RunContext, model: Model, weights: SAEWeights, tokens: int) -> np.ndarray:
-    """Fresh held-out activations at the SAE's hook, (N, D)."""
+def probe_rows(context: RunContext, model: Model, weights: SAEWeights, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fresh held-out activations at the SAE's hook, (N, D), and which rows of the text they are, (N,)."""
     table = window_table(context, model, split="held_out", max_tokens=0)
     chosen = take_windows(table, np.arange(table.n_windows), tokens)
     hook = HookPoint.parse(weights.hook)
-    parts = captured_rows(
-        model, table, chosen, hook, outlier_norm=outlier_norm(weights), session=session_options(context.config.model)
+    parts = list(
+        captured_rows(
+            model,
+            table,
+            chosen,
+            hook,
+            outlier_norm=outlier_norm(weights),
+            session=session_options(context.config.model),
+        )
     )
-    return np.concatenate([part.x_ND for part in parts])
+    return np.concatenate([part.x_ND for part in parts]), np.concatenate([part.row_N for part in parts])

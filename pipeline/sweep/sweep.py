@@ -15,6 +15,7 @@ from sae.errors import ConfigError, InterruptedRunError, SAEError
 
 from ..commands import COMMANDS
 from ..config import Config, ExecutorConfig
+from ..console import PlainConsole
 from ..executors import open_executor
 from ..run import print_three, read_manifest, write_json
 from .points import Point, described, grid, spaces, split
@@ -75,7 +76,7 @@ def run_sweep(
     folder = sweep_folder(config, name)
     sweep = Sweep(
         name=name, folder=folder, command=(*command, *flags), shared=tuple(shared),
-        executor=ExecutorConfig() if own else config.executor, console=Console(stderr=True),
+        executor=ExecutorConfig() if own else config.executor, console=PlainConsole(stderr=True),
     )  # fmt: skip
     try:
         if config.sweep.trials:

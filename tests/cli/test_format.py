@@ -8,6 +8,7 @@ import json
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from convert.sae_gguf import read_sae_gguf, write_sae_gguf
 from pipeline.config import Config, DriftConfig, ModelConfig
@@ -15,7 +16,7 @@ from pipeline.llama.identity import model_id
 from pipeline.run import RunContext
 from pipeline.stages.drift import model_files
 from pipeline.stages.inputs import model_path
-from sae.checkpoint import save_weights
+from sae.checkpoint import load_weights, save_weights
 from sae.errors import ConfigError
 from sae.untrained import untrained_weights
 from tests.cli.conftest import ggscope, last_line
@@ -134,6 +135,34 @@ def test_files_that_drift_cannot_have_are_refused_before_any_is_written(settings
     with pytest.raises(ConfigError, match=said):
         model_files(context)
     assert not list(tmp_path.iterdir())
+
+
+def test_text_of_a_hostile_file_is_shown_not_obeyed(folder):
+    """Names with a terminal's escapes and with rich's markup: in a warning, in an error, of a file and of a folder."""
+    evil, spelled = "[/red]\x1b[2J\x07\n[link=x]", "[/red]\\x1b[2J\\x07"
+    w = load_weights(folder / "a")
+    short = ["apply.max_tokens=1", "model.n_threads=1", "--prompt", "import"]
+    for name, host in (("warned", {"file_type": evil}), ("refused", {"vocab_sha256": evil})):
+        write_sae_gguf(folder / "evil.gguf", dataclasses.replace(w, host={**w.host, "name": evil, **host}))
+        done = ggscope("apply", "sae.path=evil.gguf", *short, cwd=folder, code=0 if name == "warned" else 2)
+        assert "\x1b" not in done.stdout + done.stderr
+        assert (spelled if name == "warned" else "[/red]\\x1b[2J") in done.stderr
+    (folder / "theirs").mkdir()
+    (folder / "theirs" / "cfg.json").write_text('{"d_sae": 4, "hook_name": "blocks.1.hook_resid_post"}')
+    save_file({evil: np.zeros(3, "f4")}, folder / "theirs" / "sae_weights.safetensors")
+    done = ggscope("convert", "convert.source=theirs", cwd=folder, code=2)
+    assert f"it holds {spelled}" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_file_is_not_written_over_what_it_is_made_from(folder):
+    before = (folder / "made" / "sae.gguf").read_bytes()
+    done = ggscope(
+        "convert", "convert.source=made/sae.gguf#1", "convert.out=made/../made/sae.gguf", *FEW, cwd=folder, code=2
+    )
+    assert "made/sae.gguf is what is read; name another file" in last_line(done)
+    assert (folder / "made" / "sae.gguf").read_bytes() == before
 
 
 def test_a_misspelt_verb_is_no_path(folder):

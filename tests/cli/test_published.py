@@ -92,6 +92,44 @@ def test_a_transcoder_is_measured_on_what_it_reconstructs(tmp_path):
     assert transcoder.variance == at_out.variance > 0
 
 
+def test_an_sae_proves_itself_beside_what_its_publisher_says(tmp_path):
+    """FVU and L0 of an SAE that is the identity, of one of another place, and of a transcoder, known in advance."""
+    eye = np.concatenate([np.eye(D, dtype="f4"), -np.eye(D, dtype="f4")])
+    arrays = {"W_enc": eye.T, "b_enc": np.zeros(2 * D, "f4"), "W_dec": eye, "b_dec": np.zeros(D, "f4")}
+    hook = {"hook_name": "blocks.2.hook_resid_post", "model_name": "pylm", "sae_lens_version": "6.54.12"}
+    config = {"architecture": "standard", "d_in": D, "d_sae": 2 * D, "metadata": hook}
+
+    def proof(log10_share, changed, architecture="standard", **more):
+        folder = tmp_path / "theirs"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        save_file(
+            {k: np.ascontiguousarray(v) for k, v in (arrays | changed).items()}, folder / "sae_weights.safetensors"
+        )
+        save_file({"sparsity": np.full(2 * D, log10_share, "f4")}, folder / "sparsity.safetensors")
+        settings = config | {"architecture": architecture, "metadata": hook | more, "apply_b_dec_to_input": False}
+        (folder / "cfg.json").write_text(json.dumps(settings))
+        done = ggscope("convert", "convert.source=theirs", "run_dir=out", *FEW, cwd=tmp_path)
+        shutil.move(tmp_path / "out" / "manifest.json", tmp_path / "manifest.json")
+        shutil.rmtree(tmp_path / "out")
+        metrics = json.loads((tmp_path / "manifest.json").read_text())["metrics"]
+        return metrics["proof"], done.stdout + done.stderr
+
+    found, said = proof(np.log10(0.5), {})  # x = relu(x) - relu(-x): every row whole, one of each pair fires
+    assert found["fvu"] < 1e-10
+    assert found["l0"] == pytest.approx(D, abs=1)
+    assert found["published"]["l0"] == pytest.approx(D, rel=1e-3)
+    assert f"FVU 0.0000 and L0 {found['l0']:.1f}; published: L0 256" in said
+    assert "warning: it" not in said
+    found, said = proof(np.log10(0.01), {"W_dec": -eye})  # x_hat = -x, five times sparser published
+    assert found["fvu"] > 4
+    assert "no better than their mean does and with an L0 far from the published one" in " ".join(said.split())
+    across = {"hook_name": "blocks.1.hook_resid_mid", "hook_name_out": "blocks.1.hook_resid_post"}
+    residual, _ = proof(np.log10(0.5), {}, "transcoder", **across)
+    nothing, _ = proof(np.log10(0.5), {"W_dec": 0 * eye}, "transcoder", **across)
+    assert 1e-3 < residual["fvu"] < 1 < nothing["fvu"]  # the block's MLP is what the identity leaves out
+
+
 def test_an_sae_of_another_width_or_an_unknown_place_is_one_line(tmp_path):
     published(tmp_path / "narrow", d=128)
     done = ggscope("convert", "convert.source=narrow", *FEW, cwd=tmp_path, code=2)
@@ -111,7 +149,8 @@ def cached(tmp_path):
     commit = "0123456789abcdef0123456789abcdef01234567"
     cache = tmp_path / "hub" / "models--owner--name"
     (cache / "refs").mkdir(parents=True)
-    (cache / "refs" / "main").write_text(commit)
+    for name in ("main", "v1"):
+        (cache / "refs" / name).write_text(commit)
     shutil.copytree(published(tmp_path / "theirs"), cache / "snapshots" / commit / "sae" / "layer_2")
 
     def convert(source):
@@ -125,11 +164,11 @@ def cached(tmp_path):
 
 
 def test_a_folder_and_a_file_of_a_hub_repository(tmp_path, cached):
-    for source in ("hf://owner/name/sae/layer_2", "hf://owner/name/sae/layer_2/sae_weights.safetensors"):
+    for source in ("hf://owner/name/sae/layer_2", "hf://owner/name@v1/sae/layer_2/sae_weights.safetensors"):
         done = cached(source)
         assert done.returncode == 0, done.stderr
         w = read_sae_gguf(tmp_path / "out" / "sae.gguf")
-        assert w.training["source"] == source.removeprefix("hf://")
+        assert w.training["source"] == source.removeprefix("hf://").replace("@v1", "")
         shutil.rmtree(tmp_path / "out")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 from convert.control_vector import read_control_vector, write_control_vector
 from convert.interop.reading import read_arrays
 from convert.sae_gguf import read_sae_gguf, write_sae_gguf
+from sae.checkpoint import load_weights, save_weights
 from sae.errors import SAEError
+from sae.labels import read_labels
 
 from .interop.oracles import draw, imported, write
 from .interop.test_hostile import SETTINGS, refusal
@@ -79,20 +83,48 @@ def settings_file(tmp_path, rounds, form):
     return fuzz(rounds, folder / name, (folder / name).read_bytes(), lambda: imported(folder))
 
 
+def yaml_beside(tmp_path, rounds, _kind):
+    a = draw()
+    rows = {"W_enc": a["W_enc_FD"], "W_dec": a["W_dec_FD"], "b_enc": a["b_enc"], "b_dec": a["b_dec"]}
+    folder = write(tmp_path / "t", "none", None, "layer_3.safetensors", rows)
+    place, text = folder / "config.yaml", b"model_name: m\nfeature_input_hook: hook_resid_mid\nscan: [a, b]\n"
+    return fuzz(rounds, place, text, lambda: imported(folder))
+
+
+def labels(tmp_path, rounds, _kind):
+    place = tmp_path / "labels.json"
+    text = b'{"format": "ggscope-labels", "version": 1, "sae_id": "", "labels": {"3": "a", "7": "the word it"}}'
+    return fuzz(rounds, place, text, lambda: read_labels(place, num_latents=8))
+
+
+def checkpoint(tmp_path, rounds, name):
+    save_weights(tmp_path / "sae", replace(random_sae(d_in=32, num_latents=8, k=2), training={"step": 3}))
+    place = tmp_path / "sae" / name
+    whole = place.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little") if name.endswith(".safetensors") else 0
+    return fuzz(rounds, place, whole, lambda: load_weights(tmp_path / "sae"), end=head)
+
+
 PARSERS = [
     *((gguf_as_stored, kind) for kind in ("F32", "F16", "Q8_0")),
     (control_vector, ""),
     *((arrays, kind) for kind in ("pt", "npz", "safetensors")),
     *((settings_file, form) for form in SETTINGS),
+    (yaml_beside, ""),
+    (labels, ""),
+    *((checkpoint, name) for name in ("sae.json", "sae.safetensors")),
 ]
+
+
+LEAST = {yaml_beside: 0.2}  # share that is refused: of a YAML file only two lines are asked for
 
 
 @pytest.mark.parametrize(("parser", "kind"), PARSERS)
 def test_damaged_files_are_refused_in_one_line_or_read(tmp_path, parser, kind):
-    assert parser(tmp_path, 200, kind) > 0.5
+    assert parser(tmp_path, 200, kind) > LEAST.get(parser, 0.5)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("parser", "kind"), PARSERS)
 def test_many_damaged_files_are_refused_in_one_line_or_read(tmp_path, parser, kind):
-    assert parser(tmp_path, 1_000 if parser is settings_file else 5_000, kind) > 0.5
+    assert parser(tmp_path, 1_000 if parser is settings_file else 5_000, kind) > LEAST.get(parser, 0.5)

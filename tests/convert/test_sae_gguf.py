@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import gguf
 import numpy as np
@@ -168,6 +169,22 @@ def test_a_file_already_there_survives_a_failed_write(tmp_path):
         write_sae_gguf(path, broken)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["sae.gguf"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to a device"])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, kind):
+    place = tmp_path / "sae.gguf"
+    if kind == "folder":
+        place.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to("/dev/zero")
+    before = place.lstat().st_mode
+    with pytest.raises(ConfigError, match="is there and is no file"):
+        write_sae_gguf(place, random_sae())
+    assert place.lstat().st_mode == before
+    assert [path.name for path in tmp_path.iterdir()] == ["sae.gguf"]
 
 
 def test_q8_0_of_a_width_that_is_no_multiple_of_32_is_refused(tmp_path):

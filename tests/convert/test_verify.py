@@ -58,6 +58,15 @@ def test_rounded_files_stay_in_their_tolerance_and_the_numbers_are_right(tmp_pat
     assert report["max_abs.b_dec_D"] == 0
 
 
+def test_beyond_an_fvu_of_1_the_change_is_a_share_of_it(tmp_path):
+    sae = random_sae()
+    rows = sparse_rows(sae)
+    far = dataclasses.replace(sae, W_dec_FD=-300 * sae.W_dec_FD)  # an SAE of another place: FVU in the thousands
+    report = verify(far, write_sae_gguf(tmp_path / "far.gguf", far, encoder_type="F16", decoder_type="F16"), rows)
+    assert report["fvu_source"] > 1000
+    assert 1e-3 < abs(report["fvu_file"] - report["fvu_source"]) < 1e-3 * report["fvu_source"]
+
+
 def test_a_file_of_another_sae_fails_with_exit_code_3(tmp_path):
     sae = random_sae()
     path = write_sae_gguf(tmp_path / "a.gguf", random_sae(seed=1))

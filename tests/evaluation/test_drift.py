@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import replace
+
+import gguf
 import numpy as np
 import pytest
 
+from convert.gguf_file import stored_bytes
 from pipeline.config import DriftConfig, EvaluateConfig
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
-from pipeline.evaluation.drift import Setting, capture_reference, forms_of, groups_of, measure_model
+from pipeline.evaluation.drift import Setting, capture_reference, measure_model
+from pipeline.evaluation.drift_forms import forms_of, groups_of
 from pipeline.evaluation.drift_picture import draw_drift
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.llama.hooks import HookPoint
@@ -17,11 +23,12 @@ from pipeline.llama.requantise import write_requantised
 from pipeline.llama.session import Session, capture
 from sae.errors import ConfigError
 from sae.untrained import untrained_weights
+from tests.convert.test_types import I64, LIB, P, ggml_floats
 from tests.tiny_llama import write_tiny_llama
 
 ONE = {"n_threads": 1, "kv_type": "f32", "flash_attn": "off"}
 HOOK, K = "blocks.2.hook_resid_post", 8
-TYPES = ["F32", "Q8_0", "Q4_0/BF16"]
+TYPES = ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0", "Q4_0/BF16"]
 
 
 def rows_of(model, table):
@@ -52,72 +59,98 @@ def drift(tmp_path_factory):
             found.append(measure_model(setting, model, forms_of(TYPES), reference))
             rows.append(rows_of(model, table)[table.flags_N == 0].astype(np.float64))
             if name == "q4":
+                setting = replace(setting, config=replace(config, encoder="numpy"))
+                plain = measure_model(setting, model, forms_of(["F32", "Q8_0"]), reference)
                 whole = evaluate(
                     model, weights, table, config=EvaluateConfig(tokens=0, splice_tokens=0), baselines={}, session=ONE
                 )
-    return weights, found, rows, whole
+    return weights, found, rows, whole, plain
 
 
-def acts(weights, W_enc_FD, x_ND):
-    pre_NF = (x_ND - weights.b_dec_D) @ W_enc_FD.astype(np.float64).T + weights.b_enc_F
+def through_ggml(values, kind):
+    """What ggml's own C code makes of values stored in a type, float64."""
+    number, raw = gguf.GGMLQuantizationType[kind], np.zeros(stored_bytes(values.shape, kind), np.uint8)
+    values = np.ascontiguousarray(values, np.float32)
+    quantise = LIB["ggml_quantize_chunk"]
+    quantise.restype, quantise.argtypes = ctypes.c_size_t, [ctypes.c_int, P, P, I64, I64, I64, P]
+    if kind == "F32":
+        return values.astype(np.float64)
+    quantise(int(number), values.ctypes.data, raw.ctypes.data, 0, len(values), values.shape[1], None)
+    return ggml_floats(raw, kind, values.size).reshape(values.shape).astype(np.float64)
+
+
+# what ggml multiplies a matrix of a type with: the row in this one
+ROW_TYPE = {"F32": "F32", "F16": "F16", "BF16": "BF16"} | dict.fromkeys(("Q8_0", "Q5_1", "Q4_1", "Q4_0"), "Q8_0")
+
+
+def acts(weights, x_ND, kind, *, round_rows=True):
+    """The latents that ggml's product of W_enc in `kind` gives, in float64 but for what it rounds."""
+    u_ND = x_ND - weights.b_dec_D
+    if round_rows:
+        u_ND = through_ggml(u_ND, ROW_TYPE[kind])
+    pre_NF = u_ND @ through_ggml(weights.W_enc_FD, kind).T + weights.b_enc_F
     return np.where(pre_NF >= np.sort(pre_NF, axis=1)[:, [-K]], np.maximum(pre_NF, 0), 0)
 
 
-def q4_0(W_FD):
-    """Q4_0 by its definition in numpy, blocks of 32: scale = the value of the largest magnitude / -8 as F16."""
-    blocks = W_FD.reshape(-1, 32)
-    top = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
-    scale = top / np.float32(-8)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scale == 0, 0, 1 / scale)
-    q = np.clip(np.trunc(blocks * inverse + np.float32(8.5)), 0, 15)
-    return ((q - 8) * scale.astype(np.float16).astype(np.float64)).reshape(W_FD.shape)
+def oracle(weights, x_ND, reference_NF, name, **how):
+    """(fvu, l0, overlap) of a form, float64."""
+    encoder, _, decoder = name.partition("/")
+    a_NF = acts(weights, x_ND, encoder, **how)
+    gap_ND = x_ND - a_NF @ through_ggml(weights.W_dec_FD, decoder or encoder) - weights.b_dec_D
+    fires_N, fired_N = (a_NF > 0).sum(axis=1), reference_NF.sum(axis=1)
+    both_N = ((a_NF > 0) & reference_NF).sum(axis=1) / np.maximum(fires_N, fired_N)
+    return (gap_ND**2).sum() / ((x_ND - x_ND.mean(axis=0)) ** 2).sum(), fires_N.mean(), both_N.mean()
 
 
-def bf16(W_FD):
-    bits = W_FD.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
-
-
-def test_fvu_l0_and_overlap_equal_float64_on_either_model(drift):
-    weights, found, rows, _ = drift
-    matrices = {
-        "F32": (weights.W_enc_FD, weights.W_dec_FD),
-        "Q4_0/BF16": (q4_0(weights.W_enc_FD), bf16(weights.W_dec_FD)),
-    }
-    reference_NF = acts(weights, weights.W_enc_FD, rows[0]) > 0
+@pytest.mark.parametrize("name", TYPES)
+def test_fvu_l0_and_overlap_are_those_of_ggml_s_own_rounding_in_float64(drift, name):
+    """Q5_1 and Q4_1: ggml also rounds the sum of a row's block to half, which the oracle does not."""
+    weights, found, rows, _, _ = drift
+    reference_NF = acts(weights, rows[0], "F32") > 0
+    encoder = name.partition("/")[0]
+    most = 3e-4 if encoder in ("Q5_1", "Q4_1") else 2e-5
+    near, far = 0.0, 0.0
     for x_ND, model in zip(rows, found, strict=True):
-        forms = {form["types"]: form for form in model["forms"]}
-        for name, (W_enc_FD, W_dec_FD) in matrices.items():
-            a_NF = acts(weights, W_enc_FD, x_ND)
-            gap_ND = x_ND - a_NF @ W_dec_FD - weights.b_dec_D
-            assert forms[name]["fvu"] == pytest.approx(
-                (gap_ND**2).sum() / ((x_ND - x_ND.mean(axis=0)) ** 2).sum(), rel=1e-4
-            )
-            assert forms[name]["l0"] == pytest.approx((a_NF > 0).sum(axis=1).mean(), abs=1e-2)
-            both = ((a_NF > 0) & reference_NF).sum(axis=1) / np.maximum(
-                (a_NF > 0).sum(axis=1), reference_NF.sum(axis=1)
-            )
-            assert forms[name]["top_k_overlap"] == pytest.approx(both.mean(), abs=2e-3)
-            assert forms[name]["rows"] == len(x_ND)
+        form = next(form for form in model["forms"] if form["types"] == name)
+        fvu, l0, overlap = oracle(weights, x_ND, reference_NF, name)
+        assert form["fvu"] == pytest.approx(fvu, rel=most)
+        assert form["l0"] == pytest.approx(l0, abs=1e-2)
+        assert form["top_k_overlap"] == pytest.approx(overlap, abs=1e-3)
+        assert form["rows"] == len(x_ND)
+        assert form["encoder"].startswith("ggml:CPU:")
+        assert form["encoder"].endswith(encoder)
+        near += abs(form["fvu"] - fvu)
+        far += abs(form["fvu"] - oracle(weights, x_ND, reference_NF, name, round_rows=False)[0])
+    assert far > 4 * near or encoder in ("F32", "F16"), "a product with rows that nothing rounded"
 
 
-def test_the_reference_overlaps_with_itself_and_coarser_types_drift_further(drift):
-    _, (own, quantised), rows, _ = drift
-    overlap = [form["top_k_overlap"] for form in own["forms"]]
-    assert overlap[0] == 1
-    assert 1 > overlap[1] > overlap[2] > 0.3
+@pytest.mark.parametrize("name", ["F32", "Q8_0"])
+def test_numpy_multiplies_the_same_matrices_with_rows_as_they_are(drift, name):
+    weights, _, rows, _, plain = drift
+    form = next(form for form in plain["forms"] if form["types"] == name)
+    fvu, l0, overlap = oracle(weights, rows[1], acts(weights, rows[0], "F32") > 0, name, round_rows=False)
+    assert form["encoder"] == "numpy"
+    assert form["fvu"] == pytest.approx(fvu, rel=1e-6)
+    assert (form["l0"], form["top_k_overlap"]) == pytest.approx((l0, overlap), abs=1e-4)
+
+
+def test_coarser_types_drift_further_and_so_does_a_quantised_model(drift):
+    _, (own, quantised), rows, _, _ = drift
+    overlap = {form["types"]: form["top_k_overlap"] for form in own["forms"]}
+    assert overlap["F32"] > 1 - 1e-3
+    assert 1 > overlap["BF16"] > overlap["Q8_0"] > overlap["Q5_1"] > max(overlap["Q4_1"], overlap["Q4_0"]) > 0.3
     assert all(a["top_k_overlap"] > b["top_k_overlap"] for a, b in zip(own["forms"], quantised["forms"], strict=True))
     assert own["activation_fvu"] == 0
     moved = ((rows[1] - rows[0]) ** 2).sum() / ((rows[0] - rows[0].mean(axis=0)) ** 2).sum()
     assert quantised["activation_fvu"] == pytest.approx(moved, rel=1e-5)
     assert moved > 1e-4
-    sizes = [form["matrix_bytes"] for form in own["forms"]]
-    assert sizes == [2 * 128 * 64 * 4, 2 * 128 * 64 * 34 // 32, 128 * 64 * 18 // 32 + 128 * 64 * 2]
+    sizes = {form["types"]: form["matrix_bytes"] for form in own["forms"]}
+    assert (sizes["F32"], sizes["Q8_0"]) == (2 * 128 * 64 * 4, 2 * 128 * 64 * 34 // 32)
+    assert sizes["Q4_0/BF16"] == 128 * 64 * 18 // 32 + 128 * 64 * 2
 
 
 def test_the_losses_are_those_of_evaluate_on_that_model(drift):
-    _, (_, quantised), _, whole = drift
+    _, _, _, whole, quantised = drift
     form = quantised["forms"][0]
     for key in ("ce_recovered", "ce_recovered_mean", "delta_ce_nats", "delta_ce_ci95", "kl", "ce_sae", "fvu", "l0"):
         assert form[key] == pytest.approx(whole[key], rel=1e-6), key
@@ -126,10 +159,10 @@ def test_the_losses_are_those_of_evaluate_on_that_model(drift):
 
 
 def test_forms_measured_one_after_the_other_give_the_same_numbers(drift, tmp_path):
-    weights, found, _, _ = drift
+    weights, found, _, _, _ = drift
     forms = forms_of(TYPES)
-    assert [len(group) for group in groups_of(forms, weights, 0)] == [1, 1, 1]
-    assert [len(group) for group in groups_of(forms, weights, 2 * 2 * 128 * 64 * 4)] == [2, 1]
+    assert [len(group) for group in groups_of(forms, weights, 0)] == [1] * 8
+    assert [len(group) for group in groups_of(forms, weights, 3 * 3 * 128 * 64 * 4)] == [3, 3, 2]
     write_tiny_llama(tmp_path / "f32.gguf")
     with Model(tmp_path / "f32.gguf") as model:
         documents = [Document(name=f"{i}.py", text=f"def f{i}(a):\n    return {i} * a\n" * 3) for i in range(12)]
@@ -160,7 +193,7 @@ def test_types_that_no_file_has_are_refused():
 def test_the_picture_shows_every_model_also_without_intervals(drift, tmp_path):
     from matplotlib.image import imread
 
-    _, found, _, _ = drift
+    found = drift[1]
     models = [{"name": f"{i}", **one} for i, one in enumerate(found)]
     models[1]["forms"][0] |= {"ce_recovered": None, "kl_ci95": [None, None], "l0": 9.0}
     draw_drift(tmp_path / "a.png", {"reference": "0", "hook": HOOK, "sae": "an SAE", "models": models})

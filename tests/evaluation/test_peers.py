@@ -1,14 +1,13 @@
 """Our numbers beside SAEBench, SAELens and dictionary_learning on the same arrays: equal where the definitions are.
 
 RECORDED is what the peers' own functions answered (peer_metrics.py; sae-lens 6.54.12, dictionary-learning 0.1.0,
-sae-bench 0.6.0); the long test asks them again where GGSCOPE_PEERS names a Python that has them. Their definitions
+sae-bench 0.6.0); the long test asks them again (`make bench-env`). Their definitions
 are written out in float64 below, and each is held to its recorded figure, so that a stated difference is a real one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from pipeline.evaluation.saebench import core_metrics
 from sae.dictionary import nearest
 from sae.metrics import ReconstructionMetrics
+from tests.peers import peers, without_ggscope
 
 B, T, D, F = 6, 64, 12, 40
 RECORDED = {
@@ -139,13 +139,11 @@ def test_scores_and_frequencies_have_saebench_s_definitions(arrays, ours):
 
 @pytest.mark.long
 def test_the_recorded_figures_are_still_what_the_peers_answer(arrays, ours, tmp_path):
-    python = os.environ.get("GGSCOPE_PEERS", "")
-    if not python:
-        pytest.skip("GGSCOPE_PEERS names no Python with sae-lens, dictionary-learning and sae-bench")
+    python = peers()
     np.savez(tmp_path / "arrays.npz", **arrays)
     script = Path(__file__).with_name("peer_metrics.py")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([python, script, tmp_path / "arrays.npz"], capture_output=True, text=True, env=environment)
+    command = [python, script, tmp_path / "arrays.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, env=without_ggscope())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for peer, recorded in RECORDED.items():

@@ -12,7 +12,7 @@ from pipeline.interventions.patch import Patch
 from pipeline.interventions.replace import Mean, Reconstruct, Zero
 from pipeline.interventions.steer import AddVector, Steer
 from pipeline.llama.hooks import HookPoint
-from sae.errors import ShapeError
+from sae.errors import ConfigError, ShapeError
 
 from .tiny import BLOCKS, D, dense_acts, hf_logits, prompt, relative, residual, run, sae_at, session
 
@@ -251,6 +251,13 @@ def test_a_plain_run_after_a_steered_one_is_bit_identical_to_a_fresh_context():
     tokens, sae, s = prompt(), sae_at(2), session()
     run(s, tokens, [Steer(point=point(2), weights=sae, latents=(5,), coeffs=(20.0,))])
     np.testing.assert_array_equal(run(s, tokens), run(session(), tokens))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.5e38, -1e39])
+def test_what_is_not_finite_in_float32_is_refused(value):
+    for kind, name in ((Steer, "coeffs"), (Clamp, "values")):
+        with pytest.raises(ConfigError, match="must be finite in float32"):
+            kind(point=HookPoint.parse("blocks.1.hook_resid_post"), weights=sae_at(1), latents=(3,), **{name: (value,)})
 
 
 def test_an_sae_of_another_width_is_refused_in_one_line():

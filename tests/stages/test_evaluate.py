@@ -9,7 +9,7 @@ from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
 from pipeline.llama.model import Model
 from pipeline.run import RunContext
-from pipeline.stages.evaluate import seen_in_training
+from pipeline.stages.evaluate_rows import seen_in_training
 from tests.tiny_llama import write_tiny_llama
 
 TRAINED = 100_000

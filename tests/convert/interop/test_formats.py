@@ -42,6 +42,7 @@ def test_gemma_scope_1_takes_layer_and_site_from_the_name(tmp_path):
         same(found.weights, a["x"], acts, out(a, acts))
         assert (found.format, found.weights.hook) == ("gemma_scope", "blocks.20.hook_resid_post")
         assert found.weights.host["name"] == "google/gemma-2-2b"
+        assert found.published == {"l0": 71}
     sites = {"gemma-scope-9b-it-att": "attn.hook_z", "gemma-scope-9b-pt-mlp": "hook_mlp_out"}
     for repo, site in sites.items():
         w = imported(place, label=f"google/{repo}/layer_7/width_16k/average_l0_1").weights
@@ -163,6 +164,11 @@ def test_every_class_of_dictionary_learning(tmp_path, kind):
     found = imported(tmp_path)
     same(found.weights, a["x"], acts, out(a, acts))
     assert (found.format, found.weights.hook) == ("dictionary_learning", "blocks.8.hook_resid_post")
+    (tmp_path / "eval_results.json").write_text('{"l0": 58.5, "frac_variance_explained": 0.75, "frac_alive": 1e400}')
+    assert (found.published, imported(tmp_path).published) == ({}, {"l0": 58.5, "fvu": 0.25})
+    for odd in ('{"l0": 1e400, "frac_variance_explained": "much"}', '{"l0": NaN}', '{"frac_variance_explained": [1]}'):
+        (tmp_path / "eval_results.json").write_text(odd)
+        assert imported(tmp_path).published == {}
     assert found.weights.host["name"] == "EleutherAI/pythia-160m"
     if kind in (
         "AutoEncoder",
@@ -261,6 +267,7 @@ def test_qwen_scope_has_its_k_in_the_repository_s_name(tmp_path):
     same(found.weights, a["x"], acts, out(a, acts))
     assert (found.format, found.weights.hook, found.weights.k) == ("qwen_scope", "blocks.3.hook_resid_post", 6)
     assert found.weights.host["name"] == "Qwen/Qwen3-1.7B-Base"
+    assert found.published == {"l0": 6}
     with pytest.raises(FormatError, match="repository's name"):
         imported(path)
 
@@ -322,10 +329,65 @@ def test_llamascopium_and_r1_distill_llama_scope(tmp_path, old, by_norm, functio
     ours = chosen if function == "topk" else acts  # ours keep the norm there
     same(found.weights, a["x"], ours, (acts @ a["W_dec_FD"].astype("f8") + a["b_dec"]) / scale)
     assert found.format == "llamascopium"
+    if not old and function == "jumprelu":  # the same as a torch file
+        (tmp_path / "m" / "sae_weights.safetensors").unlink()
+        tensors = {key: torch.from_numpy(np.array(value, "f4")) for key, value in arrays.items()}
+        torch.save({"sae": tensors, "version": "2.0"}, tmp_path / "m" / "sae_weights.pt")
+        again = imported(tmp_path / "m")
+        assert again.format == "llamascopium"
+        same(again.weights, a["x"], ours, (acts @ a["W_dec_FD"].astype("f8") + a["b_dec"]) / scale)
+
+
+@pytest.mark.parametrize("form", ["relu", "threshold", "skip"])
+def test_circuit_tracer_s_transcoders_say_their_layer_in_the_file_s_name(tmp_path, form):
+    a, skip_OD = draw(), np.random.default_rng(4).standard_normal((12, 12)).astype("f4")
+    arrays = {"W_enc": a["W_enc_FD"], "W_dec": a["W_dec_FD"], "b_enc": a["b_enc"], "b_dec": a["b_dec"]}
+    arrays |= {"activation_function.threshold": a["threshold"]} if form == "threshold" else {}
+    arrays |= {"W_skip": skip_OD} if form == "skip" else {}
+    place = write(tmp_path / "qwen3-4b-transcoders", "", None, "layer_11.safetensors", arrays)
+    for config, read, name in (
+        ("", "ggml:ffn_norm-11", ""),
+        ("model_name: Qwen/Qwen3-4B\nfeature_input_hook: 'hook_resid_mid'  # before the norm\ntranscoders:\n  - a: b\n", "blocks.11.hook_resid_mid", "Qwen/Qwen3-4B"),
+    ):  # fmt: skip
+        (place / "config.yaml").write_text(config)
+        found = imported(place / "layer_11.safetensors")
+        acts = jump(pre(a), a["threshold"]) if form == "threshold" else relu(pre(a))
+        same(found.weights, a["x"], acts, out(a, acts) + (a["x"].astype("f8") @ skip_OD.T if form == "skip" else 0))
+        assert (found.format, found.weights.hook, found.weights.hook_out) == (
+            "circuit_tracer",
+            read,
+            "blocks.11.hook_mlp_out",
+        )
+        assert found.weights.host.get("name", "") == name
+    (place / "config.yaml").write_text("feature_input_hook: ln2.hook_normalized\n")
+    with pytest.raises(
+        FormatError, match=r"'blocks.11.ln2.hook_normalized' has no counterpart here; name it with convert.hook="
+    ):
+        imported(place / "layer_11.safetensors")
+
+
+@pytest.mark.parametrize(("site", "hook", "hook_out"), [
+    ("resid_post", "blocks.9.hook_resid_post", ""), ("attn_out_all", "blocks.9.attn.hook_z", ""), ("mlp_out", "blocks.9.hook_mlp_out", ""),
+    ("transcoder", "ggml:ffn_norm-9", "blocks.9.hook_mlp_out"),
+])  # fmt: skip
+def test_gemma_scope_2_without_a_config_takes_the_site_from_the_name(tmp_path, site, hook, hook_out):
+    a = draw()
+    arrays = {
+        "w_enc": a["W_enc_FD"].T,
+        "w_dec": a["W_dec_FD"],
+        "b_enc": a["b_enc"],
+        "b_dec": a["b_dec"],
+        "threshold": a["threshold"],
+    }
+    place = write(tmp_path / "x", "", None, "params.safetensors", arrays)
+    w = imported(place, label=f"google/gemma-scope-2-4b-it/{site}/layer_9_width_16k_l0_medium").weights
+    assert (w.hook, w.hook_out, w.host["name"]) == (hook, hook_out, "google/gemma-3-4b-it")
+    with pytest.raises(FormatError, match=r"do not say which hook point it reads; name it with convert\.hook="):
+        imported(place)
 
 
 def test_formats_have_names_of_their_own_and_one_can_be_named():
-    assert len(set(NAMES)) == len(FORMATS) == 11
+    assert len(set(NAMES)) == len(FORMATS) == 12
     with pytest.raises(ConfigError, match="expected one of saelens"):
         imported(None, format_name="other")
 

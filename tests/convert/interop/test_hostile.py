@@ -221,6 +221,51 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def test_many_tensors_of_the_same_bytes_are_refused_before_any_is_copied(tmp_path):
+    names = [f"t{i}" for i in range(64)]
+    entry = tensor(shape=(64, 1024), offsets=(0, 1 << 18))["t"]
+    (tmp_path / "w.safetensors").write_bytes(header(dict.fromkeys(names, entry), b"\0" * (1 << 18)))
+    refused(tmp_path / "w.safetensors", "its tensors overlap")
+    shared = torch.zeros(64, 1024, dtype=torch.bfloat16)
+    torch.save(dict.fromkeys(names, shared), tmp_path / "w.pt")
+    refused(tmp_path / "w.pt", "share their bytes")
+    torch.save({"a": dict.fromkeys(names, shared[:])}, tmp_path / "nested.pt")
+    refused(tmp_path / "nested.pt", "share their bytes")
+    torch.save({"a": shared, "b": shared}, tmp_path / "tied.pt")
+    assert read_arrays(tmp_path / "tied.pt")["b"].shape == (64, 1024)
+
+
+def test_members_of_an_archive_that_overlap_are_refused(tmp_path):
+    """Two entries of the directory name the same local file, as in an archive that unpacks to far more than it is."""
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.ones(5000, "f4"), b=np.zeros(5000, "f4"))
+    whole = path.read_bytes()
+    first, directory = whole.index(b"PK\1\2"), whole.index(b"PK\5\6")
+    entry = whole[first : whole.index(b"PK\1\2", first + 1)]
+    end = bytearray(whole[directory:])
+    end[8:12] = struct.pack("<HH", 3, 3)
+    end[12:16] = struct.pack("<I", 3 * len(entry))
+    path.write_bytes(whole[:first] + entry * 3 + bytes(end))
+    refused(path, "members overlap|Overlapped|Overlap")
+
+
+def test_a_pipe_is_no_sae_and_no_other_file_is_taken_for_it(tmp_path):
+    torch.save({"W_enc": torch.ones(3, 4)}, tmp_path / "other.pt")
+    os.mkfifo(tmp_path / "sae.pt")
+    with pytest.raises(FormatError, match=r"sae\.pt is neither a folder nor a file"):
+        imported(tmp_path / "sae.pt")
+
+
+def test_what_torch_refuses_is_said_without_its_advice_to_unpickle(tmp_path):
+    for data in (b"x", pickle.dumps({"a": print}), pickle.dumps(os.system, protocol=2)):
+        (tmp_path / "sae.pt").write_bytes(data)
+        said = refusal(FormatError, read_arrays, tmp_path / "sae.pt")
+        assert "holds more than tensors" in said
+        assert "weights_only" not in said
+        assert "Re-running" not in said
+    assert "it names posix.system" in said
+
+
 @pytest.mark.parametrize("form", SETTINGS)
 def test_settings_of_any_json_type_end_in_an_error_of_ours(tmp_path, form):
     config_name, weights_name, base, arrays = SETTINGS[form]
@@ -236,6 +281,8 @@ def test_settings_of_any_json_type_end_in_an_error_of_ours(tmp_path, form):
             -1,
             0,
             1e400,
+            10**400,
+            2**64,
             float("nan"),
             True,
             {"in": "a"},

@@ -1,11 +1,10 @@
 """Files that SAELens, sparsify and dictionary_learning wrote themselves, and ours loaded back there.
 
-Long: it needs the libraries (bench/requirements-train.txt) in a Python that GGSCOPE_PEERS names.
+Long: it needs the libraries (bench/requirements-train.txt): `make bench-env`, or a Python that GGSCOPE_PEERS names.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from convert.interop.exporting import export_folder
 from convert.interop.registry import import_sae
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
+from tests.peers import peers, without_ggscope
 
 from .oracles import D, F, dense, draw, same
 
@@ -23,11 +23,8 @@ SCRIPT = Path(__file__).with_name("peer_files.py")
 
 
 def ask(verb, folder):
-    python = os.environ.get("GGSCOPE_PEERS", "")
-    if not python:
-        pytest.skip("GGSCOPE_PEERS names no Python with sae-lens, eai-sparsify and dictionary-learning")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([python, SCRIPT, verb, folder], capture_output=True, text=True, env=environment, check=False)
+    command = [peers(), SCRIPT, verb, folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=without_ggscope(), check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -43,7 +40,7 @@ def test_what_the_libraries_write_is_read_with_equal_latents_and_reconstructions
         assert name.startswith(imported.format), name
         same(imported.weights, theirs["x"], theirs["acts"], theirs["x_hat"])
         found[name] = imported
-    assert len(found) == 10 + 3 + 7
+    assert len(found) == 13 + 3 + 7 + 9
 
 
 @pytest.mark.long

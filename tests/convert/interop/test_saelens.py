@@ -153,7 +153,9 @@ def test_log_frequencies_are_read(tmp_path):
     a = draw()
     place = folder(tmp_path, config("standard"), tensors(a))
     save_file({"sparsity": np.linspace(-9, -1, F, dtype="f4")}, place / "sparsity.safetensors")
-    np.testing.assert_allclose(imported(place).weights.freq_F, 10.0 ** np.linspace(-9, -1, F), rtol=1e-4)
+    found = imported(place)
+    np.testing.assert_allclose(found.weights.freq_F, 10.0 ** np.linspace(-9, -1, F), rtol=1e-4)
+    assert found.published == {"l0": pytest.approx((10.0 ** np.linspace(-9, -1, F)).sum(), rel=1e-4)}
 
 
 @pytest.mark.parametrize(("change", "said"), [

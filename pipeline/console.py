@@ -1,0 +1,19 @@
+"""What commands speak through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from .terminal import shown
+
+
+class PlainConsole(Console):
+    """Strings are printed as they are, brackets too, less what a terminal would obey."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, **settings})
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        super().print(*(shown(o) if isinstance(o, str) else o for o in objects), **settings)

@@ -1,0 +1,87 @@
+"""What the SAE that is evaluated was trained on: rows to fit the baselines on, documents that should not be held out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae.errors import ConfigError, ModelMismatchError
+from sae.weights import SAEWeights
+
+from ..corpus.windows import WindowTable
+from ..evaluation.evaluate import captured_rows, reconstruction_on_store, store_rows
+from ..evaluation.fitted import RowSource, first_rows
+from ..llama.hooks import HookPoint
+from ..llama.identity import check_same_model
+from ..llama.model import Model
+from ..run import RunContext, runs_of
+from ..store.reader import ActivationStore
+from ..store.schema import DOCS_FILE
+from .corpora import window_table
+from .inputs import load_sae, outlier_norm, session_options
+
+STREAM_ROWS = 65_536  # of the training split, captured again where there was no store
+
+
+def training_rows(context: RunContext, weights: SAEWeights, model: Model, store: ActivationStore | None) -> RowSource:
+    """Training rows for the baselines: of the store, or captured again from the first documents of the corpus."""
+    if store is not None:
+        check_store(weights, store, model)
+        return lambda rows: store_rows(store, weights.hook, rows)
+    table = window_table(context, model, max_tokens=STREAM_ROWS)
+
+    def captured(rows: int) -> Iterable[np.ndarray]:
+        parts = captured_rows(
+            model, table, np.arange(table.n_windows), HookPoint.parse(weights.hook),
+            outlier_norm=outlier_norm(weights), session=session_options(context.config.model),
+        )  # fmt: skip
+        return first_rows((part.x_ND for part in parts), rows)
+
+    return captured
+
+
+def check_store(weights: SAEWeights, store: ActivationStore, model: Model) -> None:
+    """Refuse a store whose rows are not those of the SAE's hook point in this model."""
+    check_same_model(store.meta.model, model.id)
+    if weights.hook not in store.hooks:
+        raise ConfigError(
+            f"the store holds {', '.join(store.hooks)}, the SAE belongs to {weights.hook}; name its store with store.path"
+        )
+    if store.hooks[weights.hook].width != weights.d_in:
+        raise ModelMismatchError(
+            f"the store's rows are {store.hooks[weights.hook].width} wide, the SAE's {weights.d_in}"
+        )
+
+
+def documents_of_training(weights: SAEWeights) -> Iterator[dict[str, Any]]:
+    """The documents of a streamed training, one after another, where its run folder is found."""
+    for folder, manifest in runs_of("train"):
+        path = folder / DOCS_FILE
+        if manifest.get("metrics", {}).get("sae_id") == weights.training.get("id") and path.is_file():
+            with path.open(encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
+            return
+
+
+def seen_in_training(context: RunContext, documents: Iterable[dict[str, Any]], table: WindowTable) -> int:
+    """Held-out documents whose text was trained on too: none, unless the training took another split."""
+    held_out = {document.sha256 for document in table.documents}
+    trained = {document["sha256"] for document in documents if document["sha256"] in held_out}
+    seen = sum(document.sha256 in trained for document in table.documents)
+    if seen:
+        context.console.print(
+            f"warning: {seen} of {len(table.documents)} evaluation documents were trained on",
+            style="yellow",
+            highlight=False,
+        )
+    return seen
+
+
+def own_quality(random_sae: str) -> dict[str, Any] | None:
+    """The random model's SAE on its own model's activations, where its store lies beside it."""
+    store = Path(random_sae).parents[1] / "extract" / "activations.zarr"
+    return reconstruction_on_store(load_sae(Path(random_sae)), ActivationStore(store)) if store.is_dir() else None

@@ -1,0 +1,33 @@
+"""An evaluation as people read it: the line of numbers, the baselines beside the SAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .evaluate_extras import numbers_of_extras
+from .inputs import LABELS, number
+
+
+def numbers(result: dict[str, Any]) -> str:
+    """The line of numbers."""
+    low, high = map(number, result["delta_ce_ci95"])
+    return "; ".join(
+        [
+            f"FVU {number(result['fvu'])}, L0 {result['l0']:.1f}, dead {result['dead_share']:.2%} and dense {result['dense_share']:.2%} of "
+            f"{result['num_latents']} over {result['rows']:,} rows ({result['flagged_share']:.2%} flagged, left out)",
+            f"CE recovered {number(result['ce_recovered'])}, delta CE {number(result['delta_ce_nats'])} nats [{low}, {high}], "
+            f"KL {number(result['kl'])} nats over {result['splice_rows']:,} rows",
+            beside(result),
+            *numbers_of_extras(result),
+        ]
+    )
+
+
+def beside(result: dict[str, Any]) -> str:
+    """The baselines, and the SAE on the same rows: those spliced, fewer than its own FVU is over."""
+    own = {"sae": {**result["same_rows"], "ce_recovered": result["ce_recovered"]}}
+    rows = [
+        f"{LABELS.get(name, name)} FVU {number(row['fvu'])} CE {number(row['ce_recovered'])}"
+        for name, row in (own | result["baselines"]).items()
+    ]
+    return f"over the same {result['splice_rows']:,} rows " + ", ".join(rows)
