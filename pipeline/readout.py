@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from sae.encoders import Encoder, encoder_of
+from sae.encoders import Encoder, RowReading, encoder_of
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
@@ -20,17 +20,24 @@ from .llama.hooks import HookPoint
 from .llama.session import Hook, Rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reading:
     """One SAE's view of one token.
 
-    latents: (latent, activation a) strongest first. l0: latents above zero. fvu: ||x - x_hat||^2 / variance of the SAE.
+    idx_K, vals_K: the latents listed and their activations, strongest first. l0: latents above zero.
+    fvu: ||x - x_hat||^2 / variance of the SAE.
     """
 
     hook: str
-    latents: tuple[tuple[int, float], ...]
+    idx_K: np.ndarray
+    vals_K: np.ndarray
     l0: int
     fvu: float
+
+    @property
+    def latents(self) -> tuple[tuple[int, float], ...]:
+        """(latent, activation a), strongest first."""
+        return tuple(zip(self.idx_K.tolist(), self.vals_K.tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,9 +108,11 @@ class Reader:
         self.point = point if point is not None else HookPoint.parse(weights.hook)
         self._name = str(self.point)
         self._rows: dict[tuple[int, int], np.ndarray] = {}
+        row = self.encoder.row_reading()
+        self._place = None if row is None else _Place(row)
 
     def hook(self) -> Hook:
-        return Hook(point=self.point, read=self._read)
+        return Hook(point=self.point, read=self._read, place=self._place)
 
     def _read(self, rows: Rows) -> None:
         values_ND = rows.values_ND.copy()  # the view ends with the callback
@@ -112,6 +121,14 @@ class Reader:
 
     def take(self, seq: int, positions: list[int]) -> list[Reading]:
         """Readings of the positions just decoded, in that order; forgets all captured rows."""
+        if self._place is not None and self._place.held is not None:
+            held, self._place.held = self._place.held, None
+            if not self._rows and positions == [held[1]] and seq == held[0]:
+                found = self._place.row.read()
+                if found is not None:
+                    idx_K, vals_K, error = found
+                    return [self._reading(idx_K, vals_K, len(idx_K), error / self.weights.variance)]
+            self._rows[held] = self._place.row_D.copy()
         rows = [self._rows[seq, pos] for pos in positions]
         self._rows.clear()
         if not rows:
@@ -119,13 +136,26 @@ class Reader:
         x_ND = np.array(rows)
         idx_NK, vals_NK = self.encoder.encode(x_ND)
         fvu_N = self.encoder.squared_error(x_ND, idx_NK, vals_NK) / self.weights.variance
-        return [self._reading(*row) for row in zip(idx_NK, vals_NK, fvu_N.tolist(), strict=True)]
+        l0_N = np.count_nonzero(vals_NK > 0, axis=1)  # sorted: these come first
+        return [self._reading(*row) for row in zip(idx_NK, vals_NK, l0_N.tolist(), fvu_N.tolist(), strict=True)]
 
-    def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, fvu: float) -> Reading:
-        l0 = int(np.count_nonzero(vals_K > 0))  # sorted: these come first
+    def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, l0: int, fvu: float) -> Reading:
         shown = min(l0, self.top)
-        pairs = zip(idx_K[:shown].tolist(), vals_K[:shown].tolist(), strict=True)
-        return Reading(hook=self._name, latents=tuple(pairs), l0=l0, fvu=fvu)
+        return Reading(hook=self._name, idx_K=idx_K[:shown].copy(), vals_K=vals_K[:shown].copy(), l0=l0, fvu=fvu)
+
+
+class _Place:
+    """Where a session puts the row of a single token (`RowPlace`)."""
+
+    def __init__(self, row: RowReading) -> None:
+        self.row, self.row_D = row, row.x_D
+        self.held: tuple[int, int] | None = None  # (sequence, position) of the row that is there
+
+    def is_free(self) -> bool:
+        return self.held is None
+
+    def written(self, seq: int, pos: int) -> None:
+        self.held = seq, pos
 
 
 class TextPieces:

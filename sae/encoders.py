@@ -15,6 +15,19 @@ from .runtime import decode, encode
 from .weights import SAEWeights
 
 
+class RowReading(ABC):
+    """Reads one row at a time from memory of its own, without arrays made for each."""
+
+    x_D: np.ndarray  # float32, where the row is put
+
+    @abstractmethod
+    def read(self) -> tuple[np.ndarray, np.ndarray, float] | None:
+        """The active latents of `x_D` (int32), their values, largest first, and ||x - x_hat||^2.
+
+        The arrays are written over by the next call. None for a row that only `Encoder.encode` can take.
+        """
+
+
 class Encoder(ABC):
     """An SAE's encoder. The last result is kept: a reading and a clamp of the same rows cost one product."""
 
@@ -29,6 +42,10 @@ class Encoder(ABC):
 
     @abstractmethod
     def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def row_reading(self) -> RowReading | None:
+        """A faster way for single rows, with the results of `encode` and `squared_error`; None where there is none."""
+        return None
 
     @final
     def encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -21,14 +21,14 @@ import gguf
 import numpy as np
 
 from convert.sae_gguf import StoredMatrix
-from sae.encoders import Encoder
+from sae.encoders import Encoder, RowReading
 from sae.errors import LlamaError, ShapeError
 from sae.rows import RowMatrix
 from sae.runtime import PRE_ACT_BYTES, encode, encoder_input, joined, select
 from sae.weights import SAEWeights
 
 from .ggml_graph import Affine, Backend
-from .reading import decoder_of, kernels
+from .reading import CompiledRow, decoder_of, kernels
 from .switching import quick_switching
 
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0")
@@ -103,6 +103,15 @@ class GgmlEncoder(Encoder):
             return super().squared_error(x_ND, idx_NK, vals_NK)
         x_ND = np.ascontiguousarray(x_ND, np.float32)
         return self._native.squared_error(self._decoder, x_ND, idx_NK, vals_NK)
+
+    def row_reading(self) -> RowReading | None:
+        w, plain = self.weights, self.weights.variant != "groupmax" and self.weights.norm_mode == "none"
+        if self._native is None or self._decoder is None or not (self._one_row and plain):
+            return None
+        return CompiledRow(
+            self._native, w, self._decoder, self.dtype, self._affine.weight_address, self._affine,
+            limit=self._limit, threads=self._n_threads,
+        )  # fmt: skip
 
     def _pre_acts(self, u_ND: np.ndarray) -> np.ndarray:
         """Pre-activations, valid until the next call."""

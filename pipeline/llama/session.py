@@ -22,6 +22,7 @@ from .inventory import Inventory
 from .layer_inp import LayerInputs
 from .log import log_tail
 from .model import Model
+from .row_reads import RowReads
 from .signals import deferred_signals
 from .switching import quick_switching
 from .symbols import lc
@@ -102,8 +103,10 @@ class Session:
             self._next_pos, n_vocab=model.n_vocab, each=self.n_ctx_seq, together=self.n_ctx if self.kv_unified else 0
         )
         self._key: str | None = None
+        self._rows: RowReads | None = None
         if self._inputs is None:
             self.graph = self._probe()
+            self._rows = RowReads(self._callback, self.graph)
         else:
             self.graph = self._inputs.graph
             self._inputs.enable(self._handle)
@@ -144,9 +147,12 @@ class Session:
         """
         if self.model.truncated and logits != "none" and not stop_early:
             raise LlamaError(f"only {self.model.blocks} blocks of this model are loaded: it has no logits")
-        batch = self._token.take(tokens_N, seq_N, pos_N, logits) or self._batch(tokens_N, seq_N, pos_N, logits)
+        one = self._token.take(tokens_N, seq_N, pos_N, logits)
+        batch = one or self._batch(tokens_N, seq_N, pos_N, logits)
         reads = [] if self._inputs is None else self._inputs.reads(hooks)
-        targets = self._targets(hooks, batch) if self._inputs is None else {}
+        copied = self._rows is not None and one is not None and not stop_early
+        copied = copied and self._rows.begin(hooks, outputs=logits != "none")
+        targets = self._targets(hooks, batch) if self._inputs is None and not copied else {}
         key = edits_key
         if not key and any(hook.edit is not None for hook in hooks):
             key = f"unnamed edits {next(_unnamed_keys)}"
@@ -159,7 +165,7 @@ class Session:
             batch.tokens_N, batch.seq_N, batch.pos_N, batch.output_N, self._pieces(batch.seq_N), targets, stop_early
         )
         self._key = key
-        self._run(batch, plan, reads)
+        self._run(batch, plan, reads, copied)
         if stop_early:
             self.clear(wipe=False)
             return None
@@ -281,10 +287,11 @@ class Session:
             return split_simple(len(seq_N), self.n_ubatch)
         return split_equal(seq_N, self.n_ubatch)
 
-    def _run(self, batch: Batch, plan: DecodePlan, reads: list[tuple[int, Hook]]) -> None:
-        """`llama_decode`, with the KV cleared whenever it does not end well."""
+    def _run(self, batch: Batch, plan: DecodePlan, reads: list[tuple[int, Hook]], copied: bool) -> None:
+        """`llama_decode`, with the KV cleared whenever it does not end well. `copied`: the rows are read by ask.c."""
         log_tail.clear()
-        self._callback.arm(plan, self.graph)
+        if not copied:
+            self._callback.arm(plan, self.graph)
         try:
             quick = quick_switching() if plan.hooks else contextlib.nullcontext()
             with quick, deferred_signals(self._callback.interrupt):
@@ -297,6 +304,8 @@ class Session:
                     f"llama.cpp cannot decode {len(batch.tokens_N)} tokens: {log_tail.reason(f'code {code}')}"
                 )
             self._callback.disarm(plan)
+            if copied and self._rows is not None:
+                self._rows.end(int(batch.seq_N[0]), int(batch.pos_N[0]))
             if self._inputs is not None:
                 self._inputs.serve(self._handle, reads, batch.seq_N, batch.pos_N)
         except BaseException:
