@@ -36,7 +36,7 @@ struct filter {
     python_callback python;
     struct layout at;
     int always;
-    int every;
+    int every; /* 0: never */
     int asked;
     int count;
     int begin; /* a decode begins: nothing of `reads` is done */
@@ -98,7 +98,7 @@ bool ggscope_ask(void * tensor, bool ask, void * user_data) {
     if (!ask) return handed_over(f, tensor) || f->python(tensor, ask, NULL);
     const char * name = (const char *) tensor + f->at.name;
     if (wanted(f, name)) return true;
-    if (++f->asked % f->every == 0) return f->python(tensor, ask, NULL);
+    if (f->every && ++f->asked % f->every == 0) return f->python(tensor, ask, NULL);
     for (int i = 0; i < f->count; i++) {
         if (strncmp(name, f->names[i], NAME_BYTES) == 0) {
             return f->python(tensor, ask, NULL);

@@ -132,6 +132,7 @@ class EvalCallback:
         self._plan = plan if plan.hooks else None
         if self._filter is not None:
             self._filter.count = self._filter.read_count = 0
+            self._filter.every = native.PYTHON_EVERY if plan.hooks else 0  # without one there is nothing to end
         if plan.hooks:
             self._look_for(plan, graph)
         self._set_always()

@@ -19,7 +19,7 @@ from .symbols import TYPE_F32, GgmlTensor, op_name, tensor_get
 
 SOURCE = Path(__file__).with_name("ask.c")
 NAME_BYTES, MAX_NAMES, MAX_READS = 64, 256, 64  # as in ask.c
-PYTHON_EVERY = 64  # nodes between two looks at Python, where signals are noticed
+PYTHON_EVERY = 64  # nodes between two looks at Python, where a signal ends a decode with hooks that are called
 _P = ctypes.c_void_p
 
 
@@ -69,7 +69,7 @@ class AskFilter(ctypes.Structure):
     )
 
     def __init__(self, python: Any) -> None:
-        super().__init__(python=ctypes.cast(python, _P).value, at=_Layout(), always=1, every=PYTHON_EVERY)
+        super().__init__(python=ctypes.cast(python, _P).value, at=_Layout(), always=1)
 
     def watch(self, names: Iterable[bytes]) -> bool:
         """Ask Python about nodes of these names; False where they are too many to tell apart here."""
@@ -80,8 +80,8 @@ class AskFilter(ctypes.Structure):
         return len(wanted) <= MAX_NAMES
 
     def read(self, reads: Sequence[RowRead]) -> None:
-        """Copy these rows, at most MAX_READS, in the decodes that follow, and ask Python about no node by name."""
-        self.count, self.read_count = 0, len(reads)
+        """Copy these rows, at most MAX_READS, in the decodes that follow, and ask Python about no node."""
+        self.count, self.every, self.read_count = 0, 0, len(reads)
         for i, row in enumerate(reads):
             self.reads[i] = row
 

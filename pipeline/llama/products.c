@@ -66,24 +66,23 @@ DEFINE_FLOATS(floats_bf16, KIND_BF16, 2)
 #define HAVE_FLOATS 0
 #endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__F16C__) && defined(__GNUC__)
+#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__) && defined(__GNUC__)
 #define HAVE_Q8_0 1
 
 /* ggml's rounding of a row: blocks of 32, scale max|u| / 127 as F16, the nearest whole numbers. `offset_D4` are the sums
    of four neighbours times -128: the weights are multiplied with 128 added, as unsigned bytes. */
 static void quantise(const float * u, int64_t D, int8_t * q, float * scale, int32_t * offset) {
-    for (int64_t b = 0; b < D / QK; b++) {
-        float most = 0;
-        for (int j = 0; j < QK; j++) {
-            float size = fabsf(u[b * QK + j]);
-            most = size > most ? size : most;
-        }
+    for (int64_t b = 0; b < D / QK; b++, u += QK, q += QK, offset += QK / 4) {
+        __m512 low = _mm512_loadu_ps(u), high = _mm512_loadu_ps(u + 16);
+        float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
         scale[b] = _cvtsh_ss(_cvtss_sh(most / 127.0f, 0));
-        float inverse = most != 0 ? 127.0f / most : 0;
-        for (int j = 0; j < QK; j++) q[b * QK + j] = (int8_t) rintf(u[b * QK + j] * inverse);
-    }
-    for (int64_t j = 0; j < D / 4; j++) {
-        offset[j] = -128 * (q[4 * j] + q[4 * j + 1] + q[4 * j + 2] + q[4 * j + 3]);
+        __m512 inverse = _mm512_set1_ps(most != 0 ? 127.0f / most : 0);
+        __m128i first = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)));
+        __m128i second = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, inverse)));
+        __m256i whole = _mm256_set_m128i(second, first);
+        _mm256_storeu_si256((void *) q, whole);
+        __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), whole);
+        _mm256_storeu_si256((void *) offset, _mm256_mullo_epi32(fours, _mm256_set1_epi32(-128)));
     }
 }
 
@@ -121,6 +120,38 @@ static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const 
     return total;
 }
 
+/* Q4_0 as ggml's CPU code lays it out anew: of eight rows together, for each block the eight F16 scales, then 8 bytes
+   of each row, then the other 8 of each. The low halves are values j.. of the block, the high ones j + 16.., as signed
+   four-bit numbers. `sums` are -8 times the sum of a block of u: the weights are multiplied with 8 added. */
+#define EIGHT_BYTES 144
+
+static inline __m512i eight_rows(__m512i sum, __m512i w, const int8_t * q) {
+    const __m512i low = _mm512_set1_epi8(0x0f);
+    long long near, far;
+    memcpy(&near, q, 8);
+    memcpy(&far, q + 16, 8);
+    w = _mm512_xor_si512(w, _mm512_set1_epi8((char) 0x88));
+    sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(w, low), _mm512_set1_epi64(near));
+    return _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi16(w, 4), low), _mm512_set1_epi64(far));
+}
+
+static void product8(
+    const uint8_t * w, int64_t blocks, const int8_t * q, const float * scale, const int32_t * sums, float * out) {
+    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++, w += EIGHT_BYTES, q += QK) {
+        __m512i sum = _mm512_maskz_set1_epi32(0x5555, sums[b]);
+        sum = eight_rows(sum, _mm512_loadu_si512(w + 16), q);
+        sum = eight_rows(sum, _mm512_loadu_si512(w + 80), q + 8);
+        __m256 scales = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const void *) w)), _mm256_set1_ps(scale[b]));
+        __m512 both = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(scales));
+        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, total);
+    }
+    __m512 pairs = _mm512_add_ps(total, _mm512_permute_ps(total, 0xb1));
+    __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, pairs)));
+}
+
 /* Where the parts of a quantised row lie. */
 static inline int32_t * offset_of(const void * input) { return (int32_t *) input; }
 static inline float * scale_of(const void * input, int64_t D) { return (float *) (offset_of(input) + D / 4); }
@@ -129,20 +160,25 @@ static inline int8_t * whole_of(const void * input, int64_t D) { return (int8_t 
 #define HAVE_Q8_0 0
 #endif
 
-/* Whether there is a product with this type here. */
-int ggscope_has_affine(int kind) {
-    if (kind == KIND_Q8_0) return HAVE_Q8_0;
+int ggscope_has_affine(int kind, int64_t F) {
+    if (kind == KIND_Q8_0 || (kind == KIND_Q4_0 && F % 8 == 0)) return HAVE_Q8_0;
     return HAVE_FLOATS && (kind == KIND_F32 || kind == KIND_F16 || kind == KIND_BF16);
 }
 
 int64_t ggscope_input_bytes(int kind, int64_t D) {
-    return kind == KIND_Q8_0 ? D + 4 * (D / 4) + 4 * (D / QK) : 4 * D;
+    return kind == KIND_Q8_0 || kind == KIND_Q4_0 ? D + 4 * (D / 4) + 4 * (D / QK) : 4 * D;
 }
 
 void ggscope_round_input(int kind, const float * u_D, int64_t D, void * input) {
 #if HAVE_Q8_0
-    if (kind == KIND_Q8_0) {
-        quantise(u_D, D, whole_of(input, D), scale_of(input, D), offset_of(input));
+    if (kind == KIND_Q8_0 || kind == KIND_Q4_0) {
+        int32_t * offset = offset_of(input);
+        quantise(u_D, D, whole_of(input, D), scale_of(input, D), offset);
+        for (int64_t b = 0; kind == KIND_Q4_0 && b < D / QK; b++) {
+            int32_t sum = 0;
+            for (int j = 0; j < QK / 4; j++) sum += offset[b * (QK / 4) + j];
+            offset[b] = sum / 16; /* -8 instead of -128 times the block's sum */
+        }
         return;
     }
 #endif
@@ -157,13 +193,19 @@ void ggscope_products(
     int kind, const uint8_t * W, int64_t D, const void * input, const float * b_F, int64_t first, int64_t last,
     float * pre) {
 #if HAVE_Q8_0
+    const int8_t * q = whole_of(input, D);
+    const float * scale = scale_of(input, D);
+    const int32_t * offset = offset_of(input);
+    int64_t blocks = D / QK;
     if (kind == KIND_Q8_0) {
-        const int8_t * q = whole_of(input, D);
-        const float * scale = scale_of(input, D);
-        const int32_t * offset = offset_of(input);
-        int64_t blocks = D / QK;
         for (int64_t f = first; f < last; f++) {
             *pre++ = product(W + f * blocks * BLOCK_BYTES, blocks, q, scale, offset) + b_F[f];
+        }
+    }
+    if (kind == KIND_Q4_0) {
+        for (int64_t f = first; f < last; f += 8, pre += 8) {
+            product8(W + f / 8 * blocks * EIGHT_BYTES, blocks, q, scale, offset, pre);
+            for (int i = 0; i < 8; i++) pre[i] += b_F[f + i];
         }
     }
 #endif
@@ -176,16 +218,16 @@ void ggscope_products(
 #endif
 }
 
-/* pre_F; rows of Q8_0 are multiples of 32 wide. 0: done, -1: no memory, -2: not here. */
+/* pre_F; rows of Q8_0 and Q4_0 are multiples of 32 wide. 0: done, -1: no memory, -2: not here. */
 int ggscope_affine(int kind, const uint8_t * W, int64_t F, int64_t D, const float * u_D, const float * b_F,
                    float * pre_F, int64_t threads) {
-    if (!ggscope_has_affine(kind)) return -2;
+    if (!ggscope_has_affine(kind, F)) return -2;
     void * input = malloc((size_t) ggscope_input_bytes(kind, D));
     if (!input) return -1;
     ggscope_round_input(kind, u_D, D, input);
     #pragma omp parallel for num_threads((int) threads) schedule(static)
     for (int64_t p = 0; p < threads; p++) {
-        int64_t first = F * p / threads, last = F * (p + 1) / threads;
+        int64_t first = ggscope_part(F, p, threads), last = ggscope_part(F, p + 1, threads);
         ggscope_products(kind, W, D, input, b_F, first, last, pre_F + first);
     }
     free(input);

@@ -155,7 +155,7 @@ struct reading {
 
 /* Room for the items of a thread: all its latents may pass a threshold, of the k largest it keeps a few times k. */
 int64_t ggscope_reading_room(int64_t F, int64_t K, int64_t threads) {
-    return K > 0 ? 4 * K + 4 * BLOCK_LATENTS : F / threads + 1;
+    return K > 0 ? 4 * K + 4 * BLOCK_LATENTS : F / threads + 16;
 }
 
 /* The k largest items first, and the least of them. */
@@ -171,7 +171,7 @@ static uint64_t keep_largest(uint64_t * items, int64_t * count, int64_t K) {
 
 /* The candidates of one thread's latents. */
 static void choose_among(struct reading * r, int64_t part) {
-    int64_t first = r->F * part / r->threads, last = r->F * (part + 1) / r->threads, count = 0;
+    int64_t first = ggscope_part(r->F, part, r->threads), last = ggscope_part(r->F, part + 1, r->threads), count = 0;
     uint64_t * items = r->items + part * r->room;
     uint64_t bound = ranked(0, 0); /* zero does not fire */
     float pre[BLOCK_LATENTS];
@@ -216,7 +216,7 @@ static void sort_chosen(struct reading * r) {
 /* `fired`, `idx`, `vals` and, of a decoder that is known, `error` of x. 0: done, 1: x is beyond what the product holds,
    -2: no product of this type here. */
 int ggscope_read_row(struct reading * r) {
-    if (!ggscope_has_affine(r->kind)) return -2;
+    if (!ggscope_has_affine(r->kind, r->F)) return -2;
     int beyond = 0;
     for (int64_t j = 0; j < r->D; j++) {
         r->u_D[j] = r->subtracted_D ? r->x_D[j] - r->subtracted_D[j] : r->x_D[j];

@@ -30,7 +30,8 @@ _VARIANTS = (
     (*_COMMON, "-mcpu=native"),
     _COMMON,
 )
-_KINDS = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}  # of matrices that reading.c knows
+_KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}  # of matrices that are multiplied here
+_DECODER_KINDS = {name: kind for name, kind in _KINDS.items() if name != "Q4_0"}  # ... and whose rows are added up
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 KEEP_BYTES = 64 << 20  # of an encoder: a row takes 2 ms at most, less than Python's threads wait for each other anyway
 _log = logging.getLogger(__name__)
@@ -60,15 +61,19 @@ class Kernels:
         self._largest.argtypes = [_P, _I, _I, _I, _P, _P, _I]
         self._squared_error.argtypes = [_P, _P, _P, _P, _I, _I, _P]
         self._has_affine = library.ggscope_has_affine
+        self._has_affine.argtypes = [ctypes.c_int, _I]
         self.room, self.input_bytes = library.ggscope_reading_room, library.ggscope_input_bytes
         self.room.restype = self.input_bytes.restype = _I
         self.room.argtypes, self.input_bytes.argtypes = [_I, _I, _I], [ctypes.c_int, _I]
         # without letting go of the interpreter, and with
         self.read_row, self.read_large_row = ctypes.PyDLL(str(path)).ggscope_read_row, library.ggscope_read_row
 
-    def has_affine(self, type_name: str) -> bool:
-        """Whether `affine` multiplies with matrices of this type on this processor."""
-        return type_name in _KINDS and bool(self._has_affine(_KINDS[type_name]))
+    def has_affine(self, type_name: str, num_latents: int) -> bool:
+        """Whether `affine` multiplies with matrices of this type and so many rows on this processor.
+
+        They lie as in a file, but Q4_0 as ggml's CPU code lays it out anew: eight rows interleaved.
+        """
+        return type_name in _KINDS and bool(self._has_affine(_KINDS[type_name], num_latents))
 
     def affine(self, type_name: str, W: int, u_D: np.ndarray, b_F: np.ndarray, pre_F: np.ndarray, threads: int) -> None:
         """pre_F = W u + b, W at this address in F rows of D values of this type; u is rounded as ggml rounds it."""
@@ -153,9 +158,9 @@ def decoder_of(W_dec_FD: np.ndarray | RowMatrix, b_dec_D: np.ndarray) -> Decoder
     """None for a type that reading.c does not know."""
     if not isinstance(W_dec_FD, RowMatrix):
         return Decoder(W_dec_FD, W_dec_FD.view(np.uint8), _KINDS["F32"], b_dec_D)
-    if not isinstance(W_dec_FD, StoredRows) or W_dec_FD.type_name not in _KINDS:
+    if not isinstance(W_dec_FD, StoredRows) or W_dec_FD.type_name not in _DECODER_KINDS:
         return None
-    return Decoder(W_dec_FD, W_dec_FD.raw_FB, _KINDS[W_dec_FD.type_name], b_dec_D)
+    return Decoder(W_dec_FD, W_dec_FD.raw_FB, _DECODER_KINDS[W_dec_FD.type_name], b_dec_D)
 
 
 def _check(code: int) -> None:

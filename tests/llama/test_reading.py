@@ -33,7 +33,7 @@ def native() -> Kernels:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("dtype", "within"), [("Q8_0", 1e-2), ("F32", 1e-6), ("F16", 1e-3), ("BF16", 1e-2)])
 def test_the_product_is_ggmls_up_to_the_order_of_sums(native, D, F, threads, dtype, within):
-    if not native.has_affine(dtype):
+    if not native.has_affine(dtype, F):
         pytest.skip("this processor lacks the instructions: ggml computes it")
     if D % 32 and dtype == "Q8_0":
         pytest.skip("Q8_0 has blocks of 32")
@@ -54,8 +54,8 @@ def test_the_product_is_ggmls_up_to_the_order_of_sums(native, D, F, threads, dty
 
 
 def test_a_type_without_a_product_is_said(native):
-    assert not native.has_affine("Q4_0")
-    assert not native.has_affine("Q8_K")
+    assert not native.has_affine("Q4_1", 64)
+    assert not native.has_affine("Q8_K", 64)
 
 
 @pytest.mark.parametrize("k", [1, 7, 640])
