@@ -47,7 +47,8 @@ class _Layout(ctypes.Structure):
 
     def __init__(self) -> None:
         offsets = {field: getattr(GgmlTensor, field).offset for field in ("name", "op", "type", "ne", "nb")}
-        functions = {"op_name": ctypes.cast(op_name, _P).value, "get": ctypes.cast(tensor_get, _P).value}
+        named: dict[str, Any] = {"op_name": op_name, "get": tensor_get}
+        functions = {name: ctypes.cast(found, _P).value for name, found in named.items()}
         super().__init__(f32=TYPE_F32, **offsets, **functions)
 
 
