@@ -8,11 +8,11 @@ from __future__ import annotations
 import codecs
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
-from sae.encoders import Encoder, RowReading, encoder_of
+from sae.encoders import PAIR, Encoder, RowReading, encoder_of
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
@@ -20,24 +20,23 @@ from .llama.hooks import HookPoint
 from .llama.session import Hook, Rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@final
 class Reading:
     """One SAE's view of one token.
 
-    idx_K, vals_K: the latents listed and their activations, strongest first. l0: latents above zero.
+    pairs_K: the latents listed and their activations a (`sae.encoders.PAIR`), strongest first. l0: latents above zero.
     fvu: ||x - x_hat||^2 / variance of the SAE.
     """
 
-    hook: str
-    idx_K: np.ndarray
-    vals_K: np.ndarray
-    l0: int
-    fvu: float
+    __slots__ = ("fvu", "hook", "l0", "pairs_K")
+
+    def __init__(self, hook: str, pairs_K: np.ndarray, l0: int, fvu: float) -> None:
+        self.hook, self.pairs_K, self.l0, self.fvu = hook, pairs_K, l0, fvu
 
     @property
     def latents(self) -> tuple[tuple[int, float], ...]:
         """(latent, activation a), strongest first."""
-        return tuple(zip(self.idx_K.tolist(), self.vals_K.tolist(), strict=True))
+        return tuple(self.pairs_K.tolist())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,8 +125,8 @@ class Reader:
             if not self._rows and positions == [held[1]] and seq == held[0]:
                 found = self._place.row.read()
                 if found is not None:
-                    idx_K, vals_K, error = found
-                    return [self._reading(idx_K, vals_K, len(idx_K), error / self.weights.variance)]
+                    pairs, l0, error = found
+                    return [Reading(self._name, pairs[: min(l0, self.top)].copy(), l0, error / self.weights.variance)]
             self._rows[held] = self._place.row_D.copy()
         rows = [self._rows[seq, pos] for pos in positions]
         self._rows.clear()
@@ -141,7 +140,9 @@ class Reader:
 
     def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, l0: int, fvu: float) -> Reading:
         shown = min(l0, self.top)
-        return Reading(hook=self._name, idx_K=idx_K[:shown].copy(), vals_K=vals_K[:shown].copy(), l0=l0, fvu=fvu)
+        pairs_K = np.empty(shown, PAIR)
+        pairs_K["latent"], pairs_K["value"] = idx_K[:shown], vals_K[:shown]
+        return Reading(self._name, pairs_K, l0, fvu)
 
 
 class _Place:

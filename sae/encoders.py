@@ -14,6 +14,8 @@ from .errors import ShapeError
 from .runtime import decode, encode
 from .weights import SAEWeights
 
+PAIR = np.dtype([("latent", np.int32), ("value", np.float32)])
+
 
 class RowReading(ABC):
     """Reads one row at a time from memory of its own, without arrays made for each."""
@@ -21,10 +23,10 @@ class RowReading(ABC):
     x_D: np.ndarray  # float32, where the row is put
 
     @abstractmethod
-    def read(self) -> tuple[np.ndarray, np.ndarray, float] | None:
-        """The active latents of `x_D` (int32), their values, largest first, and ||x - x_hat||^2.
+    def read(self) -> tuple[np.ndarray, int, float] | None:
+        """The active latents of `x_D` as PAIRs, largest first, how many of the array these are, and ||x - x_hat||^2.
 
-        The arrays are written over by the next call. None for a row that only `Encoder.encode` can take.
+        The array is written over by the next call. None for a row that only `Encoder.encode` can take.
         """
 
 

@@ -129,6 +129,11 @@ int ggscope_squared_error(
 
 #define BLOCK_LATENTS 64 /* pre-activations made between two looks at the bound */
 
+struct pair {
+    int32_t latent;
+    float value;
+};
+
 /* One row of an SAE without layer norm or skip, "topk" or "threshold". Memory is the caller's. */
 struct reading {
     struct decoder decoder;
@@ -149,6 +154,7 @@ struct reading {
     /* what comes out: the active latents, largest first, then by latent */
     int32_t * idx;
     float * vals;
+    struct pair * pairs; /* the same once more */
     int64_t fired;
     double error;
 };
@@ -209,11 +215,12 @@ static void sort_chosen(struct reading * r) {
         float value = value_of(r->items[i]);
         if (!(value > 0)) continue;
         r->idx[r->fired] = ranked_index(r->items[i]);
-        r->vals[r->fired++] = value;
+        r->vals[r->fired] = value;
+        r->pairs[r->fired++] = (struct pair){ranked_index(r->items[i]), value};
     }
 }
 
-/* `fired`, `idx`, `vals` and, of a decoder that is known, `error` of x. 0: done, 1: x is beyond what the product holds,
+/* `fired`, `idx`, `vals`, `pairs` and, of a decoder that is known, `error` of x. 0: done, 1: x is beyond what the product holds,
    -2: no product of this type here. */
 int ggscope_read_row(struct reading * r) {
     if (!ggscope_has_affine(r->kind, r->F)) return -2;

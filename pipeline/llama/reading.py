@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.stored_rows import StoredRows
 from sae import native
-from sae.encoders import RowReading
+from sae.encoders import PAIR, RowReading
 from sae.native.build import BuildError, build
 from sae.rows import RowMatrix
 from sae.weights import SAEWeights
@@ -107,7 +107,7 @@ class _Reading(ctypes.Structure):
         ("limit", ctypes.c_float),
         *((name, _P) for name in ("x_D", "u_D", "input")),
         ("room", _I),
-        *((name, _P) for name in ("items", "counts", "errors", "idx", "vals")),
+        *((name, _P) for name in ("items", "counts", "errors", "idx", "vals", "pairs")),
         ("fired", _I),
         ("error", ctypes.c_double),
     )
@@ -125,7 +125,8 @@ class CompiledRow(RowReading):
         self.x_D = np.zeros(w.d_in, np.float32)
         k, kind = (w.k if w.variant == "topk" else 0), _KINDS[type_name]
         room = kernels.room(w.num_latents, k, threads)
-        self._idx, self._vals = (np.zeros(k or w.num_latents, kind) for kind in (np.int32, np.float32))
+        slots = k or w.num_latents
+        self._pairs = np.zeros(slots, PAIR)
         arrays = {
             "b_enc_F": w.b_enc_F,
             "subtracted_D": w.b_dec_D if w.b_dec_subtracted else None,
@@ -136,8 +137,9 @@ class CompiledRow(RowReading):
             "items": np.empty(threads * room, np.uint64),
             "counts": np.empty(threads, np.int64),
             "errors": np.empty(w.d_out),
-            "idx": self._idx,
-            "vals": self._vals,
+            "idx": np.empty(slots, np.int32),
+            "vals": np.empty(slots, np.float32),
+            "pairs": self._pairs,
         }
         self._arrays = arrays
         self._c = _Reading(
@@ -147,11 +149,10 @@ class CompiledRow(RowReading):
         large = w.num_latents * w.d_in * np.dtype(np.float32).itemsize > 4 * KEEP_BYTES
         self._call, self._argument = kernels.read_large_row if large else kernels.read_row, ctypes.byref(self._c)
 
-    def read(self) -> tuple[np.ndarray, np.ndarray, float] | None:
+    def read(self) -> tuple[np.ndarray, int, float] | None:
         if self._call(self._argument):
             return None
-        fired = self._c.fired
-        return self._idx[:fired], self._vals[:fired], self._c.error
+        return self._pairs, self._c.fired, self._c.error
 
 
 def decoder_of(W_dec_FD: np.ndarray | RowMatrix, b_dec_D: np.ndarray) -> Decoder | None:

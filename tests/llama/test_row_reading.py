@@ -62,13 +62,14 @@ def test_a_row_in_one_call_is_the_encoding_and_the_error_bit_for_bit(dtype, vari
         assert found is not None
         idx_NK, vals_NK = encoder.encode(x_1D)
         fired = int(np.count_nonzero(vals_NK))
-        np.testing.assert_array_equal(found[0], idx_NK[0, :fired])
-        np.testing.assert_array_equal(found[1], vals_NK[0, :fired])
+        pairs = found[0][: found[1]]
+        np.testing.assert_array_equal(pairs["latent"], idx_NK[0, :fired])
+        np.testing.assert_array_equal(pairs["value"], vals_NK[0, :fired])
         assert found[2] == encoder.squared_error(x_1D, idx_NK, vals_NK)[0]
         assert found[2] == pytest.approx(NumpyEncoder(w).squared_error(x_1D, idx_NK, vals_NK)[0], rel=1e-5)
         if w.variant == "topk":
-            padded = [np.pad(array, (0, w.k - fired))[None] for array in found[:2]]
-            check_support(oracle(w, x_1D), *padded, w.k, ROUNDING[dtype])
+            idx_1K, vals_1K = (np.pad(pairs[name], (0, w.k - fired))[None] for name in ("latent", "value"))
+            check_support(oracle(w, x_1D), idx_1K, vals_1K, w.k, ROUNDING[dtype])
 
 
 def test_equal_values_go_to_the_lower_latents_whatever_the_number_of_threads():
@@ -82,7 +83,7 @@ def test_equal_values_go_to_the_lower_latents_whatever_the_number_of_threads():
         row.x_D[:] = x_1D[0]
         found = row.read()
         assert found is not None
-        np.testing.assert_array_equal(found[0], expected[0][0])
+        np.testing.assert_array_equal(found[0][: found[1]]["latent"], expected[0][0])
 
 
 @pytest.mark.parametrize("value", [1e5, np.nan, np.inf])
