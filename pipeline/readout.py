@@ -24,19 +24,19 @@ from .llama.session import Hook, Rows
 class Reading:
     """One SAE's view of one token.
 
-    pairs_K: the latents listed and their activations a (`sae.encoders.PAIR`), strongest first. l0: latents above zero.
-    fvu: ||x - x_hat||^2 / variance of the SAE.
+    l0: latents above zero. fvu: ||x - x_hat||^2 / variance of the SAE.
     """
 
-    __slots__ = ("fvu", "hook", "l0", "pairs_K")
+    __slots__ = ("_pairs", "fvu", "hook", "l0")
 
-    def __init__(self, hook: str, pairs_K: np.ndarray, l0: int, fvu: float) -> None:
-        self.hook, self.pairs_K, self.l0, self.fvu = hook, pairs_K, l0, fvu
+    def __init__(self, hook: str, pairs: bytes, l0: int, fvu: float) -> None:
+        """`pairs`: the latents listed and their activations (`sae.encoders.PAIR`), strongest first."""
+        self.hook, self._pairs, self.l0, self.fvu = hook, pairs, l0, fvu
 
     @property
     def latents(self) -> tuple[tuple[int, float], ...]:
-        """(latent, activation a), strongest first."""
-        return tuple(self.pairs_K.tolist())
+        """(latent, activation a), strongest first; made when it is asked for."""
+        return tuple(PAIR.iter_unpack(self._pairs))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,10 +123,10 @@ class Reader:
         if self._place is not None and self._place.held is not None:
             held, self._place.held = self._place.held, None
             if not self._rows and positions == [held[1]] and seq == held[0]:
-                found = self._place.row.read()
+                found = self._place.row.read(self.top)
                 if found is not None:
                     pairs, l0, error = found
-                    return [Reading(self._name, pairs[: min(l0, self.top)].copy(), l0, error / self.weights.variance)]
+                    return [Reading(self._name, pairs, l0, error / self.weights.variance)]
             self._rows[held] = self._place.row_D.copy()
         rows = [self._rows[seq, pos] for pos in positions]
         self._rows.clear()
@@ -140,9 +140,8 @@ class Reader:
 
     def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, l0: int, fvu: float) -> Reading:
         shown = min(l0, self.top)
-        pairs_K = np.empty(shown, PAIR)
-        pairs_K["latent"], pairs_K["value"] = idx_K[:shown], vals_K[:shown]
-        return Reading(self._name, pairs_K, l0, fvu)
+        listed = zip(idx_K[:shown].tolist(), vals_K[:shown].tolist(), strict=True)
+        return Reading(self._name, b"".join(PAIR.pack(*pair) for pair in listed), l0, fvu)
 
 
 class _Place:

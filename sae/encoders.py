@@ -5,6 +5,7 @@ Shape letters: N rows, D d_in, K slots for active latents.
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from typing import final
 
@@ -14,7 +15,7 @@ from .errors import ShapeError
 from .runtime import decode, encode
 from .weights import SAEWeights
 
-PAIR = np.dtype([("latent", np.int32), ("value", np.float32)])
+PAIR = struct.Struct("=if")  # a latent, its activation
 
 
 class RowReading(ABC):
@@ -23,10 +24,10 @@ class RowReading(ABC):
     x_D: np.ndarray  # float32, where the row is put
 
     @abstractmethod
-    def read(self) -> tuple[np.ndarray, int, float] | None:
-        """The active latents of `x_D` as PAIRs, largest first, how many of the array these are, and ||x - x_hat||^2.
+    def read(self, top: int) -> tuple[bytes, int, float] | None:
+        """PAIRs of the active latents of `x_D`, largest first, at most `top`; how many are active; ||x - x_hat||^2.
 
-        The array is written over by the next call. None for a row that only `Encoder.encode` can take.
+        None for a row that only `Encoder.encode` can take.
         """
 
 

@@ -126,7 +126,6 @@ class CompiledRow(RowReading):
         k, kind = (w.k if w.variant == "topk" else 0), _KINDS[type_name]
         room = kernels.room(w.num_latents, k, threads)
         slots = k or w.num_latents
-        self._pairs = np.zeros(slots, PAIR)
         arrays = {
             "b_enc_F": w.b_enc_F,
             "subtracted_D": w.b_dec_D if w.b_dec_subtracted else None,
@@ -139,9 +138,9 @@ class CompiledRow(RowReading):
             "errors": np.empty(w.d_out),
             "idx": np.empty(slots, np.int32),
             "vals": np.empty(slots, np.float32),
-            "pairs": self._pairs,
+            "pairs": np.empty(slots * PAIR.size, np.uint8),
         }
-        self._arrays = arrays
+        self._arrays, self._pairs = arrays, arrays["pairs"].ctypes.data
         self._c = _Reading(
             decoder=decoder, kind=kind, D=w.d_in, F=w.num_latents, K=k, threads=threads, W_enc=address, limit=limit,
             room=room, **{name: None if array is None else array.ctypes.data for name, array in arrays.items()},
@@ -149,10 +148,11 @@ class CompiledRow(RowReading):
         large = w.num_latents * w.d_in * np.dtype(np.float32).itemsize > 4 * KEEP_BYTES
         self._call, self._argument = kernels.read_large_row if large else kernels.read_row, ctypes.byref(self._c)
 
-    def read(self) -> tuple[np.ndarray, int, float] | None:
+    def read(self, top: int) -> tuple[bytes, int, float] | None:
         if self._call(self._argument):
             return None
-        return self._pairs, self._c.fired, self._c.error
+        fired = self._c.fired
+        return ctypes.string_at(self._pairs, PAIR.size * min(fired, top)), fired, self._c.error
 
 
 def decoder_of(W_dec_FD: np.ndarray | RowMatrix, b_dec_D: np.ndarray) -> Decoder | None:

@@ -18,7 +18,7 @@ from pipeline.llama.hooks import HookPoint
 from pipeline.llama.reading import Kernels, decoder_of, kernels
 from pipeline.llama.session import Hook
 from pipeline.readout import Reader
-from sae.encoders import Encoder, NumpyEncoder
+from sae.encoders import PAIR, Encoder, NumpyEncoder
 from sae.errors import LlamaError, ShapeError
 from sae.native.build import build
 from sae.runtime import select
@@ -58,11 +58,12 @@ def test_a_row_in_one_call_is_the_encoding_and_the_error_bit_for_bit(dtype, vari
     assert row is not None
     for x_1D in rows_of(w)[:, None]:
         row.x_D[:] = x_1D[0]
-        found = row.read()
+        found = row.read(F)
         assert found is not None
         idx_NK, vals_NK = encoder.encode(x_1D)
         fired = int(np.count_nonzero(vals_NK))
-        pairs = found[0][: found[1]]
+        pairs = np.frombuffer(found[0], [("latent", np.int32), ("value", np.float32)])
+        assert found[1] == fired
         np.testing.assert_array_equal(pairs["latent"], idx_NK[0, :fired])
         np.testing.assert_array_equal(pairs["value"], vals_NK[0, :fired])
         assert found[2] == encoder.squared_error(x_1D, idx_NK, vals_NK)[0]
@@ -81,9 +82,9 @@ def test_equal_values_go_to_the_lower_latents_whatever_the_number_of_threads():
         row = GgmlEncoder(w, n_threads=threads).row_reading()
         assert row is not None
         row.x_D[:] = x_1D[0]
-        found = row.read()
+        found = row.read(3)
         assert found is not None
-        np.testing.assert_array_equal(found[0][: found[1]]["latent"], expected[0][0])
+        assert [latent for latent, _ in PAIR.iter_unpack(found[0])] == expected[0][0, :3].tolist()
 
 
 @pytest.mark.parametrize("value", [1e5, np.nan, np.inf])
@@ -93,7 +94,7 @@ def test_a_row_that_the_type_cannot_hold_is_left_to_the_general_path(value):
     assert row is not None
     row.x_D[:] = rows_of(w, 1)[0]
     row.x_D[4] = value
-    assert row.read() is None
+    assert row.read(3) is None
 
 
 @pytest.mark.parametrize(
