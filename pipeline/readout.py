@@ -8,11 +8,11 @@ from __future__ import annotations
 import codecs
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 
-from sae.encoders import Encoder, encoder_of
+from sae.encoders import PAIR, Encoder, RowReading, encoder_of
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
@@ -20,17 +20,23 @@ from .llama.hooks import HookPoint
 from .llama.session import Hook, Rows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@final
 class Reading:
     """One SAE's view of one token.
 
-    latents: (latent, activation a) strongest first. l0: latents above zero. fvu: ||x - x_hat||^2 / variance of the SAE.
+    l0: latents above zero. fvu: ||x - x_hat||^2 / variance of the SAE.
     """
 
-    hook: str
-    latents: tuple[tuple[int, float], ...]
-    l0: int
-    fvu: float
+    __slots__ = ("_pairs", "fvu", "hook", "l0")
+
+    def __init__(self, hook: str, pairs: bytes, l0: int, fvu: float) -> None:
+        """`pairs`: the latents listed and their activations (`sae.encoders.PAIR`), strongest first."""
+        self.hook, self._pairs, self.l0, self.fvu = hook, pairs, l0, fvu
+
+    @property
+    def latents(self) -> tuple[tuple[int, float], ...]:
+        """(latent, activation a), strongest first; made when it is asked for."""
+        return tuple(PAIR.iter_unpack(self._pairs))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,9 +107,11 @@ class Reader:
         self.point = point if point is not None else HookPoint.parse(weights.hook)
         self._name = str(self.point)
         self._rows: dict[tuple[int, int], np.ndarray] = {}
+        row = self.encoder.row_reading()
+        self._place = None if row is None else _Place(row)
 
     def hook(self) -> Hook:
-        return Hook(point=self.point, read=self._read)
+        return Hook(point=self.point, read=self._read, place=self._place)
 
     def _read(self, rows: Rows) -> None:
         values_ND = rows.values_ND.copy()  # the view ends with the callback
@@ -112,6 +120,14 @@ class Reader:
 
     def take(self, seq: int, positions: list[int]) -> list[Reading]:
         """Readings of the positions just decoded, in that order; forgets all captured rows."""
+        if self._place is not None and self._place.held is not None:
+            held, self._place.held = self._place.held, None
+            if not self._rows and positions == [held[1]] and seq == held[0]:
+                found = self._place.row.read(self.top)
+                if found is not None:
+                    pairs, l0, error = found
+                    return [Reading(self._name, pairs, l0, error / self.weights.variance)]
+            self._rows[held] = self._place.row_D.copy()
         rows = [self._rows[seq, pos] for pos in positions]
         self._rows.clear()
         if not rows:
@@ -119,13 +135,27 @@ class Reader:
         x_ND = np.array(rows)
         idx_NK, vals_NK = self.encoder.encode(x_ND)
         fvu_N = self.encoder.squared_error(x_ND, idx_NK, vals_NK) / self.weights.variance
-        return [self._reading(*row) for row in zip(idx_NK, vals_NK, fvu_N.tolist(), strict=True)]
+        l0_N = np.count_nonzero(vals_NK > 0, axis=1)  # sorted: these come first
+        return [self._reading(*row) for row in zip(idx_NK, vals_NK, l0_N.tolist(), fvu_N.tolist(), strict=True)]
 
-    def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, fvu: float) -> Reading:
-        l0 = int(np.count_nonzero(vals_K > 0))  # sorted: these come first
+    def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, l0: int, fvu: float) -> Reading:
         shown = min(l0, self.top)
-        pairs = zip(idx_K[:shown].tolist(), vals_K[:shown].tolist(), strict=True)
-        return Reading(hook=self._name, latents=tuple(pairs), l0=l0, fvu=fvu)
+        listed = zip(idx_K[:shown].tolist(), vals_K[:shown].tolist(), strict=True)
+        return Reading(self._name, b"".join(PAIR.pack(*pair) for pair in listed), l0, fvu)
+
+
+class _Place:
+    """Where a session puts the row of a single token (`RowPlace`)."""
+
+    def __init__(self, row: RowReading) -> None:
+        self.row, self.row_D = row, row.x_D
+        self.held: tuple[int, int] | None = None  # (sequence, position) of the row that is there
+
+    def is_free(self) -> bool:
+        return self.held is None
+
+    def written(self, seq: int, pos: int) -> None:
+        self.held = seq, pos
 
 
 class TextPieces:

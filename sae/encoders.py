@@ -5,6 +5,7 @@ Shape letters: N rows, D d_in, K slots for active latents.
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from typing import final
 
@@ -13,6 +14,21 @@ import numpy as np
 from .errors import ShapeError
 from .runtime import decode, encode
 from .weights import SAEWeights
+
+PAIR = struct.Struct("=if")  # a latent, its activation
+
+
+class RowReading(ABC):
+    """Reads one row at a time from memory of its own, without arrays made for each."""
+
+    x_D: np.ndarray  # float32, where the row is put
+
+    @abstractmethod
+    def read(self, top: int) -> tuple[bytes, int, float] | None:
+        """PAIRs of the active latents of `x_D`, largest first, at most `top`; how many are active; ||x - x_hat||^2.
+
+        None for a row that only `Encoder.encode` can take.
+        """
 
 
 class Encoder(ABC):
@@ -29,6 +45,10 @@ class Encoder(ABC):
 
     @abstractmethod
     def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def row_reading(self) -> RowReading | None:
+        """A faster way for single rows, with the results of `encode` and `squared_error`; None where there is none."""
+        return None
 
     @final
     def encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,8 +10,9 @@ caller after `llama_decode` has returned.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from .hooks import HookPoint
 from .inventory import Inventory
 from .symbols import MAX_SRC, NAME_OFFSET, lc, op_name, tensor_at, tensor_get
 from .tensors import TensorWindow, add_delta_, as_rows, half_apart
+
+if TYPE_CHECKING:
+    from .row_reads import RowPlace
 
 
 @dataclass(slots=True)
@@ -44,11 +48,13 @@ class Hook:
     """Look at a point, or change it, or both: `read` sees the values before this hook's own `edit`.
 
     `edit` returns delta, shaped like the values: x + delta is what the forward pass goes on with; None changes nothing.
+    `place`: where the row of a decode of one token may be put instead of calling `read` (row_reads.py).
     """
 
     point: HookPoint
     read: Callable[[Rows], None] | None = None
     edit: Callable[[Rows], np.ndarray | None] | None = None
+    place: RowPlace | None = None
 
 
 @dataclass(slots=True)
@@ -117,12 +123,21 @@ class EvalCallback:
         self.inventory: Inventory | None = None
         self.cells = Cells.empty(1, streams=1)  # the context's, set once its size is known
         self._plan: DecodePlan | None = None
+        self._reads: Sequence[native.RowRead] | None = None  # rows copied in the decode under way
         self._windows: dict[Target, TensorWindow] = {}
 
     def arm(self, plan: DecodePlan, graph: GraphMap) -> None:
         """Prepare for one decode."""
-        self.error = None
+        self.error, self._reads = None, None
         self._plan = plan if plan.hooks else None
+        if self._filter is not None:
+            self._filter.count = self._filter.read_count = 0
+            self._filter.every = native.PYTHON_EVERY if plan.hooks else 0  # without one there is nothing to end
+        if plan.hooks:
+            self._look_for(plan, graph)
+        self._set_always()
+
+    def _look_for(self, plan: DecodePlan, graph: GraphMap) -> None:
         self._first = graph.first.encode()
         self._by_name: dict[bytes, dict[int, Target]] = {}
         for target in plan.hooks:
@@ -131,13 +146,31 @@ class EvalCallback:
         self._watched = {*self._by_name, *(name for name, _ in self._cell_writers)}
         # one row is the row asked for: nothing to compare
         self._ordered = any(len(piece) > 1 for piece in plan.pieces)
-        self._positions_of = _position_nodes(graph) if self._ordered and plan.hooks else b""
+        self._positions_of = _position_nodes(graph) if self._ordered else b""
         self._piece = -1
         self._stopped = False
-        self._deepest = max((t.index for t in plan.hooks), default=-1)
+        self._deepest = max(t.index for t in plan.hooks)
         if self._filter is not None:
             self._unfiltered = not self._filter.watch([*self._watched, self._first, self._positions_of])
-            self._set_always()
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether rows can be read without Python."""
+        return self._filter is not None
+
+    def read_rows(self, reads: Sequence[native.RowRead]) -> None:
+        """Prepare for the decode of one token whose rows are copied as `reads` say, in place of `arm`."""
+        assert self._filter is not None
+        self.error, self._plan = None, None
+        if self._reads is not reads:
+            self._filter.read(reads)
+            self._reads = reads
+        self._filter.begin = 1
+        self._set_always()
+
+    def rows_are_read(self) -> bool:
+        """Whether the last decode gave every row."""
+        return self._filter is not None and self._filter.all_read()
 
     def disarm(self, plan: DecodePlan) -> None:
         """After a decode that ended well; LlamaError when the graph did not have what was planned."""

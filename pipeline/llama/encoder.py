@@ -3,9 +3,9 @@
     pre = W_enc u + b_enc,  u the row less b_dec, normalised where the SAE has layer norm
 
 u is made in float32 on the host (a few thousand numbers): folding W_enc b_dec into the bias would leave the product
-to round a row several times as large. Then W_enc u + b_enc in ggml, of one row in `reading.c` where that has the type
-and ggml does not lay the matrix out anew; of the variant "topk" the k largest in `reading.c`, else in ggml; the other
-variants select by the general path's code. ggml rounds u to what its kernel of the type multiplies with: F16 for F16,
+to round a row several times as large. Then W_enc u + b_enc in ggml, of one row in `products.c` where that has the type
+as it lies in memory; of the variant "topk" the k largest in `reading.c`, else in ggml; the other variants select by the
+general path's code. A row that is only read goes through `reading.c` as a whole (`row_reading`). ggml rounds u to what its kernel of the type multiplies with: F16 for F16,
 BF16 for BF16, blocks of 8-bit integers for the quantised types. A row beyond the range of those takes the general path.
 
 Shape letters: N rows, D d_in, F latents, K slots for active latents.
@@ -21,14 +21,14 @@ import gguf
 import numpy as np
 
 from convert.sae_gguf import StoredMatrix
-from sae.encoders import Encoder
+from sae.encoders import Encoder, RowReading
 from sae.errors import LlamaError, ShapeError
 from sae.rows import RowMatrix
 from sae.runtime import PRE_ACT_BYTES, encode, encoder_input, joined, select
 from sae.weights import SAEWeights
 
 from .ggml_graph import Affine, Backend
-from .reading import decoder_of, kernels
+from .reading import CompiledRow, decoder_of, kernels
 from .switching import quick_switching
 
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0")
@@ -62,10 +62,10 @@ class GgmlEncoder(Encoder):
         k = weights.k if weights.variant == "topk" and self._native is None else 0
         self._affine = Affine(backend, int(kind), raw, weights.d_in, weights.b_enc_F, k=k)
         self._decoder = None if weights.needs_input else decoder_of(weights.W_dec_FD, weights.b_dec_D)
-        as_stored = self._affine.buffer_type == backend.default_buffers
-        self._one_row = as_stored and self._native is not None and self._native.has_affine(self.dtype)
-        self._pre_1F = np.empty((1, weights.num_latents if self._one_row else 0), np.float32)
         self._n_threads = n_threads
+        self._pre_1F = np.empty((1, weights.num_latents), np.float32)
+        has = self._native is not None and self._native.has_affine(self.dtype, weights.num_latents)
+        self._one_row = has and self._is_ggmls_product()
         self._step = max(1, PRE_ACT_BYTES // (4 * weights.num_latents))
 
     @property
@@ -77,6 +77,13 @@ class GgmlEncoder(Encoder):
     def selects_on_device(self) -> bool:
         """Whether the k largest are chosen by ggml, too."""
         return self._affine.selects
+
+    def _is_ggmls_product(self) -> bool:
+        """Whether `reading.c` and ggml agree about how the matrix lies in memory: on one row both give the same."""
+        u_1D = np.cos(np.arange(self.weights.d_in, dtype=np.float32))[None]
+        ggmls_1F = self._affine.pre_acts(u_1D)
+        gap_1F = self._compiled_pre_acts(u_1D) - ggmls_1F
+        return bool(np.abs(gap_1F).max() <= 1e-4 * np.abs(ggmls_1F).max())
 
     def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         u_ND = encoder_input(self.weights, x_ND)
@@ -104,12 +111,22 @@ class GgmlEncoder(Encoder):
         x_ND = np.ascontiguousarray(x_ND, np.float32)
         return self._native.squared_error(self._decoder, x_ND, idx_NK, vals_NK)
 
+    def row_reading(self) -> RowReading | None:
+        w, plain = self.weights, self.weights.variant != "groupmax" and self.weights.norm_mode == "none"
+        if self._native is None or self._decoder is None or not (self._one_row and plain):
+            return None
+        return CompiledRow(
+            self._native, w, self._decoder, self.dtype, self._affine.weight_address, self._affine,
+            limit=self._limit, threads=self._n_threads,
+        )  # fmt: skip
+
     def _pre_acts(self, u_ND: np.ndarray) -> np.ndarray:
         """Pre-activations, valid until the next call."""
-        if not self._one_row or len(u_ND) != 1:
-            return self._affine.pre_acts(u_ND)
+        return self._compiled_pre_acts(u_ND) if self._one_row and len(u_ND) == 1 else self._affine.pre_acts(u_ND)
+
+    def _compiled_pre_acts(self, u_1D: np.ndarray) -> np.ndarray:
         assert self._native is not None
-        u_D = np.ascontiguousarray(u_ND[0])
+        u_D = np.ascontiguousarray(u_1D[0])
         address, b_F = self._affine.weight_address, self.weights.b_enc_F
         self._native.affine(self.dtype, address, u_D, b_F, self._pre_1F[0], self._n_threads)
         return self._pre_1F

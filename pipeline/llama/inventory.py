@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ class Node:
     index: int = -1
     occurrence: int = 0  # how many nodes of this name came before
     op_params: tuple[int, ...] = ()
+    is_dense: bool = False  # its values lie one after the other in ggml's order
     src: list[Node] = field(default_factory=list)
 
     @property
@@ -62,12 +64,14 @@ class Inventory:
 
     @staticmethod
     def _read(tensor: Any) -> Node:
+        ne, nb = tuple(tensor.ne), tuple(tensor.nb)
         return Node(
             tensor.name.decode("utf-8", "replace"),
             op_name(tensor.op).decode(),
-            tuple(tensor.ne),
+            ne,
             type_name(tensor.type).decode(),
             buffer_name(tensor.buffer).decode("utf-8", "replace") if tensor.buffer else "",
+            is_dense=all(ne[i] == 1 or nb[i] == nb[0] * math.prod(ne[:i]) for i in range(4)),
         )
 
     def _source(self, address: int) -> Node:

@@ -1,25 +1,55 @@
 """The compiled filter in front of the eval callback, built with the machine's C compiler when it is first wanted.
 
-It decides nothing: it leaves out questions to which the Python callback would answer "no". Without a compiler the
-Python callback is asked about every node, which costs a few microseconds each, and much more beside a busy thread.
+It leaves out questions to which the Python callback would answer "no", and copies single rows that are only read.
+Without a compiler the Python callback is asked about every node, which costs a few microseconds each, and much more
+beside a busy thread.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sae.native.build import BuildError, build
 
-from .symbols import NAME_OFFSET
+from .symbols import TYPE_F32, GgmlTensor, op_name, tensor_get
 
 SOURCE = Path(__file__).with_name("ask.c")
-NAME_BYTES, MAX_NAMES = 64, 256  # as in ask.c
-PYTHON_EVERY = 64  # nodes between two looks at Python, where signals are noticed
+NAME_BYTES, MAX_NAMES, MAX_READS = 64, 256, 64  # as in ask.c
+PYTHON_EVERY = 64  # nodes between two looks at Python, where a signal ends a decode with hooks that are called
 _P = ctypes.c_void_p
+
+
+class RowRead(ctypes.Structure):
+    """`struct read` of ask.c: where the one row of a node goes."""
+
+    _fields_ = (
+        ("name", ctypes.c_char * NAME_BYTES),
+        ("op", ctypes.c_char * NAME_BYTES),
+        ("width", ctypes.c_int64),
+        ("into", _P),
+        ("occurrence", ctypes.c_int),
+        ("seen", ctypes.c_int),
+        ("done", ctypes.c_int),
+    )
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = (
+        *((field, ctypes.c_size_t) for field in ("name", "op", "type", "ne", "nb")),
+        ("f32", ctypes.c_int),
+        ("op_name", _P),
+        ("get", _P),
+    )
+
+    def __init__(self) -> None:
+        offsets = {field: getattr(GgmlTensor, field).offset for field in ("name", "op", "type", "ne", "nb")}
+        named: dict[str, Any] = {"op_name": op_name, "get": tensor_get}
+        functions = {name: ctypes.cast(found, _P).value for name, found in named.items()}
+        super().__init__(f32=TYPE_F32, **offsets, **functions)
 
 
 class AskFilter(ctypes.Structure):
@@ -27,16 +57,20 @@ class AskFilter(ctypes.Structure):
 
     _fields_ = (
         ("python", _P),
-        ("name_offset", ctypes.c_size_t),
+        ("at", _Layout),
         ("always", ctypes.c_int),
         ("every", ctypes.c_int),
         ("asked", ctypes.c_int),
         ("count", ctypes.c_int),
+        ("begin", ctypes.c_int),
+        ("read_count", ctypes.c_int),
+        ("wrong", ctypes.c_int),
         ("names", (ctypes.c_char * NAME_BYTES) * MAX_NAMES),
+        ("reads", RowRead * MAX_READS),
     )
 
     def __init__(self, python: Any) -> None:
-        super().__init__(python=ctypes.cast(python, _P).value, name_offset=NAME_OFFSET, always=1, every=PYTHON_EVERY)
+        super().__init__(python=ctypes.cast(python, _P).value, at=_Layout(), always=1)
 
     def watch(self, names: Iterable[bytes]) -> bool:
         """Ask Python about nodes of these names; False where they are too many to tell apart here."""
@@ -45,6 +79,16 @@ class AskFilter(ctypes.Structure):
         for place, name in zip(self.names, wanted, strict=False):
             place.value = name
         return len(wanted) <= MAX_NAMES
+
+    def read(self, reads: Sequence[RowRead]) -> None:
+        """Copy these rows, at most MAX_READS, in the decodes that follow, and ask Python about no node."""
+        self.count, self.every, self.read_count = 0, 0, len(reads)
+        for i, row in enumerate(reads):
+            self.reads[i] = row
+
+    def all_read(self) -> bool:
+        """Whether the decode just done gave every row."""
+        return not self.wrong and all(self.reads[i].done for i in range(self.read_count))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The compiled parts of a reading (`reading.c`), built with the machine's C compiler when first wanted.
+"""The compiled parts of a reading (`reading.c`, `products.c`), built with the machine's C compiler when first wanted.
 
 Without a compiler, ggml and numpy do the same, slower. On a CPU built with OpenMP its threads are the model's own.
 
@@ -17,8 +17,10 @@ import numpy as np
 
 from convert.stored_rows import StoredRows
 from sae import native
+from sae.encoders import PAIR, RowReading
 from sae.native.build import BuildError, build
 from sae.rows import RowMatrix
+from sae.weights import SAEWeights
 
 _STEP = Path(native.__file__).parent
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", f"-I{_STEP}")
@@ -28,9 +30,23 @@ _VARIANTS = (
     (*_COMMON, "-mcpu=native"),
     _COMMON,
 )
-_KINDS = {"F32": 0, "F16": 1, "Q8_0": 8, "BF16": 30}  # of matrices that reading.c knows
-_I = ctypes.c_int64
+_KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}  # of matrices that are multiplied here
+_DECODER_KINDS = {name: kind for name, kind in _KINDS.items() if name != "Q4_0"}  # ... and whose rows are added up
+_I, _P = ctypes.c_int64, ctypes.c_void_p
+KEEP_BYTES = 64 << 20  # of an encoder: a row takes 2 ms at most, less than Python's threads wait for each other anyway
 _log = logging.getLogger(__name__)
+
+
+@final
+class Decoder(ctypes.Structure):
+    """W_dec and b_dec as reading.c takes them (`struct decoder`); it keeps the arrays."""
+
+    _fields_ = (("kind", ctypes.c_int32), ("row_bytes", _I), ("D", _I), ("W", _P), ("b_D", _P))
+
+    def __init__(self, W_dec_FD: np.ndarray | RowMatrix, raw_FB: np.ndarray, kind: int, b_dec_D: np.ndarray) -> None:
+        self._kept = W_dec_FD, raw_FB, b_dec_D
+        places = {"W": raw_FB.ctypes.data, "b_D": b_dec_D.ctypes.data}
+        super().__init__(kind=kind, row_bytes=raw_FB.shape[1], D=b_dec_D.size, **places)
 
 
 @final
@@ -41,15 +57,23 @@ class Kernels:
         library = ctypes.CDLL(str(path))
         self._affine, self._largest = library.ggscope_affine, library.ggscope_largest
         self._squared_error = library.ggscope_squared_error
-        p = ctypes.c_void_p
-        self._affine.argtypes = [ctypes.c_int, p, _I, _I, p, p, p, _I]
-        self._largest.argtypes = [p, _I, _I, _I, p, p, _I]
-        self._squared_error.argtypes = [ctypes.c_int, p, _I, _I, p, p, p, p, _I, _I, p]
+        self._affine.argtypes = [ctypes.c_int, _P, _I, _I, _P, _P, _P, _I]
+        self._largest.argtypes = [_P, _I, _I, _I, _P, _P, _I]
+        self._squared_error.argtypes = [_P, _P, _P, _P, _I, _I, _P]
         self._has_affine = library.ggscope_has_affine
+        self._has_affine.argtypes = [ctypes.c_int, _I]
+        self.room, self.input_bytes = library.ggscope_reading_room, library.ggscope_input_bytes
+        self.room.restype = self.input_bytes.restype = _I
+        self.room.argtypes, self.input_bytes.argtypes = [_I, _I, _I], [ctypes.c_int, _I]
+        # without letting go of the interpreter, and with
+        self.read_row, self.read_large_row = ctypes.PyDLL(str(path)).ggscope_read_row, library.ggscope_read_row
 
-    def has_affine(self, type_name: str) -> bool:
-        """Whether `affine` multiplies with matrices of this type on this processor."""
-        return type_name in _KINDS and bool(self._has_affine(_KINDS[type_name]))
+    def has_affine(self, type_name: str, num_latents: int) -> bool:
+        """Whether `affine` multiplies with matrices of this type and so many rows on this processor.
+
+        They lie as in a file, but Q4_0 as ggml's CPU code lays it out anew: eight rows interleaved.
+        """
+        return type_name in _KINDS and bool(self._has_affine(_KINDS[type_name], num_latents))
 
     def affine(self, type_name: str, W: int, u_D: np.ndarray, b_F: np.ndarray, pre_F: np.ndarray, threads: int) -> None:
         """pre_F = W u + b, W at this address in F rows of D values of this type; u is rounded as ggml rounds it."""
@@ -67,29 +91,77 @@ class Kernels:
     def squared_error(self, decoder: Decoder, x_ND: np.ndarray, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
         """||x - x_hat||^2 of each row, float64 (N,)."""
         error_N = np.empty(len(x_ND))
-        arrays = (decoder.b_dec_D, x_ND, idx_NK, vals_NK)
-        addresses = [array.ctypes.data for array in arrays]
-        sizes = *idx_NK.shape, error_N.ctypes.data
-        _check(self._squared_error(decoder.kind, decoder.address, decoder.row_bytes, x_ND.shape[1], *addresses, *sizes))
+        addresses = [array.ctypes.data for array in (x_ND, idx_NK, vals_NK)]
+        _check(self._squared_error(ctypes.byref(decoder), *addresses, *idx_NK.shape, error_N.ctypes.data))
         return error_N
 
 
-@final
-class Decoder:
-    """W_dec and b_dec where reading.c finds them; it keeps the arrays."""
+class _Reading(ctypes.Structure):
+    """`struct reading` of reading.c."""
 
-    def __init__(self, W_dec_FD: np.ndarray | RowMatrix, raw_FB: np.ndarray, kind: int, b_dec_D: np.ndarray) -> None:
-        self._kept, self.b_dec_D = (W_dec_FD, raw_FB), b_dec_D
-        self.kind, self.address, self.row_bytes = kind, raw_FB.ctypes.data, raw_FB.shape[1]
+    _fields_ = (
+        ("decoder", Decoder),
+        ("kind", ctypes.c_int32),
+        *((name, _I) for name in ("D", "F", "K", "threads")),
+        *((name, _P) for name in ("W_enc", "b_enc_F", "subtracted_D", "threshold_F")),
+        ("limit", ctypes.c_float),
+        *((name, _P) for name in ("x_D", "u_D", "input")),
+        ("room", _I),
+        *((name, _P) for name in ("items", "counts", "errors", "idx", "vals", "pairs")),
+        ("fired", _I),
+        ("error", ctypes.c_double),
+    )
+
+
+@final
+class CompiledRow(RowReading):
+    """Everything of one row in one call. The matrix at `address` and `kept` stay where they are as long as this does."""
+
+    def __init__(
+        self, kernels: Kernels, w: SAEWeights, decoder: Decoder, type_name: str, address: int, kept: object, *,
+        limit: float, threads: int,
+    ) -> None:  # fmt: skip
+        self._kept = w, decoder, kept
+        self.x_D = np.zeros(w.d_in, np.float32)
+        k, kind = (w.k if w.variant == "topk" else 0), _KINDS[type_name]
+        room = kernels.room(w.num_latents, k, threads)
+        slots = k or w.num_latents
+        arrays = {
+            "b_enc_F": w.b_enc_F,
+            "subtracted_D": w.b_dec_D if w.b_dec_subtracted else None,
+            "threshold_F": w.threshold_F,
+            "x_D": self.x_D,
+            "u_D": np.empty(w.d_in, np.float32),
+            "input": np.empty(-(-kernels.input_bytes(kind, w.d_in) // 4), np.int32),
+            "items": np.empty(threads * room, np.uint64),
+            "counts": np.empty(threads, np.int64),
+            "errors": np.empty(w.d_out),
+            "idx": np.empty(slots, np.int32),
+            "vals": np.empty(slots, np.float32),
+            "pairs": np.empty(slots * PAIR.size, np.uint8),
+        }
+        self._arrays, self._pairs = arrays, arrays["pairs"].ctypes.data
+        self._c = _Reading(
+            decoder=decoder, kind=kind, D=w.d_in, F=w.num_latents, K=k, threads=threads, W_enc=address, limit=limit,
+            room=room, **{name: None if array is None else array.ctypes.data for name, array in arrays.items()},
+        )  # fmt: skip
+        large = w.num_latents * w.d_in * np.dtype(np.float32).itemsize > 4 * KEEP_BYTES
+        self._call, self._argument = kernels.read_large_row if large else kernels.read_row, ctypes.byref(self._c)
+
+    def read(self, top: int) -> tuple[bytes, int, float] | None:
+        if self._call(self._argument):
+            return None
+        fired = self._c.fired
+        return ctypes.string_at(self._pairs, PAIR.size * min(fired, top)), fired, self._c.error
 
 
 def decoder_of(W_dec_FD: np.ndarray | RowMatrix, b_dec_D: np.ndarray) -> Decoder | None:
     """None for a type that reading.c does not know."""
     if not isinstance(W_dec_FD, RowMatrix):
         return Decoder(W_dec_FD, W_dec_FD.view(np.uint8), _KINDS["F32"], b_dec_D)
-    if not isinstance(W_dec_FD, StoredRows) or W_dec_FD.type_name not in _KINDS:
+    if not isinstance(W_dec_FD, StoredRows) or W_dec_FD.type_name not in _DECODER_KINDS:
         return None
-    return Decoder(W_dec_FD, W_dec_FD.raw_FB, _KINDS[W_dec_FD.type_name], b_dec_D)
+    return Decoder(W_dec_FD, W_dec_FD.raw_FB, _DECODER_KINDS[W_dec_FD.type_name], b_dec_D)
 
 
 def _check(code: int) -> None:
@@ -100,9 +172,10 @@ def _check(code: int) -> None:
 @functools.cache
 def kernels() -> Kernels | None:
     """The library, built on first use; None, after one note in the log, where it cannot be had."""
-    sources = [Path(__file__).with_name("reading.c"), _STEP / "select.c", _STEP / "step.c"]
+    here = Path(__file__)
+    sources = [here.with_name("reading.c"), here.with_name("products.c"), _STEP / "select.c", _STEP / "step.c"]
     try:
-        return Kernels(build("reading", sources, _VARIANTS, headers=[_STEP / "vectors.h"]))
+        return Kernels(build("reading", sources, _VARIANTS, headers=[here.with_name("reading.h"), _STEP / "vectors.h"]))
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.info("readings without compiled kernels, which is slower: %s", error)
         return None

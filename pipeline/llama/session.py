@@ -14,6 +14,7 @@ import numpy as np
 from sae.errors import ConfigError, LlamaError, ShapeError
 
 from ..cores import usable_cores
+from .arguments import between, choice, integers
 from .batches import Batch, OneToken, split_equal, split_simple
 from .callback import Cells, DecodePlan, EvalCallback, Hook, Rows
 from .graph import GraphMap, Target
@@ -22,6 +23,7 @@ from .inventory import Inventory
 from .layer_inp import LayerInputs
 from .log import log_tail
 from .model import Model
+from .row_reads import RowReads
 from .signals import deferred_signals
 from .switching import quick_switching
 from .symbols import lc
@@ -62,18 +64,18 @@ class Session:
     ) -> None:
         self._handle: Any = None
         self.model = model
-        self.n_seq_max = _between("n_seq_max", n_seq_max, 1, _MAX_SEQUENCES)
+        self.n_seq_max = between("n_seq_max", n_seq_max, 1, _MAX_SEQUENCES)
         self.kv_unified = kv_unified or n_seq_max == 1
-        n_ctx = _between("n_ctx", n_ctx, 1, 1 << 30)
+        n_ctx = between("n_ctx", n_ctx, 1, 1 << 30)
         # llama.cpp aborts the process where a batch cannot hold one token of each sequence
-        n_ctx = _between("n_ctx", n_ctx, self.n_seq_max, 1 << 30)
-        n_batch = _between("n_batch", n_batch or min(n_ctx, 2048), self.n_seq_max, 1 << 24)
-        n_ubatch = min(n_batch, _between("n_ubatch", n_ubatch or 512, 1, 1 << 24))
+        n_ctx = between("n_ctx", n_ctx, self.n_seq_max, 1 << 30)
+        n_batch = between("n_batch", n_batch or min(n_ctx, 2048), self.n_seq_max, 1 << 24)
+        n_ubatch = min(n_batch, between("n_ubatch", n_ubatch or 512, 1, 1 << 24))
         params = lc.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_ubatch, n_seq_max
         params.n_threads = params.n_threads_batch = n_threads or usable_cores()
-        params.type_k = params.type_v = _choice("kv_type", kv_type, _KV_TYPES)
-        params.flash_attn_type = _choice("flash_attn", flash_attn, _FLASH)
+        params.type_k = params.type_v = choice("kv_type", kv_type, _KV_TYPES)
+        params.flash_attn_type = choice("flash_attn", flash_attn, _FLASH)
         params.kv_unified = self.kv_unified
         params.swa_full = True  # no cell is dropped before the context is cleared
         params.no_perf = True
@@ -102,8 +104,10 @@ class Session:
             self._next_pos, n_vocab=model.n_vocab, each=self.n_ctx_seq, together=self.n_ctx if self.kv_unified else 0
         )
         self._key: str | None = None
+        self._rows: RowReads | None = None
         if self._inputs is None:
             self.graph = self._probe()
+            self._rows = RowReads(self._callback, self.graph)
         else:
             self.graph = self._inputs.graph
             self._inputs.enable(self._handle)
@@ -144,9 +148,12 @@ class Session:
         """
         if self.model.truncated and logits != "none" and not stop_early:
             raise LlamaError(f"only {self.model.blocks} blocks of this model are loaded: it has no logits")
-        batch = self._token.take(tokens_N, seq_N, pos_N, logits) or self._batch(tokens_N, seq_N, pos_N, logits)
+        one = self._token.take(tokens_N, seq_N, pos_N, logits)
+        batch = one or self._batch(tokens_N, seq_N, pos_N, logits)
         reads = [] if self._inputs is None else self._inputs.reads(hooks)
-        targets = self._targets(hooks, batch) if self._inputs is None else {}
+        single = self._rows if one is not None and not stop_early else None
+        copied = single is not None and single.begin(hooks, outputs=logits != "none")
+        targets = self._targets(hooks, batch) if self._inputs is None and not copied else {}
         key = edits_key
         if not key and any(hook.edit is not None for hook in hooks):
             key = f"unnamed edits {next(_unnamed_keys)}"
@@ -159,7 +166,7 @@ class Session:
             batch.tokens_N, batch.seq_N, batch.pos_N, batch.output_N, self._pieces(batch.seq_N), targets, stop_early
         )
         self._key = key
-        self._run(batch, plan, reads)
+        self._run(batch, plan, reads, copied)
         if stop_early:
             self.clear(wipe=False)
             return None
@@ -229,7 +236,7 @@ class Session:
 
     def _batch(self, tokens: Any, seq: Any, pos: Any, logits: str) -> Batch:
         """The checked arrays: what llama.cpp would abort on, or take silently, is refused here."""
-        tokens_N, seq_N, pos_N = (_integers(n, a) for n, a in (("tokens", tokens), ("seq", seq), ("pos", pos)))
+        tokens_N, seq_N, pos_N = (integers(n, a) for n, a in (("tokens", tokens), ("seq", seq), ("pos", pos)))
         if not len(tokens_N) == len(seq_N) == len(pos_N):
             raise ShapeError(f"{len(tokens_N)} tokens, {len(seq_N)} sequence ids, {len(pos_N)} positions: not as many")
         most, name = (self.n_ubatch, "n_ubatch") if self._whole else (self.n_batch, "n_batch")
@@ -281,10 +288,11 @@ class Session:
             return split_simple(len(seq_N), self.n_ubatch)
         return split_equal(seq_N, self.n_ubatch)
 
-    def _run(self, batch: Batch, plan: DecodePlan, reads: list[tuple[int, Hook]]) -> None:
-        """`llama_decode`, with the KV cleared whenever it does not end well."""
+    def _run(self, batch: Batch, plan: DecodePlan, reads: list[tuple[int, Hook]], copied: bool) -> None:
+        """`llama_decode`, with the KV cleared whenever it does not end well. `copied`: the rows are read by ask.c."""
         log_tail.clear()
-        self._callback.arm(plan, self.graph)
+        if not copied:
+            self._callback.arm(plan, self.graph)
         try:
             quick = quick_switching() if plan.hooks else contextlib.nullcontext()
             with quick, deferred_signals(self._callback.interrupt):
@@ -297,6 +305,8 @@ class Session:
                     f"llama.cpp cannot decode {len(batch.tokens_N)} tokens: {log_tail.reason(f'code {code}')}"
                 )
             self._callback.disarm(plan)
+            if copied and self._rows is not None:
+                self._rows.end(int(batch.seq_N[0]), int(batch.pos_N[0]))
             if self._inputs is not None:
                 self._inputs.serve(self._handle, reads, batch.seq_N, batch.pos_N)
         except BaseException:
@@ -379,22 +389,3 @@ def _groups(session: Session, lengths: list[int]) -> Iterator[list[int]]:
         total += length
     if group:
         yield group
-
-
-def _integers(name: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ShapeError(f"{name} must be a 1-D array of integers; got {array.dtype} of shape {array.shape}")
-    return array.astype(np.int64)
-
-
-def _between(name: str, value: int, low: int, high: int) -> int:
-    if not low <= value <= high:
-        raise ConfigError(f"{name}={value}; expected {low} to {high}")
-    return value
-
-
-def _choice(name: str, value: str, choices: dict[str, int]) -> int:
-    if value not in choices:
-        raise ConfigError(f"{name}='{value}'; expected {', '.join(choices)}")
-    return choices[value]

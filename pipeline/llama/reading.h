@@ -1,0 +1,53 @@
+/* Reading one row of activations in C: what products.c and reading.c share. The blocks of Q8_0 are ggml's: F16 scale,
+   32 signed bytes; the rows of Q4_0 lie as products.c says. */
+#ifndef GGSCOPE_READING_H
+#define GGSCOPE_READING_H
+#include "vectors.h"
+
+#define QK 32
+#define BLOCK_BYTES 34
+
+enum kind { KIND_F32 = 0, KIND_F16 = 1, KIND_Q4_0 = 2, KIND_Q8_0 = 8, KIND_BF16 = 30 }; /* enum ggml_type */
+
+static inline float half_at(const void * p) {
+    uint16_t bits;
+    memcpy(&bits, p, sizeof bits);
+#if defined(__F16C__)
+    return _cvtsh_ss(bits);
+#else
+    uint32_t sign = (uint32_t) (bits & 0x8000) << 16, rest = bits & 0x7fff, out;
+    if (rest >= 0x7c00) {
+        out = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+    } else if (rest >= 0x0400) {
+        out = sign | ((rest << 13) + 0x38000000);
+    } else {
+        float small = (float) rest * 0x1p-24f;
+        memcpy(&out, &small, sizeof out);
+        out |= sign;
+    }
+    float value;
+    memcpy(&value, &out, sizeof value);
+    return value;
+#endif
+}
+
+static inline float bfloat_at(const uint8_t * p) {
+    uint32_t bits = (uint32_t) (p[0] | p[1] << 8) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Whether there is a product with F rows of this type here. */
+int ggscope_has_affine(int kind, int64_t F);
+/* Bytes of a row u as the product with this type takes it, and making that of it. */
+int64_t ggscope_input_bytes(int kind, int64_t D);
+void ggscope_round_input(int kind, const float * u_D, int64_t D, void * input);
+/* The first latent of part p of P: parts begin at multiples of 8. */
+static inline int64_t ggscope_part(int64_t F, int64_t p, int64_t P) { return p == P ? F : F / 8 * p / P * 8; }
+/* pre = W u + b of latents first..last - 1; `pre` begins with the first of them. */
+void ggscope_products(
+    int kind, const uint8_t * W, int64_t D, const void * input, const float * b_F, int64_t first, int64_t last,
+    float * pre);
+
+#endif
