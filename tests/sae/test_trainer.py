@@ -217,6 +217,33 @@ def test_a_run_killed_at_random_moments_ends_at_the_same_bits(words, kills, tmp_
     assert not list(folder.rglob("*.pt"))[5:]  # nothing piles up
 
 
+def test_a_row_that_a_kill_cut_in_two_is_that_of_an_undisturbed_run(tmp_path):
+    config = replace(SMALL, log_steps=6, dead_after_tokens=2 * 128, lr=3e-2, init_scale=1.0)
+
+    def with_dead_latents(folder, **extra):
+        run = trainer(folder, config, **extra)
+        with torch.no_grad():
+            run.model.W_enc_FD[::2] *= 0.2
+        return run
+
+    def numbers(row):
+        return {name: value for name, value in row.items() if name not in ("tokens_per_s", "wait_share")}
+
+    def stop(tokens):
+        if tokens == 5 * 128:  # the checkpoint of step 4 is there, the row of step 6 is not
+            raise RuntimeError("stopped")
+
+    whole, rows = [], []
+    with_dead_latents(tmp_path / "whole", log=whole.append).fit()
+    with pytest.raises(RuntimeError, match="stopped"):
+        with_dead_latents(tmp_path / "cut", log=rows.append, progress=stop).fit()
+    assert rows == []
+    trainer(tmp_path / "cut", config, log=rows.append).fit(resume=True)
+    assert [numbers(row) for row in rows] == [numbers(row) for row in whole]
+    assert [row["step"] for row in rows] == [6, 12]
+    assert min(rows[0][name] for name in ("revived", "auxk_loss")) > 0
+
+
 def test_waiting_for_rows_is_what_the_metrics_say_it_is(tmp_path):
     class Slow(Toy):
         def next(self):
