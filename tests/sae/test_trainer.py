@@ -15,7 +15,7 @@ import torch
 
 from sae.batches import Prefetcher
 from sae.checkpoint_torch import checkpoints, load_checkpoint
-from sae.errors import ConfigError, DivergedError, FormatError, InterruptedRunError, ShapeError
+from sae.errors import ConfigError, DivergedError, FormatError, InterruptedRunError, OutOfMemoryError, ShapeError
 from sae.metrics import ReconstructionMetrics
 from sae.runtime import decode, encode
 from sae.trainer import TrainConfig, Trainer, checkpoint_step, pick_device
@@ -281,6 +281,30 @@ def test_a_full_disk_stops_the_run_with_the_earlier_checkpoint_intact(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000007.pt", "step_00000014.pt"]
     assert not list(tmp_path.glob("*.partial"))
     assert load_checkpoint(checkpoints(tmp_path)[-1])["step"] == 14
+
+
+@pytest.mark.parametrize(
+    ("kernel", "optimizer"), [("native", "adam"), ("torch", "adam"), ("torch", "signum"), ("torch", "muon")]
+)
+def test_a_decoder_row_of_zeros_in_the_sae_to_start_from_stays_and_harms_nothing(tmp_path, kernel, optimizer):
+    config, toy = replace(SMALL, kernel=kernel, optimizer=optimizer), Toy(batch=128)
+    start = untrained_weights(D, 64, 4, seed=0, sample_ND=toy.rows(2000, 7), **toy.statistics())
+    start.W_dec_FD[5], start.b_enc_F[5] = 0, -1e6  # it never fires
+    weights = trainer(tmp_path, config, toy, start=replace(start, variant="threshold", threshold_F=np.zeros(64))).fit()
+    assert not weights.W_dec_FD[5].any()
+    assert np.isfinite(weights.W_dec_FD).all()
+    np.testing.assert_allclose(np.linalg.norm(np.delete(weights.W_dec_FD, 5, 0), axis=1), 1, rtol=1e-5)
+
+
+def test_no_memory_for_a_checkpoint_says_what_to_lower(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("sae.checkpoint_torch.torch.save", full)
+    with pytest.raises(
+        OutOfMemoryError, match=r"while the checkpoint of step 4 was written .*lower num_latents \(64\)"
+    ):
+        trainer(tmp_path).fit()
 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_old_handler_is_back_afterwards(tmp_path):
