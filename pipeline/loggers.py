@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from sae.checkpoint import write_atomic
 from sae.errors import ConfigError
 
 from .config import LoggerConfig
@@ -35,7 +36,7 @@ class MetricsLogger(ABC):
 
 @final
 class JsonlLogger(MetricsLogger):
-    """One JSON object a line, flushed at once. Resuming at a step drops the rows past it."""
+    """One JSON object a line, flushed at once. Resuming at a step drops the rows past it; a kill meanwhile, no other."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = []
@@ -46,10 +47,9 @@ class JsonlLogger(MetricsLogger):
                 except ValueError:
                     continue  # the line a kill cut short
                 if row.get(STEP, 0) <= resume_step:
-                    kept.append(line)
-        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115  open for the whole run
-        for line in kept:
-            self.file.write(line + "\n")
+                    kept.append(line + "\n")
+        write_atomic(path, lambda file: file.write("".join(kept).encode()))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run
 
     def log(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")

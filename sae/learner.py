@@ -158,7 +158,7 @@ class Learner:
             "revived_total": self._revived,
             "auxk_loss": auxk_loss,
             "lr": self.config.lr_at(self.step - 1),
-            "tokens_per_s": window.rows / seconds if seconds else 0.0,
+            "tokens_per_s": window.rows_here / seconds if seconds else 0.0,
             "wait_share": waited / seconds if seconds else 0.0,
         }
         self._window = Window(self.device)
@@ -243,7 +243,8 @@ class Learner:
             "identity": self.identity(),
             "metrics": self.metrics,
             "fired_rows": self._fired_rows,
-            "revived": self._revived + self._window.revived,
+            "revived": self._revived,
+            "window": self._window.state(),
             "judged": self.judged,
             "best": self.best,
             "span": self._span_2.tolist(),
@@ -283,19 +284,30 @@ class Learner:
         self.metrics, self.judged, self.best = facts["metrics"], facts["judged"], facts["best"]
         self._span_2.copy_(torch.tensor(facts["span"], dtype=torch.float64))
         self._window = Window(self.device)
+        self._window.load(facts["window"])
 
 
 class Window:
-    """Sums over the steps since the last report; on the device until they are read."""
+    """Sums over the steps since the last report; on the device until they are read. They go on after a resume."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums_5 = torch.zeros(5, dtype=torch.float64, device=device)
         self.rows = self.steps = self.revived = 0
+        self.rows_here = 0  # of them in this process, whose time is known
+
+    def state(self) -> dict[str, Any]:
+        """For `load`; waits for the device."""
+        return {"sums": self._sums_5.tolist(), "rows": self.rows, "steps": self.steps, "revived": self.revived}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._sums_5.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.rows, self.steps, self.revived = state["rows"], state["steps"], state["revived"]
 
     def add(self, result: StepResult, scatter: torch.Tensor, rows: int) -> None:
         fired = result.fired_F.sum()
         self._sums_5 += torch.stack([result.error, scatter, result.auxk_loss, result.loss, fired]).double()
         self.rows += rows
+        self.rows_here += rows
         self.steps += 1
 
     def error(self) -> float:

@@ -256,9 +256,15 @@ class SparseCoder(nn.Module, ABC):
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
-        """Bring every row of W_dec back to norm 1, where the variant has unit rows."""
+        """Bring every row of W_dec back to norm 1, where the variant has unit rows; one of zeros, as an imported SAE may
+        have, stays."""
         if self.unit_rows:
-            self.W_dec_FD.div_(torch.linalg.vector_norm(self.W_dec_FD, dim=1, keepdim=True))
+            self.W_dec_FD.div_(self.decoder_norms())
+
+    def decoder_norms(self) -> torch.Tensor:
+        """||W_dec[i]||, (F, 1), above zero: what rows are divided by."""
+        norm_F1 = torch.linalg.vector_norm(self.W_dec_FD.detach(), dim=1, keepdim=True)
+        return norm_F1.clamp_min_(torch.finfo(norm_F1.dtype).tiny)
 
     def layer_rows(self) -> list[slice]:
         """The latents that read each input of a cross-layer transcoder: equal shares, in order."""

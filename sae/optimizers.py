@@ -143,7 +143,7 @@ class ScheduleFreeSignum(Optimizer):
             x.lerp_(z, share)
             y.copy_(torch.lerp(z, x, self.momentum))
         if self.model.unit_rows:
-            norm_F1 = torch.linalg.vector_norm(self.model.W_dec_FD, dim=1, keepdim=True)
+            norm_F1 = self.model.decoder_norms()
             self._x["W_dec_FD"].div_(norm_F1)
             self._z["W_dec_FD"].div_(norm_F1)
             self.model.normalise_decoder_()

@@ -79,6 +79,8 @@ class TrainConfig:
             "prefetch_batches",
         ):
             self._check(name, getattr(self, name) >= 0, "0 or more")
+        # AuxK's error is a share of the batch's own scatter, of which one row has none
+        self._check("batch_tokens", self.batch_tokens > 1 or not self.auxk_coef, "2 or more, or auxk_coef 0")
         self._check("k", self.k <= self.num_latents, f"at most num_latents = {self.num_latents}")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "above 0")
         self._check("init_scale", math.isfinite(self.init_scale) and self.init_scale >= 0, "0 or more")

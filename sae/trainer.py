@@ -205,7 +205,8 @@ class JointTrainer:
             self._clock.start()
 
     def _save(self, *, scheduled: bool = False) -> Path:
-        path = self.saves.save(self.step, self._data_state, scheduled=scheduled)
+        with memory_failures_named(f"while the checkpoint of step {self.step} was written", self._advice):
+            path = self.saves.save(self.step, self._data_state, scheduled=scheduled)
         self.ranks.meet()
         return path
 

@@ -76,7 +76,7 @@ class Pooled:
 def read_labelled(path: Path, *, text_key: str, label_key: str) -> Labelled:
     """The rows of a CSV with a header. ConfigError for a file that cannot be probed, saying what it lacks."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{SETTING}={path}: cannot be read as CSV ({error})") from None

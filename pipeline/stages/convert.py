@@ -64,7 +64,7 @@ def write_file(context: RunContext) -> None:
     context.three_lines(
         "; ".join(source.named for source in sources) + named,
         f"encoder {config.encoder_type}, decoder {config.decoder_type}, {out.stat().st_size / 1e6:.1f} MB; "
-        + said(reports, [w.hook for w in written], [len(probe) for _, probe in made]),
+        + said(reports, written, [len(probe) for _, probe in made]),
         " and ".join(relative(path) for path in (out, vector, context.outputs.get("export")) if path),
     )
 

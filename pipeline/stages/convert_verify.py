@@ -53,7 +53,7 @@ def check_file(context: RunContext) -> None:
     limit = allowed(info.encoder_type, info.decoder_type)
     context.three_lines(
         f"{relative(path)} (sha256 {sha256[:12]}) against {'; '.join(source.named for source in sources)}",
-        f"encoder {info.encoder_type}, decoder {info.decoder_type}; {said(reports, [s.weights.hook for s in sources], rows)}; "
+        f"encoder {info.encoder_type}, decoder {info.decoder_type}; {said(reports, [s.weights for s in sources], rows)}; "
         f"allowed: FVU +-{limit.fvu:g}, overlap {limit.overlap:g} or more",
         "they match; nothing was written",
     )
@@ -101,10 +101,17 @@ def as_written(weights: SAEWeights, source: Source, stored: SAEWeights) -> SAEWe
     return replace(weights, mean_D=stored.mean_D, variance=stored.variance, k=k)
 
 
-def said(reports: Sequence[Mapping[str, float]], hooks: Sequence[str], rows: Sequence[int]) -> str:
-    """The numbers of a comparison, by hook point where there are several."""
+def said(reports: Sequence[Mapping[str, float]], weights: Sequence[SAEWeights], rows: Sequence[int]) -> str:
+    """The numbers of a comparison, by hook point where there are several. What a transcoder should reconstruct is not
+    among the rows: of it, how far its output moved."""
     return "; ".join(
-        f"{f'{hook}: ' if len(reports) > 1 else ''}on {n:,} rows FVU {r['fvu_source']:.4f} -> {r['fvu_file']:.4f}, "
+        f"{f'{w.hook}: ' if len(reports) > 1 else ''}on {n:,} rows {_fvu_said(r, w)}, "
         f"L0 {r['l0_source']:.1f} -> {r['l0']:.1f}, top-k overlap {r['topk_overlap']:.4f}"
-        for r, hook, n in zip(reports, hooks, rows, strict=True)
+        for r, w, n in zip(reports, weights, rows, strict=True)
     )
+
+
+def _fvu_said(report: Mapping[str, float], weights: SAEWeights) -> str:
+    if weights.hook_out:
+        return f"its output has FVU {report['fvu_file']:.1e} against the source's output"
+    return f"FVU {report['fvu_source']:.4f} -> {report['fvu_file']:.4f}"

@@ -243,7 +243,8 @@ def _latents_kernel(
     m, v = tl.load(W_dec_m + at, mask=inside, other=0.0), tl.load(W_dec_v + at, mask=inside, other=0.0)
     weight, m, v = _adam(weight, m, v, dec, beta1, beta2, eps, step_size, root_correction)
     weight = tl.where(inside, weight, 0.0)
-    tl.store(W_dec_FD + at, weight / tl.sqrt(tl.sum(weight * weight)), mask=inside)
+    norm = tl.sqrt(tl.sum(weight * weight))
+    tl.store(W_dec_FD + at, weight / tl.where(norm == 0, 1.0, norm), mask=inside)  # a row of zeros stays
     tl.store(W_dec_m + at, m, mask=inside)
     tl.store(W_dec_v + at, v, mask=inside)
 

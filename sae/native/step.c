@@ -318,7 +318,7 @@ static void update_latent(const struct step * s, int64_t i, float * enc, float *
     adam(s, s->b_enc_F + i, s->b_enc_m + i, s->b_enc_v + i, &bias, 1);
     add_scaled(dec, -dot(dec, w_dec, D), w_dec, D); /* what is along the row would only change its norm */
     adam(s, w_dec, s->W_dec_m + at, s->W_dec_v + at, dec, D);
-    float inverse = 1.0f / sqrtf(dot(w_dec, w_dec, D));
+    float norm = sqrtf(dot(w_dec, w_dec, D)), inverse = 1.0f / (norm == 0 ? 1 : norm); /* a row of zeros stays */
     for (int64_t j = 0; j < D; j++) w_dec[j] *= inverse;
     ggscope_refresh(s, i, enc);
 }

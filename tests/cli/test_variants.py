@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
     assert fvu < 0.6
     few = ["corpus.max_documents=3", "convert.probe_tokens=500"]
     settings = ["convert.source=skip/sae", "convert.encoder_type=F32", "convert.thresholds=latent", *few]
-    ggscope("convert", *settings, "run_dir=gguf", cwd=folder)
+    converted = ggscope("convert", *settings, "run_dir=gguf", cwd=folder)
+    assert re.search(r"rows its output has FVU \d\.\de-\d\d against the source's output, L0 8", converted.stdout)
     back = read_sae_gguf(folder / "gguf" / "sae.gguf")
     np.testing.assert_array_equal(back.W_skip_OD, weights.W_skip_OD)
     assert back.variant == "threshold"

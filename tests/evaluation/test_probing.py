@@ -140,6 +140,8 @@ def test_a_csv_keeps_commas_quotes_and_line_ends_of_its_texts(tmp_path):
     found = read_labelled(path, text_key="text", label_key="label")
     assert found.texts == [text] * 4 + ["other"] * 4
     assert found.labels == ["x"] * 4 + ["y"] * 4
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as Excel saves it
+    assert read_labelled(path, text_key="text", label_key="label") == found
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae.errors import ConfigError, ShapeError
-from sae.kernels import FastStep, encoder_dtype, grouped_topk, sampled_products
+from sae.kernels import Chosen, FastStep, encoder_dtype, grouped_topk, offsets_of, sampled_products, sparse_sums
 from sae.losses import LossSettings, choose, dense_step
 from sae.model import TopKSAE, apply_update_, input_scale
 from sae.runtime import decode, encode
@@ -333,3 +333,39 @@ def test_sampled_products_are_the_entries_of_the_full_product():
     a_ND, table_FD, idx_NK = rng.standard_normal((9, 5)), rng.standard_normal((30, 5)), rng.integers(0, 30, (9, 4))
     found = sampled_products(*(torch.from_numpy(array) for array in (a_ND, table_FD, idx_NK)))
     np.testing.assert_allclose(found.numpy(), np.take_along_axis(a_ND @ table_FD.T, idx_NK, axis=1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("pairs", ["k to a row", "any", "none"])
+def test_sums_over_the_rows_of_a_latent_are_those_of_the_dense_product_whatever_was_in_the_memory(
+    monkeypatch, mkl, dtype, pairs
+):
+    if not mkl:  # builds of torch without it: macOS, ARM
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    rows, d, latents, k = 40, 7, 60, 3
+    rng = np.random.default_rng(0)
+    centred_ND, grad_ND = (torch.from_numpy(rng.standard_normal((rows, d))).to(dtype) for _ in range(2))
+    idx_NK = torch.from_numpy(np.argsort(rng.random((rows, 30)), axis=1)[:, :k])  # the latents from 30 on have no pair
+    row_P, idx_P = torch.arange(rows).repeat_interleave(k), idx_NK.flatten()
+    if pairs != "k to a row":
+        kept_P = torch.from_numpy(rng.random(rows * k) < (0.6 if pairs == "any" else 0))
+        row_P, idx_P = row_P[kept_P], idx_P[kept_P]
+    vals_P, grad_vals_P = (torch.from_numpy(rng.standard_normal(len(row_P))).to(dtype) for _ in range(2))
+    dense = []
+    for value_P in (grad_vals_P, vals_P):
+        dense_NF = torch.zeros(rows, latents, dtype=torch.float64)
+        dense_NF[row_P, idx_P] = value_P.double()
+        dense.append(dense_NF)
+    expected = dense[0].t() @ centred_ND.double(), dense[1].t() @ grad_ND.double(), dense[0].sum(0)
+    chosen = Chosen(idx_P, offsets_of(row_P, rows), row_P)
+    if pairs == "k to a row":
+        chosen, vals_P, grad_vals_P = Chosen(idx_NK), vals_P.view(rows, k), grad_vals_P.view(rows, k)
+    kept = tuple(torch.full((latents, d), value, dtype=dtype) for value in (torch.nan, torch.inf))
+    for out in (None, kept, kept):
+        found = sparse_sums(latents, centred_ND, grad_ND, chosen, vals_P, grad_vals_P, out)
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == dtype
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
+    if mkl and torch.backends.mkl.is_available():
+        assert found[0] is kept[0]

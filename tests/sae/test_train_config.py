@@ -59,3 +59,11 @@ def test_auxk_works_in_a_short_run_of_default_settings(tmp_path):
 def test_settings_out_of_range_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         replace(SMALL, **change)
+
+
+def test_a_batch_of_one_row_has_no_scatter_for_auxk(tmp_path):
+    with pytest.raises(ConfigError, match="batch_tokens must be 2 or more, or auxk_coef 0, got 1"):
+        replace(SMALL, batch_tokens=1)
+    config = replace(SMALL, batch_tokens=1, tokens=30, auxk_coef=0.0, dead_after_tokens=2)
+    toy = Toy(batch=1)
+    assert Trainer(config, toy, **toy.statistics(), folder=tmp_path).fit().training["tokens"] == 30

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.config import LoggerConfig
-from pipeline.loggers import open_loggers
+from pipeline.loggers import JsonlLogger, open_loggers
 
 ROWS = [{"step": 5, "fvu": 0.5, "note": "text"}, {"step": 10, "fvu": 0.25, "l0": 32.0}]
 
@@ -17,6 +17,21 @@ def log(config, folder, rows, resume_step=0, name=""):
         for row in rows:
             logger.log(row)
         logger.close()
+
+
+def test_rows_before_a_resume_are_on_disk_from_its_start_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step, rows in ((0, ROWS), (5, [])):
+        logger = JsonlLogger(path, step)
+        for row in rows:
+            logger.log(row)
+        if rows:
+            logger.file.write('{"step": 1')  # a kill
+            logger.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS[:1]  # the second is not closed: killed
+    logger.log(ROWS[1])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS
+    logger.close()
 
 
 @pytest.mark.filterwarnings("ignore")
