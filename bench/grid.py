@@ -1,7 +1,7 @@
 """`python -m bench.grid [--quick] [--json FILE]`: SAEs of the demo model over k and width, ours beside other trainers'.
 
-Every side trains on the same batches of one store, at the best of a few learning rates by the same rule; `ggscope
-evaluate` measures all of them on the same held-out text. The peers live in `.venv-bench-train` (`make bench-env`).
+Every side trains on the same batches of one store, for every k at the best of a few learning rates by the same rule:
+whole trainings at the first width, the lowest FVU on held-out text. `ggscope evaluate` measures all of them on the same held-out text. The peers live in `.venv-bench-train` (`make bench-env`).
 A run that was cut off goes on; `--again` trains a side anew.
 """
 
@@ -21,10 +21,10 @@ from bench.grid_picture import draw
 from bench.grid_runs import OURS, Point, Runs, Settings
 
 LIBRARIES = ("sparsify", "saelens", "dictionary_learning")
-KS, WIDTHS = (32, 16, 64), (2048, 4096)  # the first of each is where learning rates are chosen
+KS, WIDTHS = (32, 16, 64), (2048, 4096)
 BATCHTOPK = ("dictionary_learning",)  # who is compared there, at the first k
 QUICK = Settings(
-    store_rows=30_000, tokens=24_576, batch=512, rates=(2e-3, 8e-3), search_share=0.5, evaluate_tokens=4096,
+    store_rows=30_000, tokens=24_576, batch=512, rates=(2e-3, 8e-3), evaluate_tokens=4096,
     splice_tokens=4096,
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = points(
         options.k or KS[: 1 if options.quick else None], options.width or WIDTHS[: 1 if options.quick else None]
     )
-    runs = Runs(settings, folder, Point(num_latents=WIDTHS[0], k=KS[0]), threads=options.threads, say=_say)
+    runs = Runs(settings, folder, (options.width or WIDTHS)[0], threads=options.threads, say=_say)
     for side in options.again:
         shutil.rmtree(folder / side, ignore_errors=True)
     sides = [side for side in options.sides if side == OURS or TRAIN_PEER_PYTHON.exists()]
@@ -47,12 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
         facts["left out"] = "other trainers: run `make bench-env` first"
     started = time.monotonic()
     found: dict[str, dict[Point, dict[str, Any]]] = {}
+    todo = list(tasks(sides, wanted))
     try:
-        for side, point in tasks(sides, wanted):
+        for side, point in todo:
             found.setdefault(runs.version(side), {})[point] = runs.quality(side, point)
             if options.json is not None:
                 write_json(options.json, list(rows(found)), facts | {"found": flat(found)})
-        facts["rates"] = {side: runs.rate(side) for side in sides}
+        facts["rates"] = {side: {p.name: runs.rate(side, p) for of, p in todo if of == side} for side in sides}
     except BenchError as error:
         facts["failed"] = str(error)
     facts["seconds"] = round(time.monotonic() - started)

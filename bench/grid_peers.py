@@ -21,8 +21,6 @@ from bench.common import serve
 from bench.train_peers import LIBRARIES, MODULES, version
 from bench.train_worker import Problem
 
-JUDGED_SHARE = 0.25  # of the steps, the last ones: what pipeline/training/lr_search.py judges a rate by
-
 
 def scale_for(library: str, rows: dict[str, float], d_in: int) -> float:
     """What raw rows are multiplied by. `rows`: their `mean_norm` and `mean_square` (of the norm).
@@ -48,12 +46,11 @@ def train(
     dead_after_tokens: int,
     seed: int,
     threads: int,
-    save: str = "",
+    save: str,
 ) -> dict[str, Any]:
-    """Train on the first `steps` batches of `rows`; the SAE goes to the folder `save`, if any.
+    """Train on the first `steps` batches of `rows`; the SAE goes to the folder `save`.
 
-    `fvu`: sum ||x - x_hat||^2 over N variance, each batch before its step, over the last quarter of the steps,
-    where nothing is saved. `fvu_of_first_batch`: the same of the first batch by the finished SAE, as the library
+    `fvu_of_first_batch`: sum ||x - x_hat||^2 over N variance of the first batch by the finished SAE, as the library
     itself computes it. `seconds` are those of the steps.
     """
     torch.set_num_threads(threads)
@@ -66,23 +63,17 @@ def train(
         dead_after_tokens=dead_after_tokens,
     )  # fmt: skip
     side = LIBRARIES[library](problem, **options)
-    judged_from = steps if save else math.ceil(steps * (1 - JUDGED_SHARE))
-    seconds = error = 0.0
+    seconds = 0.0
     for step in range(steps):
         x_BD = torch.from_numpy(np.asarray(x_ND[step * batch : (step + 1) * batch], np.float32) * np.float32(scale))
-        if step >= judged_from:
-            with torch.no_grad():
-                error += float((x_BD - side.reconstruct(x_BD)).double().pow(2).sum())
         started = time.perf_counter()
         side.step(x_BD)
         seconds += time.perf_counter() - started
-    if save:
-        x_BD = torch.from_numpy(x_ND[:batch] * np.float32(scale))
-        with torch.no_grad():
-            found = float((x_BD - side.reconstruct(x_BD)).double().pow(2).sum()) / (batch * problem.variance)
-        side.save(Path(save), scale)
-        return {"seconds": seconds, "fvu_of_first_batch": found}
-    return {"seconds": seconds, "fvu": error / ((steps - judged_from) * batch * problem.variance)}
+    x_BD = torch.from_numpy(x_ND[:batch] * np.float32(scale))
+    with torch.no_grad():
+        found = float((x_BD - side.reconstruct(x_BD)).double().pow(2).sum()) / (batch * problem.variance)
+    side.save(Path(save), scale)
+    return {"seconds": seconds, "fvu_of_first_batch": found}
 
 
 def main() -> None:

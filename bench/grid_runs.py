@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from pipeline.store.reader import ActivationStore
 
 HOOK = "blocks.3.hook_resid_post"
 OURS = "ours"
-MAX_WARMUP_SHARE = 0.25  # of the steps of a search, as in pipeline/training/lr_search.py
 AUXK_ALPHA = 1 / 32  # sparsify has AuxK off by default; the other libraries' own weights stand
 THRESHOLD = (0.5, 0.98)  # dictionary_learning's BatchTopK: its average starts at step 1000, later than a run here ends
 MEASURED = ("fvu", "l0", "dead_share", "ce_recovered", "delta_ce_nats", "rows", "splice_rows")
@@ -51,7 +49,6 @@ class Settings:
     tokens: int = 409_600
     batch: int = 1024
     rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
-    search_share: float = 0.2
     warmup_share: float = 0.1
     decay_share: float = 0.2  # sparsify's schedule falls from the end of the warm-up on
     dead_after_tokens: int = 100_000
@@ -67,26 +64,28 @@ class Settings:
     def warmup_steps(self) -> int:
         return int(self.steps * self.warmup_share)
 
-    @property
-    def search_steps(self) -> int:
-        return math.ceil(self.steps * self.search_share)
-
     def folder(self, base: Path) -> Path:
         text = json.dumps(asdict(self), sort_keys=True)
         return base / f"grid-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 class Runs:
-    """The folder of one grid. `search_at`: where each side's learning rate is chosen, for all its points."""
+    """The folder of one grid. `first_width`: the number of latents at which the learning rates of a k are chosen."""
 
-    def __init__(self, settings: Settings, folder: Path, search_at: Point, *, threads: int, say: Say) -> None:
-        self.settings, self.folder, self.search_at, self.threads, self.say = settings, folder, search_at, threads, say
+    def __init__(self, settings: Settings, folder: Path, first_width: int, *, threads: int, say: Say) -> None:
+        self.settings, self.folder, self.first_width, self.threads, self.say = (
+            settings,
+            folder,
+            first_width,
+            threads,
+            say,
+        )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", asdict(settings))
 
     def quality(self, side: str, point: Point) -> dict[str, Any]:
         """FVU, L0, dead share, CE recovered and delta CE of a side's SAE on held-out text; with `lr` and `seconds`."""
-        return self._once(f"{side}/{point.name}/quality.json", lambda: self._evaluated(side, point))
+        return self._measured(side, point, self.rate(side, point)["best"])
 
     def version(self, side: str) -> str:
         """The name of a side in the table."""
@@ -120,55 +119,31 @@ class Runs:
             partial.replace(path)
         return path, numbers
 
-    def rate(self, side: str) -> dict[str, Any]:
-        """`{"best": lr, "fvu": {lr: FVU over the last quarter}}` of the rates, each on the same share of the tokens."""
-        if side == OURS:  # its search ends in the training of the point it was made at
-            self._trained(OURS, self.search_at)
-            return json.loads((self.folder / OURS / self.search_at.name / "train" / "lr_search.json").read_text())[""]
-        return self._once(f"{side}/rate.json", lambda: self._searched(side))
-
-    def _searched(self, library: str) -> dict[str, Any]:
-        settings, fvu = self.settings, dict[float, float]()
-        steps = settings.search_steps
-        warmup = min(settings.warmup_steps, int(steps * MAX_WARMUP_SHARE))
-        for lr in settings.rates:
-            self.say(f"{library}: learning rate {lr:g}")
-            found = self._peer(library, self.search_at, lr=lr, steps=steps, warmup_steps=warmup)["fvu"]
-            if math.isfinite(found):
-                fvu[lr] = found
+    def rate(self, side: str, point: Point) -> dict[str, Any]:
+        """`{"best": lr, "fvu": {lr: FVU on held-out text}}` of whole trainings at the first width, for every width."""
+        at = replace(point, num_latents=self.first_width)
+        fvu = {lr: self._measured(side, at, lr)["fvu"] for lr in self.settings.rates}
         return {"best": min(fvu, key=lambda lr: fvu[lr]), "fvu": fvu}
 
-    def _trained(self, side: str, point: Point) -> dict[str, Any]:
-        return self._once(f"{side}/{point.name}/train.json", lambda: self._train(side, point))
+    def _measured(self, side: str, point: Point, lr: float) -> dict[str, Any]:
+        return self._once(f"{side}/{point.name}/lr{lr:g}/quality.json", lambda: self._evaluated(side, point, lr))
 
-    def _train(self, side: str, point: Point) -> dict[str, Any]:
-        folder = self.folder / side / point.name
-        folder.mkdir(parents=True, exist_ok=True)
-        searched = side == OURS and point == self.search_at
-        lr = 0.0 if searched else self.rate(side)["best"]
-        self.say(f"{side}: {point.name}" + (f" at lr {lr:g}" if lr else ", after a search for its learning rate"))
+    def _train(self, side: str, point: Point, lr: float, folder: Path) -> dict[str, Any]:
+        self.say(f"{side}: {point.name} at lr {lr:g}")
         if side != OURS:
-            (folder / "sae").mkdir(exist_ok=True)
-            found = self._peer(
-                side, point, lr=lr, steps=self.settings.steps, warmup_steps=self.settings.warmup_steps,
-                save=str(folder / "sae"),
-            )  # fmt: skip
-            return {"lr": lr, "seconds": found["seconds"]}
-        manifest = self._ours(point, folder / "train", lr)
-        lr = lr or manifest["metrics"]["lr_search"]["best"]
+            (folder / "sae").mkdir(parents=True, exist_ok=True)
+            return {"lr": lr, "seconds": self._peer(side, point, lr=lr, save=str(folder / "sae"))["seconds"]}
+        manifest = self._ours(point, lr, folder / "train")
         return {"lr": lr, "seconds": self.settings.tokens / manifest["metrics"]["tokens_per_s"]}
 
-    def _ours(self, point: Point, run_dir: Path, lr: float) -> dict[str, Any]:
+    def _ours(self, point: Point, lr: float, run_dir: Path) -> dict[str, Any]:
         s = self.settings
-        rates = [f"trainer.lr={lr}"] if lr else [
-            f"trainer.lr_search=[{','.join(map(str, s.rates))}]", f"trainer.lr_search_share={s.search_share}",
-        ]  # fmt: skip
         return self._cli(
             "train", f"store.path={self.store()}", f"sae.num_latents={point.num_latents}", f"sae.k={point.k}",
             f"sae.variant={point.variant}", f"trainer.tokens={s.tokens}", f"trainer.batch_tokens={s.batch}",
             f"trainer.warmup_steps={s.warmup_steps}", f"trainer.decay_share={s.decay_share}", f"trainer.seed={s.seed}",
-            f"trainer.dead_after_tokens={s.dead_after_tokens}", f"trainer.n_threads={self.threads}", *rates,
-            run_dir=run_dir,
+            f"trainer.dead_after_tokens={s.dead_after_tokens}", f"trainer.n_threads={self.threads}",
+            f"trainer.lr={lr}", run_dir=run_dir,
         )  # fmt: skip
 
     def _peer(self, library: str, point: Point, **request: Any) -> dict[str, Any]:
@@ -178,11 +153,11 @@ class Runs:
         if point.variant == "batchtopk" and library == "dictionary_learning":
             options["threshold"] = THRESHOLD
         shape = {"d_in": width, "num_latents": point.num_latents, "k": point.k, "batch": self.settings.batch}
-        decay = int(request["steps"] * self.settings.decay_share)
+        s = self.settings
         return self._ask(
             library, "train", library=library, options=options, rows=str(rows), statistics=statistics, shape=shape,
-            decay_steps=decay, dead_after_tokens=self.settings.dead_after_tokens, seed=self.settings.seed,
-            threads=self.threads, **request,
+            steps=s.steps, warmup_steps=s.warmup_steps, decay_steps=int(s.steps * s.decay_share),
+            dead_after_tokens=s.dead_after_tokens, seed=s.seed, threads=self.threads, **request,
         )  # fmt: skip
 
     def _ask(self, library: str, op: str, /, **request: Any) -> dict[str, Any]:
@@ -190,9 +165,10 @@ class Runs:
         with Worker(command, threads=self.threads) as worker:
             return worker.ask(op, **request)
 
-    def _evaluated(self, side: str, point: Point) -> dict[str, Any]:
-        trained = self._trained(side, point)
-        folder = self.folder / side / point.name
+    def _evaluated(self, side: str, point: Point, lr: float) -> dict[str, Any]:
+        folder = self.folder / side / point.name / f"lr{lr:g}"
+        name = str((folder / "train.json").relative_to(self.folder))
+        trained = self._once(name, lambda: self._train(side, point, lr, folder))
         sae = folder / "train" / "sae"
         if side != OURS:
             sae = folder / "sae.gguf"
@@ -200,7 +176,7 @@ class Runs:
                 "convert", f"convert.source={folder / 'sae'}", f"convert.hook={HOOK}", f"convert.out={sae}",
                 "convert.encoder_type=F32", "convert.decoder_type=F32", run_dir=folder / "convert",
             )  # fmt: skip
-        self.say(f"{side}: {point.name}: evaluating")
+        self.say(f"{side}: {point.name} at lr {lr:g}: evaluating")
         self._cli(
             "evaluate", f"sae.path={sae}", "evaluate.baselines=false", "evaluate.structure_latents=16",
             f"evaluate.tokens={self.settings.evaluate_tokens}", f"evaluate.splice_tokens={self.settings.splice_tokens}",
