@@ -19,7 +19,7 @@ from pipeline.config import TrainerConfig
 from pipeline.store.reader import ActivationStore
 from sae.runtime import decode, encode
 
-TINY = Settings(store_rows=6000, tokens=2048, batch=256, rates=(2e-3, 8e-3), evaluate_tokens=1024,
+TINY = Settings(store_rows=6000, tokens=2048, batch=256, rates=(2e-3, 8e-3), warmup_share=0.125, evaluate_tokens=1024,
                 splice_tokens=1024)  # fmt: skip
 POINT = Point(num_latents=512, k=16)
 WITH_PEERS = pytest.mark.skipif(
