@@ -8,8 +8,9 @@ g = 2/N (u_hat - u):
     db_dec    = sum_n g_n - db_enc W_enc
 
 The sums over the rows of a latent are a sparse matrix product, or an embedding_bag, over the pairs (n, k) sorted by
-latent; sums run in one fixed order, so equal input gives equal bits. Dense pre-activations exist for one block of rows at a time. TopK, GroupMax and
-BatchTopK share all of this but the choice; BatchTopK's pairs are not K to a row, so they come with offsets.
+latent; sums run in one fixed order, so equal input gives equal bits. Dense pre-activations exist for one block of rows
+at a time. TopK, GroupMax and BatchTopK share all of this but the choice; BatchTopK's pairs are not K to a row, so they
+come with offsets.
 
 Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k, P = N K pairs, M dead latents.
 """

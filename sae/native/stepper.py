@@ -182,15 +182,14 @@ class NativeStepper(Stepper):
         if not guess.least:
             some_ND = u_ND[:: max(1, len(u_ND) // SAMPLE_ROWS)]
             guess.first(model.pre_acts(some_ND), model.k / model.num_latents)
+        room = 2 * wanted
         while True:
             step.least = guess.least
-            self._pool_of(2 * wanted)
+            self._pool_of(room)
             self._library.run("rows_int8", step)
-            seen = int(self._batch["pool_used"][0])
-            if seen > step.pool_capacity:
-                self._pool_of(seen)
-                self._library.run("rows_int8", step)
-            if seen >= wanted or guess.good(seen, wanted, 0.0):
+            room = seen = int(self._batch["pool_used"][0])
+            whole = seen <= step.pool_capacity
+            if whole and (seen >= wanted or guess.good(seen, wanted, 0.0)):
                 return
 
     def _pool_of(self, items: int) -> None:
