@@ -18,8 +18,9 @@ from ..train_config import TrainConfig
 from .build import BuildError, build
 
 FOLDER = Path(__file__).parent
-TILE, UNIT = 12, 96  # as in vectors.h
-LATENTS_PER_K = 4 * TILE  # fewer latents than this for each of the k, and tiles tell too little about the k largest
+UNIT = 96  # as in vectors.h
+AMX = 16  # height of a tile, as in vectors.h
+LATENTS_PER_K = 48  # fewer latents than this for each of the k, and tiles tell too little about the k largest
 MOST_DIMENSIONS = 32768  # an 8-bit product of more would not fit 32 bits
 
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -29,8 +30,8 @@ VARIANTS = (
     (*_COMMON, "-mcpu=native"),
     _COMMON,
 )
-LATENTS_PER_K_OF_BATCH = TILE  # BatchTopK asks no tiles; but of fewer latents too many would be candidates
-_INTEGERS = ("N", "D", "F", "K", "threads", "pool_capacity")
+LATENTS_PER_K_OF_BATCH = 12  # BatchTopK asks no tiles; but of fewer latents too many would be candidates
+_INTEGERS = ("N", "D", "F", "K", "threads", "pool_capacity", "tile")
 _FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction", "least")
 _BEFORE = (
     "W_enc_FD", "W_enc_m", "W_enc_v", "b_enc_F", "b_enc_m", "b_enc_v",
@@ -67,7 +68,20 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        self.has_int8 = bool(self._library.ggscope_has_int8())
+        self.step_bytes = int(self._library.ggscope_step_bytes())  # Step's size, as the compiler has it
+        heights = (ctypes.c_int64 * 2)()
+        # of the 8-bit products that run here, the fastest first; empty: none does
+        self.tiles = tuple(heights[: self._library.ggscope_tiles(heights)])
+        self.tile = self.tiles[0] if self.tiles else 0
+
+    @property
+    def has_int8(self) -> bool:
+        return bool(self.tiles)
+
+    def tile_shape(self, num_latents: int, d_in: int) -> tuple[int, int]:
+        """Latents and dimensions of the 8-bit weights, with the zeros beyond them."""
+        columns = 64 if self.tile == AMX else 4
+        return -(-num_latents // UNIT) * UNIT, -(-d_in // columns) * columns
 
     def run(self, function: str, step: Step) -> None:
         """A function that takes the structure: `rows_int8`, `latents`, ..."""
@@ -130,7 +144,7 @@ def native_library() -> Library | None:
     """The library, built on first use; None, after one warning, where it cannot be had."""
     try:
         sources = [FOLDER / name for name in ("select.c", "candidates.c", "step.c")]
-        return Library(build("step", sources, VARIANTS, headers=[FOLDER / "vectors.h"]))
+        return Library(build("step", sources, VARIANTS, headers=[FOLDER / name for name in ("vectors.h", "product.h")]))
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.warning("training without compiled kernels, which is slower: %s", error)
         return None

@@ -25,16 +25,16 @@ static void decode_row(const struct step * s, int64_t row) {
     for (int i = 0; i < held; i++) add_scaled(error, four[i], rows[i], s->D);
 }
 
-void ggscope_choose(const struct step * s, int64_t row, uint64_t * items, int64_t count) {
+void ggscope_choose(const struct step * s, int64_t row, const uint64_t * items, int64_t count, uint64_t * spare) {
     int64_t K = s->K;
     int32_t * idx = s->idx_P + row * K;
     float * vals = s->vals_P + row * K;
     uint64_t least = 0; /* of the items taken; an item holds its index, so no two are equal */
     if (count > K) {
-        memcpy(items + count, items, count * sizeof *items);
-        ggscope_take_largest(items + count, count, K);
+        memcpy(spare, items, count * sizeof *items);
+        ggscope_take_largest(spare, count, K);
         least = UINT64_MAX;
-        for (int64_t k = 0; k < K; k++) least = items[count + k] < least ? items[count + k] : least;
+        for (int64_t k = 0; k < K; k++) least = spare[k] < least ? spare[k] : least;
     }
     int64_t taken = 0;
     for (int64_t c = 0; c < count; c++) { /* in the order of the candidates, whichever others there were */
@@ -64,12 +64,17 @@ void ggscope_reconstruct(const struct step * s, int64_t row) {
     }
     s->error_N[row] = sum;
     for (int64_t j = 0; j < D; j++) grad[j] *= scale;
-    for (int64_t k = 0; k < count; k++) {
-        grad_vals[k] = vals[k] != 0 ? dot(s->W_dec_FD + idx[k] * D, grad, D) : 0;
+    for (int64_t k = 0; k < count; k += 4) {
+        const float * rows[4];
+        float dots[4];
+        int64_t stop = k + 4 < count ? k + 4 : count;
+        for (int64_t i = k; i < k + 4; i++) rows[i - k] = s->W_dec_FD + idx[i < stop ? i : k] * D;
+        dot4(grad, rows, D, dots);
+        for (int64_t i = k; i < stop; i++) grad_vals[i] = vals[i] != 0 ? dots[i - k] : 0;
     }
 }
 
-static void fetch_decoder(const struct step * s, int64_t row) {
+void ggscope_fetch_decoder(const struct step * s, int64_t row) {
     for (int64_t p = s->first_N1[row]; p < s->first_N1[row + 1]; p++) prefetch_row(s->W_dec_FD + s->idx_P[p] * s->D, s->D);
 }
 
@@ -92,11 +97,12 @@ int ggscope_rows(const struct step * s) {
             for (int64_t j = 0; j < s->D; j++) centred[j] = u[j] - s->b_dec_D[j];
             for (int64_t k = 0; k < s->K; k++) {
                 if (k + AHEAD < s->K) prefetch_row(s->W_enc_FD + idx[k + AHEAD] * s->D, s->D);
-                items[k] = exact_item(s, row, idx[k]);
+                float value = dot(s->W_enc_FD + idx[k] * s->D, centred, s->D) + s->b_enc_F[idx[k]];
+                items[k] = ranked(order_key(value), (uint32_t) idx[k]);
             }
             s->candidates_N[row] = s->K;
-            ggscope_choose(s, row, items, s->K);
-            fetch_decoder(s, row);
+            ggscope_choose(s, row, items, s->K, items + s->K);
+            ggscope_fetch_decoder(s, row);
             ggscope_reconstruct(s, row);
         }
         free(items);
@@ -108,7 +114,7 @@ int ggscope_rows(const struct step * s) {
 int ggscope_rows_of_pairs(const struct step * s) {
 #pragma omp parallel for schedule(dynamic, 16) num_threads((int) s->threads)
     for (int64_t row = 0; row < s->N; row++) {
-        if (row + 1 < s->N) fetch_decoder(s, row + 1);
+        if (row + 1 < s->N) ggscope_fetch_decoder(s, row + 1);
         ggscope_reconstruct(s, row);
     }
     return 0;
@@ -234,11 +240,19 @@ static void to_tile(const struct step * s, int64_t i, float * restrict t) {
     float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     for (int64_t j = 0; j < D; j++) t[j] = t[j] * inverse + 12582912.0f; /* 1.5 * 2^23: the low byte is the rounded value */
     for (int64_t j = D; j < 4 * quads; j++) t[j] = 12582912.0f;
-    int8_t * out = s->q_tiles + (i / TILE) * quads * TILE * 4 + (i % TILE) * 4;
-    for (int64_t j = 0; j < quads; j++, out += 4 * TILE) {
-        uint32_t four = (uint32_t) (bits[4 * j] & 255) | (uint32_t) (bits[4 * j + 1] & 255) << 8 |
-                        (uint32_t) (bits[4 * j + 2] & 255) << 16 | (uint32_t) (bits[4 * j + 3] & 255) << 24;
-        memcpy(out, &four, sizeof four);
+    if (s->tile == TILE_AMX) {
+        int8_t * out = s->q_tiles + (i / TILE_AMX) * ((D + 63) / 64) * 1024 + (i % TILE_AMX) * 64;
+        for (int64_t first = 0; first < D; first += 64, out += 1024) {
+            int64_t width = D - first < 64 ? D - first : 64;
+            for (int64_t j = 0; j < width; j++) out[j] = (int8_t) bits[first + j];
+        }
+    } else {
+        int8_t * out = s->q_tiles + (i / TILE_VNNI) * quads * TILE_VNNI * 4 + (i % TILE_VNNI) * 4;
+        for (int64_t j = 0; j < quads; j++, out += 4 * TILE_VNNI) {
+            uint32_t four = (uint32_t) (bits[4 * j] & 255) | (uint32_t) (bits[4 * j + 1] & 255) << 8 |
+                            (uint32_t) (bits[4 * j + 2] & 255) << 16 | (uint32_t) (bits[4 * j + 3] & 255) << 24;
+            memcpy(out, &four, sizeof four);
+        }
     }
     for (int64_t j = 0; j < D; j++) total += (int8_t) bits[j];
     s->q_scale_F[i] = inverse > 0 ? 1.0f / inverse : 0.0f;
@@ -359,3 +373,5 @@ int ggscope_latents(const struct step * s) {
     adam(s, s->b_dec_D, s->b_dec_m, s->b_dec_v, s->partial_D, D);
     return 0;
 }
+
+int64_t ggscope_step_bytes(void) { return sizeof(struct step); }

@@ -30,7 +30,8 @@ from ..losses import LossSettings, StepResult
 from ..model import SparseCoder
 from ..steppers import Stepper
 from ..train_config import TrainConfig
-from .library import TILE, UNIT, Library, Step, finds_in_int8
+from . import pages
+from .library import UNIT, Library, Step, finds_in_int8
 
 SAMPLE_ROWS = 32  # whose pre-activations give BatchTopK's first guess
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
@@ -48,22 +49,24 @@ class NativeStepper(Stepper):
         self._betas, self._steps = config.betas, 0
         self._over_batch = model.selects == "batchtopk"
         self._int8 = settings.encoder_dtype == torch.float32 and finds_in_int8(model, config)
+        for name in PARAMETERS:
+            pages.move_(getattr(model, name))
         self._pairs = BatchPairs(model, settings.encoder_dtype)
         self._moments = {
-            f"{name.rpartition('_')[0]}_{moment}": torch.zeros_like(getattr(model, name))
+            f"{name.rpartition('_')[0]}_{moment}": pages.zeros(*getattr(model, name).shape)
             for name in PARAMETERS
             for moment in "mv"
         }
         self._balance_D = torch.zeros(model.d_in)  # zeros: not measured yet
         latents, d_in = model.num_latents, model.d_in
-        tiles, quads = -(-latents // TILE), -(-d_in // 4)
         self._copies: dict[str, torch.Tensor] = {}
         if self._int8:
+            padded, width = library.tile_shape(latents, d_in)
             self._copies = {
-                "q_tiles": torch.zeros(tiles * quads * TILE * 4, dtype=torch.int8),
+                "q_tiles": pages.zeros(padded * width, dtype=torch.int8),
                 "q_scale_F": torch.zeros(latents),
                 "q_norm_F": torch.zeros(latents),
-                "q_offset_F": torch.zeros(tiles * TILE, dtype=torch.int32),
+                "q_offset_F": torch.zeros(padded, dtype=torch.int32),
             }
         elif settings.encoder_dtype == torch.bfloat16:
             self._copies = {"bf16_FD": torch.empty(latents, d_in, dtype=torch.bfloat16)}
@@ -74,7 +77,9 @@ class NativeStepper(Stepper):
         self._batch: dict[str, torch.Tensor] = {}
         self._pre = torch.empty(0)
         self._pool = torch.empty(0, dtype=torch.int64)
-        self._step = Step(D=d_in, F=latents, beta1=config.betas[0], beta2=config.betas[1], eps=config.eps)
+        self._step = Step(
+            D=d_in, F=latents, tile=library.tile, beta1=config.betas[0], beta2=config.betas[1], eps=config.eps
+        )
         self._step.point(**self._moments, **self._copies, **self._sums, balance_D=self._balance_D)
         self._fresh = False  # whether the copies are those of the weights
 
@@ -142,8 +147,8 @@ class NativeStepper(Stepper):
         pairs, parts = rows * model.k, -(-rows // UNIT) + -(-model.num_latents // UNIT)
         pool = ("pool_used", "pool_at_N", "pool_count_N") if self._over_batch else ()
         return {
-            "centred_ND": torch.empty(rows, model.d_in),
-            "grad_ND": torch.empty(rows, model.d_in),
+            "centred_ND": pages.zeros(rows, model.d_in),
+            "grad_ND": pages.zeros(rows, model.d_in),
             "first_N1": torch.arange(0, pairs + 1, model.k),
             "row_P": torch.arange(rows, dtype=torch.int32).repeat_interleave(model.k),
             "idx_P": torch.empty(pairs, dtype=torch.int32),

@@ -11,8 +11,9 @@
 #endif
 
 #define LANES 16
-#define TILE 12        /* latents of one register tile of the 8-bit product */
-#define UNIT (8 * TILE) /* latents a thread takes at a time: whole tiles, so that no two threads write to one */
+#define TILE_VNNI 12 /* latents of one register tile of the 8-bit product (product.h) */
+#define TILE_AMX 16
+#define UNIT 96 /* latents a thread takes at a time: whole tiles, so that no two threads write to one */
 
 typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 
@@ -35,6 +36,13 @@ static inline float sum16(v16 x) {
 #endif
 }
 
+/* The last `count` of a row's floats, fewer than a vector, and zeros. */
+static inline v16 load_some(const float * p, int64_t count) {
+    float t[LANES] = {0};
+    memcpy(t, p, count * sizeof *t);
+    return load16(t);
+}
+
 /* <a, b> */
 static inline float dot(const float * a, const float * b, int64_t d) {
     v16 s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
@@ -48,11 +56,31 @@ static inline float dot(const float * a, const float * b, int64_t d) {
     for (; j + LANES <= d; j += LANES) {
         s0 += load16(a + j) * load16(b + j);
     }
-    float sum = sum16((s0 + s1) + (s2 + s3));
-    for (; j < d; j++) {
-        sum += a[j] * b[j];
+    if (j < d) s0 += load_some(a + j, d - j) * load_some(b + j, d - j);
+    return sum16((s0 + s1) + (s2 + s3));
+}
+
+/* <a, b0>, <a, b1>, <a, b2>, <a, b3>, each to the bit as `dot` gives it: a is read once */
+static inline void dot4(const float * a, const float * const * b, int64_t d, float * out) {
+    v16 sum[4][4] = {{{0}}};
+    int64_t j = 0;
+    for (; j + 4 * LANES <= d; j += 4 * LANES) {
+        _Pragma("GCC unroll 4")
+        for (int part = 0; part < 4; part++) {
+            v16 x = load16(a + j + LANES * part);
+            _Pragma("GCC unroll 4")
+            for (int r = 0; r < 4; r++) sum[r][part] += x * load16(b[r] + j + LANES * part);
+        }
     }
-    return sum;
+    for (; j + LANES <= d; j += LANES) {
+        v16 x = load16(a + j);
+        _Pragma("GCC unroll 4")
+        for (int r = 0; r < 4; r++) sum[r][0] += x * load16(b[r] + j);
+    }
+    for (int r = 0; r < 4; r++) {
+        if (j < d) sum[r][0] += load_some(a + j, d - j) * load_some(b[r] + j, d - j);
+        out[r] = sum16((sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]));
+    }
 }
 
 /* y += a x */
@@ -116,6 +144,7 @@ void ggscope_take_largest(uint64_t * items, int64_t count, int64_t k);
 struct step {
     int64_t N, D, F, K, threads;
     int64_t pool_capacity;
+    int64_t tile; /* TILE_VNNI or TILE_AMX, which say how q_tiles lies */
     /* the model, and Adam's first and second moments */
     float *W_enc_FD, *W_enc_m, *W_enc_v, *b_enc_F, *b_enc_m, *b_enc_v;
     float *W_dec_FD, *W_dec_m, *W_dec_v, *b_dec_D, *b_dec_m, *b_dec_v;
@@ -123,7 +152,7 @@ struct step {
     float least; /* BatchTopK: pre-activations below it are not looked at */
     /* copies of W_enc that choose the latents: bfloat16 (F, D), or 8 bits in tiles; NULL where not in use */
     uint16_t * bf16_FD;
-    int8_t * q_tiles;         /* (F / TILE, D / 4, TILE, 4), zeros beyond F and D */
+    int8_t * q_tiles;         /* as product.h says, zeros beyond F and D */
     float *q_scale_F, *q_norm_F; /* W_enc[i] * balance ~ q_scale[i] * q[i]; norm of W_enc[i] * balance */
     int32_t * q_offset_F;     /* -128 sum(q): the rows are stored with 128 added */
     const float * balance_D;  /* input dimensions are divided by it, those of W_enc multiplied */
@@ -149,15 +178,10 @@ struct step {
 
 #define AHEAD 4 /* rows of W_enc fetched before they are needed: they come from L3 or memory */
 
-/* The exact pre-activation of a latent on a row, with its index. */
-static inline uint64_t exact_item(const struct step * s, int64_t row, int32_t latent) {
-    float value = dot(s->W_enc_FD + latent * s->D, s->centred_ND + row * s->D, s->D) + s->b_enc_F[latent];
-    return ranked(order_key(value), (uint32_t) latent);
-}
-
-/* One row whose candidates are known, `items` as above: the K largest. There is room for as many items again behind
-   them. */
-void ggscope_choose(const struct step * s, int64_t row, uint64_t * items, int64_t count);
+/* One row whose candidates are known, `items` as above: the K largest. `spare`: room for as many items. */
+void ggscope_choose(const struct step * s, int64_t row, const uint64_t * items, int64_t count, uint64_t * spare);
+/* The decoder's rows of a row whose latents are chosen come into the cache. */
+void ggscope_fetch_decoder(const struct step * s, int64_t row);
 /* Reconstruction, residual and its gradients of a row whose latents are chosen. */
 void ggscope_reconstruct(const struct step * s, int64_t row);
 /* Refresh the copies of W_enc[i] that are in use; `scratch`: D floats. */

@@ -1,0 +1,31 @@
+"""Memory in large pages, for arrays that are read in rows from everywhere: a page's address costs more to look up than
+a row to read once the arrays are larger than what the processor remembers of them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+
+LEAST_BYTES = 4 << 20  # smaller arrays gain nothing
+_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of zeros, in large pages where the system has them and it is large enough. Advice: nothing fails without."""
+    size = math.prod(shape) * dtype.itemsize
+    if _ADVICE is None or size < LEAST_BYTES:
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(_ADVICE)
+    except OSError:  # a kernel without them
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def move_(parameter: torch.Tensor) -> None:
+    """The same values at another address, as `zeros` has it."""
+    if parameter.nbytes >= LEAST_BYTES:
+        parameter.data = zeros(*parameter.shape, dtype=parameter.dtype).copy_(parameter.data)

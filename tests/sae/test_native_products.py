@@ -1,0 +1,148 @@
+"""The 8-bit products of the compiled step, whichever run on this processor, and where its arrays lie."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.native import pages
+from sae.native.library import AMX, Step
+
+from .test_model_and_kernels import batch, loss_settings, make
+from .test_native import bits, lib, stepper
+
+__all__ = ["lib"]
+
+
+@pytest.fixture(params=[12, AMX])
+def product(request, lib, monkeypatch):
+    """The library with this height of tiles."""
+    if request.param not in lib.tiles:
+        pytest.skip("this processor has no such product")
+    monkeypatch.setattr(lib, "tile", request.param)
+    return lib
+
+
+def chosen(native, k):
+    return native._batch["idx_P"].view(-1, k).long().sort(1).values
+
+
+@pytest.mark.parametrize(
+    ("d", "latents", "k", "rows"),
+    [(1, 60, 1, 5), (63, 1000, 4, 31), (64, 1001, 4, 33), (65, 1537, 8, 700), (200, 3000, 16, 129), (256, 4097, 64, 1)],
+)
+def test_each_product_leads_to_the_largest_float64_pre_activations(product, d, latents, k, rows):
+    for threads in (1, 2):  # blocks of four strips and of one
+        torch.set_num_threads(threads)
+        model, u_ND = make(d=d, latents=latents, k=k), batch(3, rows, d)
+        native = stepper(model, loss_settings(), product)
+        assert native._int8
+        oracle = copy.deepcopy(model).double()
+        native.step(u_ND, lr=1e-3)
+        best_NK = oracle.pre_acts(u_ND.double()).topk(k).indices
+        assert torch.equal(chosen(native, k), best_NK.sort(1).values)
+        assert native.candidates_per_row >= k
+
+
+def test_all_products_end_with_the_same_bits(lib, monkeypatch):
+    if len(lib.tiles) < 2:
+        pytest.skip("one product or none runs here")
+    weights = set()
+    for height in lib.tiles:
+        monkeypatch.setattr(lib, "tile", height)
+        weights |= {bits(lib, threads, dead=0) for threads in (1, 2, 3)}
+    assert len(weights) == 1
+
+
+def test_bounds_beyond_sixteen_bits_and_latents_of_very_unequal_norm_are_chosen_rightly(product):
+    model, k = make(d=128, latents=2000, k=8), 8
+    with torch.no_grad():
+        model.W_enc_FD[5] *= 1e4  # all others share the first few of the 32,767 steps
+        model.b_enc_F[17] = 1e6
+        model.b_enc_F[18] = -1e6
+    u_ND, oracle = batch(1, 300, 128), copy.deepcopy(model).double()
+    native = stepper(model, loss_settings(), product)
+    native.step(u_ND, lr=1e-3)
+    pre_NF = oracle.pre_acts(u_ND.double())
+    assert torch.equal(chosen(native, k), pre_NF.topk(k).indices.sort(1).values)
+    assert bool((chosen(native, k) == 17).any(1).all())
+    assert not bool((chosen(native, k) == 18).any())
+
+
+def test_a_row_that_is_not_finite_changes_no_other_rows_choice(product):
+    model, u_ND = make(d=70, latents=1200, k=4), batch(2, 200, 70)
+    natives = []
+    for value in (0.0, torch.nan, torch.inf):
+        changed_ND = u_ND.clone()
+        changed_ND[77, 3] = value
+        natives.append(stepper(copy.deepcopy(model), loss_settings(), product))
+        natives[-1].step(changed_ND, lr=1e-3)
+    rows = torch.arange(200) != 77
+    for native in natives[1:]:
+        assert torch.equal(chosen(native, 4)[rows], chosen(natives[0], 4)[rows])
+        assert not native._batch["error_N"][77].isfinite()
+
+
+def test_a_matrix_library_finds_the_tile_registers_as_it_left_them(lib, monkeypatch):
+    if AMX not in lib.tiles:
+        pytest.skip("this processor has no tile registers")
+    monkeypatch.setattr(lib, "tile", AMX)
+    torch.set_num_threads(2)
+    left_ND, right_DF = torch.randn(300, 512).bfloat16(), torch.randn(512, 700).bfloat16()
+    expected_NF = left_ND.float() @ right_DF.float()
+    native = stepper(make(d=128, latents=2000, k=8), loss_settings(), lib)
+    for number in range(5):
+        product_NF = (left_ND @ right_DF).float()
+        native.step(batch(number, 300, 128), lr=1e-3)
+        assert float((product_NF - expected_NF).norm() / expected_NF.norm()) < 4e-3
+
+
+# ---- where arrays lie ----
+
+
+def test_large_arrays_are_asked_for_in_large_pages_and_are_zeros():
+    array = pages.zeros(1024, 2048)
+    assert array.shape == (1024, 2048)
+    assert not array.any()
+    array[3, 4] = 7  # of its own, not shared with a child
+    assert float(array.sum()) == 7
+    smaps = Path("/proc/self/smaps")
+    if not hasattr(mmap, "MADV_HUGEPAGE") or not smaps.exists():
+        pytest.skip("this system does not say so")
+    place, flags = None, ""
+    for line in smaps.read_text().splitlines():
+        first = line.split(" ", 1)[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            place = start <= array.data_ptr() < end
+        elif place and line.startswith("VmFlags"):
+            flags = line
+    assert " hg" in flags
+
+
+def test_a_parameter_moves_with_its_values_and_a_small_one_stays():
+    large, small = (torch.nn.Parameter(torch.randn(rows, 2048)) for rows in (600, 3))
+    before, at = large.detach().clone(), (large.data_ptr(), small.data_ptr())
+    for parameter in (large, small):
+        pages.move_(parameter)
+    assert torch.equal(large.detach(), before)
+    assert large.data_ptr() != at[0] or not hasattr(mmap, "MADV_HUGEPAGE")
+    assert small.data_ptr() == at[1]
+    assert large.requires_grad
+
+
+def test_a_kernel_without_large_pages_gives_ordinary_ones(monkeypatch):
+    monkeypatch.setattr(pages, "_ADVICE", 9999)
+    array = pages.zeros(1024, 2048)
+    assert not array.any()
+    monkeypatch.setattr(pages, "_ADVICE", None)
+    assert not pages.zeros(1024, 2048).any()
+
+
+def test_the_structure_is_as_long_as_the_compiled_one(lib):
+    assert ctypes.sizeof(Step) == lib.step_bytes
