@@ -132,7 +132,7 @@ class SAEConfig:
     sparsity_warmup_share: float = 0.05  # relu, gated, jumprelu: the penalty grows over this share of the steps
     threshold_start: float = 1e-3  # jumprelu, in units of sqrt(E||x - mean||^2)
     bandwidth: float = 1e-3  # jumprelu, in the same units
-    init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: the factor that reconstructs best
+    init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: half of the factor that reconstructs best
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +144,7 @@ class TrainerConfig:
     lr: float = 2e-3
     warmup_steps: int = 100  # at most a quarter of the steps
     decay_share: float = 0.2  # linear decay to zero over the last share of the steps
-    beta1: float = 0.9
+    beta1: float = 0.8
     beta2: float = 0.999
     eps: float = 1e-8
     optimizer: str = "adam"

@@ -49,11 +49,11 @@ class TrainConfig:
     auxk_coef: float = 1 / 32
     auxk_k: int = 0  # 0: d_in / 2
     dead_after_tokens: int = 0  # 0: a twentieth of tokens, at most 10M; once made, the number that it comes to
-    init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: what reconstructs best (sae/initial.py)
+    init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: half of what reconstructs best (sae/initial.py)
     encoder_dtype: str = "auto"  # auto | float32 | bfloat16
     auxk_dtype: str = "auto"  # auto | float32 | bfloat16
     kernel: str = "auto"  # auto | torch | native | triton
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.8, 0.999)  # the first below Adam's usual 0.9: runs/reports/training.md
     eps: float = 1e-8
     optimizer: str = "adam"  # adam | signum | muon
     momentum: float = 0.95  # of signum and muon

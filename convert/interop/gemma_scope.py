@@ -96,7 +96,7 @@ class GemmaScope2:
 
 def _of_the_name(label: str) -> dict[str, str]:
     """Some folders hold no config.json; there the place says it: google/gemma-scope-2-1b-pt/resid_post/layer_7_width_16k_l0_small."""
-    release, layer = re.search(r"gemma-scope-2-([^/]+)", label), layer_in(label, r"layer_(\d+)")
+    release, layer = re.search(r"gemma-scope-2-([^/@]+)", label), layer_in(label, r"layer_(\d+)")
     site = next((site for site in SITES_2 if f"/{site}" in label), "")
     if not layer or not site:
         return {}

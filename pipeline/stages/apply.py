@@ -95,8 +95,7 @@ def show(
     """Print every event as it comes and keep it in `path` (JSONL), with the labels of each SAE's latents where there are any."""
     out = Console(highlight=False, soft_wrap=True)
     events: list[ReadoutEvent] = []
-    if not as_json:
-        out.print(f"[bold]{'pos':>4} {'token':<18} {'L0':>3} {'FVU':>6} {'logprob':>8}  latents: activation[/bold]")
+    head = f"[bold]{'pos':>4} {'token':<18} {'L0':>3} {'FVU':>6} {'logprob':>8}  latents: activation[/bold]"
     with open(path, "w", encoding="utf-8") as file:
         for event in stream:  # type: ignore[attr-defined]
             events.append(event)
@@ -105,6 +104,8 @@ def show(
             if as_json:
                 out.print(text, markup=False)
             else:
+                if len(events) == 1:  # not before: what is refused is refused before the first event
+                    out.print(head)
                 out.print(line(event, top, labels[0]))
                 for reading, own in zip(event.readings[1:], labels[1:], strict=False):
                     found = strongest(reading.latents, top, own)

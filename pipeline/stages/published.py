@@ -46,7 +46,7 @@ def located(source: str) -> tuple[Path, str]:
         return Path(source).expanduser(), ""
     repo, revision, inside = parse_address(source)
     setting = f"convert.source={source}"
-    label = f"{repo}/{inside}".rstrip("/")
+    label = source.removeprefix(HUB).rstrip("/")
     if not inside.endswith(WEIGHT_SUFFIXES):
         return fetch_folder(repo, inside, HUB_FILES, setting, revision), label
     folder = inside.rpartition("/")[0]

@@ -51,7 +51,7 @@ def trainer(tmp_path, **changed) -> Trainer:
 
 
 def test_training_starts_with_the_encoder_at_that_scale_or_at_the_one_given(tmp_path):
-    for setting, expected in ((0.0, best_encoder_scale(D, 256, 6)), (0.25, 0.25)):
+    for setting, expected in ((0.0, 0.5 * best_encoder_scale(D, 256, 6)), (0.25, 0.25)):
         model = trainer(tmp_path, init_scale=setting).model
         assert torch.equal(model.W_enc_FD, model.W_dec_FD * expected)
         norm_F = torch.linalg.vector_norm(model.W_dec_FD, dim=1)

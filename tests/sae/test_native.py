@@ -135,7 +135,10 @@ def test_steps_equal_float64_autograd_over_all_latents_and_torchs_adam(lib, d, l
     dead_F = dead_mask(latents, int(share * latents))
     model, settings = make(d=d, latents=latents, k=k), loss_settings(auxk_k=4)
     oracle = copy.deepcopy(model).double()
-    native, adam = stepper(model, settings, lib), torch.optim.Adam(oracle.parameters(), lr=1e-3)
+    native, adam = (
+        stepper(model, settings, lib),
+        torch.optim.Adam(oracle.parameters(), lr=1e-3, betas=config_of(model).betas),
+    )
     for number in range(6):
         u_ND = batch(number, rows, d)
         result = native.step(u_ND, lr=1e-3, dead_F=dead_F)

@@ -48,7 +48,7 @@ def test_batchtopk_steps_equal_float64_autograd_and_torchs_adam(lib, monkeypatch
     model, native, _ = batch_topk(d, latents, k, rows, settings, lib)
     assert native._int8 == (int8 and lib.has_int8)
     oracle = copy.deepcopy(model).double()
-    adam = torch.optim.Adam(oracle.parameters(), lr=1e-3)
+    adam = torch.optim.Adam(oracle.parameters(), lr=1e-3, betas=native._betas)
     for number in range(6):
         u_ND, dead_F = batch(number, rows, d), dead_mask(latents, latents // 20) if number % 2 else None
         result = native.step(u_ND, lr=1e-3, dead_F=dead_F)

@@ -169,7 +169,7 @@ def test_a_step_is_that_of_float64_autograd_and_adam(dead):
     oracle = copy.deepcopy(model).double()
     before = {name: getattr(oracle, name).detach().clone() for name in NAMES}
     expected = dense_step(oracle, u_ND.double(), settings, dead_F)
-    apply_update_(oracle, torch.optim.Adam(oracle.parameters(), lr=1e-2, eps=config.eps))
+    apply_update_(oracle, torch.optim.Adam(oracle.parameters(), lr=1e-2, betas=config.betas, eps=config.eps))
     result = TritonStepper(model, settings, config).step(u_ND, lr=1e-2, dead_F=dead_F)
     for name in NAMES:
         moved = getattr(oracle, name).detach() - before[name]

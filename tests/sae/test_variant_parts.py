@@ -223,7 +223,7 @@ def test_a_start_that_does_not_fit_is_refused():
 def test_fine_tuning_goes_on_from_where_the_sae_was(tmp_path):
     toy = Toy(batch=256)
     config = TrainConfig(
-        num_latents=96, k=4, batch_tokens=256, tokens=60 * 256, log_steps=1, lr=5e-3, warmup_steps=5,
+        num_latents=96, k=4, batch_tokens=256, tokens=120 * 256, log_steps=1, lr=5e-3, warmup_steps=5,
         encoder_dtype="float32", checkpoint_steps=0,
     )  # fmt: skip
     first, second = [], []
@@ -234,7 +234,7 @@ def test_fine_tuning_goes_on_from_where_the_sae_was(tmp_path):
     )
     run.fit()
     assert first[-1]["fvu"] < 0.8 * first[0]["fvu"]
-    assert second[0]["fvu"] < 1.1 * first[-1]["fvu"]
+    assert second[0]["fvu"] < 1.2 * first[-1]["fvu"] < 0.6 * first[0]["fvu"]
     with pytest.raises(ConfigError, match=r"start: '[0-9a-f]{16}' there, None now"):
         Trainer(longer, Toy(batch=256, seed=1), **toy.statistics(), folder=tmp_path / "b").fit(resume=True)
     assert set(VARIANTS) == {"topk", "batchtopk", "matryoshka", "groupmax", "jumprelu", "relu", "gated"}

@@ -312,7 +312,7 @@ def test_gates_below_and_above_zero_both_become_exact_thresholds():
 # ---- training ----
 
 SMALL = TrainConfig(
-    num_latents=96, k=4, batch_tokens=256, tokens=60 * 256, log_steps=1, lr=5e-3, warmup_steps=5, encoder_dtype="float32",
+    num_latents=96, k=4, batch_tokens=256, tokens=120 * 256, log_steps=1, lr=5e-3, warmup_steps=5, encoder_dtype="float32",
     checkpoint_steps=0, auxk_coef=1 / 32, dead_after_tokens=10 * 256,
 )  # fmt: skip
 TRAINED = [
