@@ -22,7 +22,6 @@ import torch
 
 from .model import SparseCoder
 
-
 START = 0.5  # of the scale that reconstructs best
 
 
