@@ -28,6 +28,7 @@ from .terminal import shown
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+NAMED_BY = {"extract": "a store with store.path=PATH", "train": "an SAE with sae.path=PATH"}
 PACKAGES = ("ggscope", "llama-cpp-python", "torch", "numpy", "zarr", "hydra-core", "gguf", "safetensors")
 
 
@@ -205,7 +206,7 @@ def newest_finished(command: str, output: str = "") -> tuple[Path, dict[str, Any
             return folder, manifest
     raise ConfigError(
         f"expected a finished `ggscope {command}` run under {Path('runs').resolve()}, found none; "
-        f"run `ggscope {command}` first or name the input by path"
+        f"run `ggscope {command}` first, or name {NAMED_BY.get(command, 'the input by path')}"
     )
 
 
