@@ -1,7 +1,9 @@
 /* Which latents a row takes: an 8-bit product that leaves so few candidates that computing those exactly is cheap.
    With x' = x / balance and w' = w * balance rounded to sx qx and sw qw, the error of sx sw <qx, qw> is a sum of D
    rounding errors of variance sx^2 / 12 times w'^2 and sw^2 / 12 times x'^2. SIGMAS standard deviations of it on
-   either side are taken as bounds; a latent whose upper bound is below the K-th largest lower bound is left out. */
+   either side are taken as bounds; a latent whose upper bound is below the K-th largest lower bound is left out.
+   A row of which most is rounded to zero, beside a few values that are hundreds of times as large, has errors that are
+   the row itself, and no bounds: all its latents are computed exactly. */
 #include "product.h"
 
 #define HALVINGS 10
@@ -40,14 +42,19 @@ static void quantise_row(const struct step * s, struct strip * b, float * restri
     for (int64_t j = s->D; j < 4 * quads; j++) t[j] = 0;
     for (int64_t j = 0; j < 4 * quads && !b->finite[r]; j++) t[j] = 0;
     int32_t * out = (int32_t *) (void *) b->q + r;
+    int64_t lost = 0;
     for (int64_t j = 0; j < quads; j += 4) { /* four dwords at a time: 16 values to 16 bytes */
         int64_t left = quads - j < 4 ? quads - j : 4;
         __m512 v = _mm512_maskz_loadu_ps((__mmask16) ((1u << (4 * left)) - 1), t + 4 * j);
-        __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse))), _mm512_set1_epi32(128));
+        __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
+        __mmask16 there = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+        lost += __builtin_popcount(_mm512_mask_testn_epi32_mask(there, whole, whole));
+        __m512i q = _mm512_add_epi32(whole, _mm512_set1_epi32(128));
         int32_t four[4];
         _mm_storeu_si128((__m128i *) four, _mm512_cvtepi32_epi8(q));
         for (int64_t i = 0; i < left; i++) out[(j + i) * STRIP] = four[i];
     }
+    b->coarse[r] = 2 * lost > s->D;
 }
 
 /* A bound that the largest lower bounds of at least K tiles reach, by bisection for 16 rows at once; 0 where fewer
@@ -82,6 +89,7 @@ static void find_candidates(const struct step * s, struct block * b) {
         int16_t of_rows[STRIP];
         for (int r = 0; r < STRIP; r++) { /* not finite: no latent will do; the row's error is not finite either */
             of_rows[r] = (int16_t) floorf(fminf(fmaxf(strip->least[r] * strip->fine[r], 0), INT16_MAX));
+            if (strip->coarse[r]) of_rows[r] = INT16_MIN;
             there[p] |= (uint32_t) strip->finite[r] << r;
         }
         least[p] = _mm512_loadu_si512(of_rows);
@@ -282,7 +290,7 @@ static void close_block(struct block * b) {
 static void open_strip(const struct step * s, struct block * b, int64_t p, int64_t first, int64_t rows) {
     struct strip * strip = b->strips + p;
     memset(strip->q, 128, strip_bytes(s));
-    for (int r = 0; r < STRIP; r++) strip->inverse[r] = strip->ratio[r] = strip->fine[r] = 1, strip->finite[r] = 0;
+    for (int r = 0; r < STRIP; r++) strip->inverse[r] = strip->ratio[r] = strip->fine[r] = 1, strip->finite[r] = strip->coarse[r] = 0;
     for (int r = 0; r < rows; r++) {
         const float * restrict u = s->u_ND + (first + r) * s->D;
         float * restrict centred = s->centred_ND + (first + r) * s->D;

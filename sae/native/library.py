@@ -15,7 +15,7 @@ import torch
 from ..kernels import rest_
 from ..model import SparseCoder
 from ..train_config import TrainConfig
-from .build import BuildError, build
+from .build import BuildError, build, processor
 
 FOLDER = Path(__file__).parent
 UNIT = 96  # as in vectors.h
@@ -144,7 +144,12 @@ def native_library() -> Library | None:
     """The library, built on first use; None, after one warning, where it cannot be had."""
     try:
         sources = [FOLDER / name for name in ("select.c", "candidates.c", "step.c")]
-        return Library(build("step", sources, VARIANTS, headers=[FOLDER / name for name in ("vectors.h", "product.h")]))
+        library = Library(build("step", sources, VARIANTS, [FOLDER / name for name in ("vectors.h", "product.h")]))
+        if not library.tiles and "avx512_vnni" in processor():
+            _log.warning(
+                "this compiler made no 8-bit products of this processor, so training is slower: try gcc (CC=gcc)"
+            )
+        return library
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.warning("training without compiled kernels, which is slower: %s", error)
         return None

@@ -32,7 +32,7 @@ struct strip {
     float * lower_TR;    /* the largest lower bound of every tile, divided by the row's scale */
     float inverse[STRIP], ratio[STRIP], least[STRIP]; /* 1 / sx; ||x'|| / sx; the bound to reach */
     float fine[STRIP];   /* so that the bounds of latents of ordinary norm use the 16 bits */
-    int finite[STRIP];
+    int finite[STRIP], coarse[STRIP]; /* coarse: most of the row is rounded to zero */
 };
 
 /* A thread's rows: a block is multiplied while what is left to do for the one before is done. */
@@ -57,7 +57,7 @@ struct block {
 /* Two vectors of upper bounds as 16-bit integers, rounded up; what is too large, and NaN, as the largest of them. */
 static inline __m512i up_to_16(__m512 x0, __m512 x1) {
     const __m512 most = _mm512_set1_ps(1e9f);
-    const int up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+    enum { up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC };
     __m256i low = _mm512_cvtsepi32_epi16(_mm512_cvt_roundps_epi32(_mm512_min_ps(x0, most), up));
     __m256i high = _mm512_cvtsepi32_epi16(_mm512_cvt_roundps_epi32(_mm512_min_ps(x1, most), up));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
@@ -121,6 +121,9 @@ static void bounds_of_tile_vnni(const struct step * s, struct strip * b, int64_t
 }
 
 #ifdef HAVE_AMX
+/* Older compilers' intrinsics do not say which memory they read and write. */
+#define MEMORY_IS_READ __asm__ volatile("" ::: "memory")
+
 struct tile_config {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -141,10 +144,12 @@ static void open_amx(struct tile_config * before) {
         mine.row_bytes[i] = 64;
     }
     _tile_storeconfig(before);
+    MEMORY_IS_READ;
     _tile_loadconfig(&mine);
 }
 
 static void close_amx(const struct tile_config * before) {
+    MEMORY_IS_READ;
     if (before->palette) {
         _tile_loadconfig(before);
     } else {
@@ -171,6 +176,7 @@ static void bounds_of_tiles_amx(const struct step * s, struct strip * b, int64_t
     int64_t chunks = (s->D + 63) / 64;
     const int8_t * w = s->q_tiles + tile * chunks * 1024;
     const uint8_t * x = b->q;
+    MEMORY_IS_READ;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

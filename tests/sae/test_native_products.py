@@ -74,6 +74,28 @@ def test_bounds_beyond_sixteen_bits_and_latents_of_very_unequal_norm_are_chosen_
     assert not bool((chosen(native, k) == 18).any())
 
 
+def test_a_row_that_one_value_rounds_to_zero_is_chosen_by_all_its_exact_values(product):
+    d, latents, k, rows = 1024, 4096, 16, 60
+    generator = torch.Generator().manual_seed(2)
+    model, place = make(d=d, latents=latents, k=k), torch.arange(0, rows, 3)
+    with torch.no_grad():
+        model.b_dec_D.zero_()
+        model.b_enc_F.zero_()
+        model.W_enc_FD.copy_(torch.nn.functional.normalize(model.W_enc_FD, dim=1))
+        model.W_enc_FD[:, 7] = 0.02 * torch.randn(latents, generator=generator)
+        own_N = torch.randint(0, latents, (rows,), generator=generator)  # each row is a latent's direction
+        u_ND = model.W_enc_FD[own_N] * d**0.5
+        u_ND[:, 7] = 0
+    u_ND[place, 7] = 600.0
+    oracle, native = copy.deepcopy(model).double(), stepper(model, loss_settings(), product)
+    native._balance_D.fill_(1.0)  # as measured on a batch that had no such row
+    native.step(u_ND, lr=1e-3)
+    assert torch.equal(chosen(native, k), oracle.pre_acts(u_ND.double()).topk(k).indices.sort(1).values)
+    candidates_N = native._batch["candidates_N"]
+    assert bool((candidates_N[place] == latents).all())
+    assert int(candidates_N[1]) < latents / 4
+
+
 def test_a_row_that_is_not_finite_changes_no_other_rows_choice(product):
     model, u_ND = make(d=70, latents=1200, k=4), batch(2, 200, 70)
     natives = []
