@@ -6,6 +6,7 @@ import ctypes
 from importlib.metadata import version
 from typing import Any
 
+from . import amx
 from .log import log_tail
 from .symbols import (
     device_at,
@@ -51,5 +52,6 @@ def versions() -> dict[str, str]:
         "llama.cpp commit": ggml_commit().decode(),
         "gguf": version("gguf"),
         "cpu features": lc.llama_print_system_info().decode("utf-8", "replace").strip(),
+        "amx products": ("used" if amx.usable() else "off: this build's are broken") if amx.there() else "not there",
         "gpu offload": "yes" if lc.llama_supports_gpu_offload() else "no",
     }

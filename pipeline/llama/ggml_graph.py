@@ -35,6 +35,7 @@ from .symbols import (
 
 _P, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
 _CPU, _GPU, _IGPU = 0, 1, 2  # enum ggml_backend_dev_type
+AMX = "AMX"  # the kind of memory for products in tile registers
 TYPE_I32 = 26
 CONTEXT_BYTES = 1 << 18  # the structures of a dozen tensors and one graph
 
@@ -87,7 +88,13 @@ class Backend:
             ctypes.CFUNCTYPE(None, _P, ctypes.c_int)(set_threads)(self.handle, n_threads)
 
     def buffer_types(self) -> list[int]:
-        """Where weights may lie, the device's rearranged layouts (faster products of some types) first."""
+        """Where an encoder's weights may lie, the device's rearranged layouts (faster products of some types) first.
+
+        Not for tile registers: they gain nothing for one row, and our own products read the plain layout.
+        """
+        return [each for each in self.all_buffer_types() if buffer_type_name(each) != AMX]
+
+    def all_buffer_types(self) -> list[int]:
         found = _proc(_dev_reg(self.device), b"ggml_backend_dev_get_extra_bufts")
         extra: list[int] = []
         if found:
@@ -98,6 +105,10 @@ class Backend:
 
     def supports(self, tensor: int) -> bool:
         return bool(_supports(self.handle, tensor))
+
+
+def buffer_type_name(buffer_type: int) -> str:
+    return _buft_name(buffer_type).decode()
 
 
 def _device(kinds: Sequence[int]) -> int:
@@ -132,7 +143,7 @@ class Tensors:
         """
         buffer = _alloc_in(self.context, buffer_type)
         if not buffer:
-            raise LlamaError(f"no memory for the encoder in {_buft_name(buffer_type).decode()} buffers")
+            raise LlamaError(f"no memory for the encoder in {buffer_type_name(buffer_type)} buffers")
         weakref.finalize(self, _buffer_free, buffer)
         if weights:
             _buffer_usage(buffer, _USAGE_WEIGHTS)
@@ -186,12 +197,13 @@ class Affine:
         bias_F: np.ndarray,
         *,
         k: int = 0,
+        place: int = 0,
     ) -> None:
-        """`k` > 0: the device selects, where it can (`selects`)."""
+        """`k` > 0: the device selects, where it can (`selects`). `place`: the kind of memory, 0: the best one."""
         self.backend, self.D, self.F, self.k = backend, D, len(bias_F), k
         self._matrix, self._bias = Tensors(), Tensors()
         self._weight = new_2d(self._matrix.context, kind, D, self.F)
-        self.buffer_type = rearranged_for(backend, kind, D, self.F)
+        self.buffer_type = place or rearranged_for(backend, kind, D, self.F)
         self._matrix.allocate(self.buffer_type, weights=True, in_memory=backend.is_cpu)
         self._fill([raw] if isinstance(raw, np.ndarray) else raw, self.F * row_bytes(kind, D))
         self._b = new_1d(self._bias.context, TYPE_F32, self.F)
@@ -217,7 +229,7 @@ class Affine:
     @property
     def layout(self) -> str:
         """Name of the kind of memory the weights lie in."""
-        return _buft_name(self.buffer_type).decode()
+        return buffer_type_name(self.buffer_type)
 
     @property
     def weight_address(self) -> int:

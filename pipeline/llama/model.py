@@ -16,7 +16,7 @@ import numpy as np
 
 from sae.errors import LlamaError, ShapeError
 
-from . import identity
+from . import amx, identity
 from .log import log_tail
 from .symbols import lc
 from .truncated import first_blocks
@@ -224,6 +224,7 @@ class _Loading:
 
         params = lc.llama_model_default_params()
         params.n_gpu_layers = self.n_gpu_layers
+        params.use_extra_bufts = amx.usable()
         mapped = self.use_mmap and stream is None
         params.load_mode = lc.LLAMA_LOAD_MODE_MMAP if mapped else lc.LLAMA_LOAD_MODE_NONE
         callback = lc.llama_progress_callback(report)

@@ -51,6 +51,12 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool))
 
 
+def library_files() -> list[Path]:
+    """The files of llama.cpp that are loaded."""
+    folder = Path(_LIB._name).resolve().parent
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name.startswith(("libllama", "libggml")))
+
+
 def function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
     """A typed C function of the loaded libraries; LlamaError when this build lacks it."""
     try:
