@@ -28,7 +28,11 @@ from .terminal import shown
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
-NAMED_BY = {"extract": "a store with store.path=PATH", "train": "an SAE with sae.path=PATH"}
+NAMED_BY = {
+    "extract": "a store with store.path=PATH",
+    "train": "an SAE with sae.path=PATH",
+    "convert": "a file: ggscope convert verify FILE",
+}
 PACKAGES = ("ggscope", "llama-cpp-python", "torch", "numpy", "zarr", "hydra-core", "gguf", "safetensors")
 
 
