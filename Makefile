@@ -43,7 +43,9 @@ $(VENV)/.torch: constraints.txt | $(VENV)/bin/python
 	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@touch $@
 
+# With CMAKE_ARGS a wheel that pip made with others will not do.
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+	$(if $(CMAKE_ARGS),$(PIP) --no-cache-dir --force-reinstall --no-deps llama-cpp-python)
 	$(PIP) -e '.[train]'
 	@touch $@
 

@@ -66,7 +66,7 @@ def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
 
 
 def train_runs(place: Path) -> Iterator[Path]:
-    """The train runs of a place: itself, those in it, or the points of a sweep."""
+    """The train runs of a place: itself, those in it, or the points of a sweep or of the sweeps in it."""
     manifest = read_manifest(place)
     if manifest is not None and manifest.get("command") == "train":
         yield place
@@ -76,6 +76,8 @@ def train_runs(place: Path) -> Iterator[Path]:
         for child in sorted(place.iterdir()) if place.is_dir() else []:
             if (read_manifest(child) or {}).get("command") == "train":
                 yield child
+            elif (child / SWEEP).is_file():
+                yield from train_runs(child)
 
 
 def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> Iterator[Row]:

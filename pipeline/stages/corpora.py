@@ -58,7 +58,9 @@ def window_table(
             if table.rows >= most - 1:
                 context.console.print(f"only the first {table.rows:,} rows of the corpus are used", highlight=False)
     if table.report.skipped:
-        context.console.print(f"warning: {table.report.describe_skipped()}", style="yellow", highlight=False)
+        harmless = set(table.report.reasons) == {"empty"}  # the built-in corpus has two such files
+        word, style = ("note", "dim") if harmless else ("warning", "yellow")
+        context.console.print(f"{word}: {table.report.describe_skipped()}", style=style, highlight=False)
     context.add_input("corpus", config.kind, table.corpus_hash, documents=len(table.documents), rows=table.rows)
     return table
 

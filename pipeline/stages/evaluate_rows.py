@@ -24,6 +24,7 @@ from ..store.schema import DOCS_FILE
 from .corpora import window_table
 from .inputs import load_sae, outlier_norm, session_options
 
+NAMED = 3  # documents in a warning
 STREAM_ROWS = 65_536  # of the training split, captured again where there was no store
 
 
@@ -71,11 +72,14 @@ def seen_in_training(context: RunContext, documents: Iterable[dict[str, Any]], t
     """Held-out documents whose text was trained on too: none, unless the training took another split."""
     held_out = {document.sha256 for document in table.documents}
     trained = {document["sha256"] for document in documents if document["sha256"] in held_out}
-    seen = sum(document.sha256 in trained for document in table.documents)
+    found = [document.name for document in table.documents if document.sha256 in trained]
+    seen = len(found)
     if seen:
+        names = ", ".join(found[:NAMED]) + (", ..." if seen > NAMED else "")
         context.console.print(
-            f"warning: {seen} of {len(table.documents)} evaluation documents were trained on",
+            f"warning: {seen} of {len(table.documents)} evaluation documents were trained on: the same text is in both ({names})",
             style="yellow",
+            markup=False,
             highlight=False,
         )
     return seen

@@ -76,7 +76,8 @@ def table(result: PatchResult, clean: list[str], corrupted: list[str]) -> Table:
         shown.add_column(Text(label(clean[position], corrupted[position])), justify="right", no_wrap=True)
     for row in reversed(range(len(result.blocks))):
         cells = [
-            Text(f"{v:.2f}", style="bold green" if v > 0.5 else "" if v > 0.1 else "dim") for v in result.grid_LP[row]
+            Text(f"{v:.2f}".replace("-0.00", "0.00"), style="bold green" if v > 0.5 else "" if v > 0.1 else "dim")
+            for v in result.grid_LP[row]
         ]
         shown.add_row(str(result.blocks[row]), *cells)
     return shown

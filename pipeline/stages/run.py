@@ -207,7 +207,7 @@ def finish(context: RunContext) -> None:
         table.add_row(
             LABELS.get(name, name),
             *(
-                "" if c is None else f"{c:.4f}" if key != "l0" else f"{c:.1f}"
+                "" if c is None else f"{c:.2%}" if key == "dead_share" else f"{c:.1f}" if key == "l0" else f"{c:.4f}"
                 for key, c in zip(columns, cells, strict=True)
             ),
         )
