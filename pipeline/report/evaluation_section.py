@@ -80,7 +80,7 @@ def _row(name: str, values: Mapping[str, Any], style: str) -> str:
     cells = [
         number(values.get("fvu")),
         number(values.get("l0"), 1),
-        meter + percent(recovered),
+        f'{meter}<span class="beside">{percent(recovered)}</span>',
         number(values.get("delta_ce_nats")),
         number(values.get("kl")),
     ]
