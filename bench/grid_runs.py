@@ -91,7 +91,9 @@ class Runs:
         """The name of a side in the table."""
         if side == OURS:
             return OURS
-        return self._once(f"{side}/version.json", lambda: self._ask(side, "version", library=side))["version"]
+        return (
+            f"{side}-{self._once(f'{side}/version.json', lambda: self._ask(side, 'version', library=side))['version']}"
+        )
 
     def store(self) -> Path:
         """The rows of the training split at the hook point, as the demo captures them."""
