@@ -38,13 +38,15 @@ def usable() -> bool:
     except (OSError, ValueError, KeyError):
         pass
     good = _tried()
+    if good is None:
+        return False  # tried again the next time
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_name(f"{kept.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps({"usable": good}))
         partial.replace(kept)
     except OSError:
-        pass  # tried again the next time
+        pass  # as above
     return good
 
 
@@ -63,7 +65,8 @@ def _kept() -> Path:
     return base / "ggscope" / "native" / f"amx-{digest.hexdigest()[:16]}.json"
 
 
-def _tried() -> bool:
+def _tried() -> bool | None:
+    """None: it could not be found out."""
     root = str(Path(__file__).parents[2])
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join((root, os.environ.get("PYTHONPATH", "")))}
     try:
@@ -73,7 +76,7 @@ def _tried() -> bool:
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         _log.info("AMX could not be tried: %s", error)
-        return False
+        return None
     if done.returncode:
         _log.info("llama.cpp's AMX products are not used: they ended with %d", done.returncode)
     return done.returncode == 0

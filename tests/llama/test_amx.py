@@ -76,12 +76,13 @@ def test_without_tile_registers_nothing_is_started(tiles, monkeypatch):
     assert not tiles[0]
 
 
-def test_a_process_that_does_not_start_counts_as_no(tiles, monkeypatch):
+def test_a_process_that_does_not_start_counts_as_no(tiles, monkeypatch, tmp_path):
     def refuses(*_command, **_options):
         raise OSError("no more processes")
 
     monkeypatch.setattr(amx.subprocess, "run", refuses)
     assert not asked()
+    assert not list(tmp_path.rglob("amx-*.json"))  # and is not remembered
 
 
 def test_an_encoder_never_lies_in_tile_layout_and_the_doctor_says_what_is_used():
