@@ -91,9 +91,8 @@ class Runs:
         """The name of a side in the table."""
         if side == OURS:
             return OURS
-        return (
-            f"{side}-{self._once(f'{side}/version.json', lambda: self._ask(side, 'version', library=side))['version']}"
-        )
+        found = self._once(f"{side}/version.json", lambda: self._ask(side, "version", library=side))
+        return f"{side}-{found['version']}"
 
     def store(self) -> Path:
         """The rows of the training split at the hook point, as the demo captures them."""

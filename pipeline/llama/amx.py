@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae.native.build import processor
+from sae.native.build import cache_folder, processor
 
 from .symbols import lc, library_files
 
@@ -32,7 +32,10 @@ def usable() -> bool:
     """True where there is nothing to try."""
     if not there():
         return True
-    kept = _kept()
+    try:
+        kept = _kept()
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return bool(_tried())
     try:
         return bool(json.loads(kept.read_text())["usable"])
     except (OSError, ValueError, KeyError):
@@ -61,8 +64,7 @@ def _kept() -> Path:
     for path in library_files():
         found = path.stat()
         digest.update(repr((str(path), found.st_size, found.st_mtime_ns)).encode())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "ggscope" / "native" / f"amx-{digest.hexdigest()[:16]}.json"
+    return cache_folder() / f"amx-{digest.hexdigest()[:16]}.json"
 
 
 def _tried() -> bool | None:

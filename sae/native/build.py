@@ -37,8 +37,7 @@ def build(name: str, sources: Sequence[Path], variants: Sequence[Sequence[str]],
     for path in (*sources, *headers):
         digest.update(path.read_bytes())
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        library = base / "ggscope" / "native" / f"{name}-{digest.hexdigest()[:16]}.so"
+        library = cache_folder() / f"{name}-{digest.hexdigest()[:16]}.so"
         if library.exists():
             return library
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +48,11 @@ def build(name: str, sources: Sequence[Path], variants: Sequence[Sequence[str]],
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         raise BuildError(str(error)) from error
     return library
+
+
+def cache_folder() -> Path:
+    """Where what was built for this machine, and found out about it, is kept. RuntimeError without a home folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ggscope" / "native"
 
 
 def _compile(compiler: list[str], sources: Sequence[Path], variants: Sequence[Sequence[str]], made: Path) -> None:

@@ -263,10 +263,6 @@ static int open_block(const struct step * s, struct block * b) {
         strip->lower_TR = aligned_alloc(64, (tiles + 1) * STRIP * sizeof(float)); /* one more: tiles may come in pairs */
         opened = opened && strip->q && strip->upper_FR && strip->lower_TR;
     }
-    b->norm = 0;
-    for (int64_t i = 0; i < s->F; i++) {
-        if (isfinite(s->q_norm_F[i]) && s->q_norm_F[i] > b->norm) b->norm = s->q_norm_F[i];
-    }
     b->hit_latent_F = malloc((s->F + 1) * sizeof *b->hit_latent_F);
     b->hit_rows_F = malloc((s->F + 1) * sizeof *b->hit_rows_F);
     b->row = malloc((s->D + LANES) * sizeof(float));
@@ -352,6 +348,10 @@ static int block_of_rows(const struct step * s, struct block * b, int64_t first)
 int ggscope_rows_int8(const struct step * s) {
     int failed = 0;
     int64_t stride = STRIP * strips_of(s);
+    float norm = 0;
+    for (int64_t i = 0; i < s->F; i++) {
+        if (isfinite(s->q_norm_F[i]) && s->q_norm_F[i] > norm) norm = s->q_norm_F[i];
+    }
     if (s->pool) {
         *s->pool_used = 0;
         memset(s->pool_count_N, 0, s->N * sizeof *s->pool_count_N);
@@ -359,7 +359,7 @@ int ggscope_rows_int8(const struct step * s) {
     }
 #pragma omp parallel num_threads((int) s->threads)
     {
-        struct block b = {0};
+        struct block b = {.norm = norm};
         int opened = open_block(s, &b);
 #ifdef HAVE_AMX
         struct tile_config before;

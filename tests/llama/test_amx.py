@@ -70,6 +70,16 @@ def test_another_build_of_llama_cpp_is_tried_anew(tiles, monkeypatch, tmp_path):
     assert len(started) == 2
 
 
+def test_without_a_home_folder_it_is_tried_and_not_kept(tiles, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert asked()
+    assert len(tiles[0]) == 1
+
+
 def test_without_tile_registers_nothing_is_started(tiles, monkeypatch):
     monkeypatch.setattr(amx, "processor", lambda: "flags: avx2")
     assert asked()
