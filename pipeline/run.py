@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from .terminal import shown
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+LINE_SECONDS = 30.0  # between two lines of progress in a log
 NAMED_BY = {
     "extract": "a store with store.path=PATH",
     "train": "an SAE with sae.path=PATH",
@@ -73,6 +74,27 @@ class ProgressCall(Protocol):
     """The type of what `RunContext.progress` yields."""
 
     def __call__(self, done: int, total: int | None = None, note: str = "") -> None: ...
+
+
+class ProgressLines:
+    """Progress where nothing can be redrawn, a log file or a pipe: a line every `LINE_SECONDS`."""
+
+    def __init__(self, console: Console, what: str, unit: str) -> None:
+        self.console, self.what, self.unit = console, what, unit
+        self.started = self.last = time.monotonic()
+        self.first: int | None = None  # what was done when it began: more than 0 where a run is resumed
+
+    def __call__(self, done: int, total: float | None, note: str) -> None:
+        now = time.monotonic()
+        self.first = done if self.first is None else self.first
+        if now - self.last < LINE_SECONDS:
+            return
+        self.last = now
+        parts = [f"{self.what}: {done:,}{f' of {total:,.0f}' if total else ''} {self.unit}"]
+        if total and done > self.first:
+            left = (now - self.started) * max(0.0, total - done) / (done - self.first)
+            parts.append(f"ETA {timedelta(seconds=round(left))}")
+        self.console.print(", ".join([*parts, note] if note else parts), style="dim", highlight=False, soft_wrap=True)
 
 
 @dataclass(kw_only=True)
@@ -127,16 +149,19 @@ class RunContext:
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "tokens") -> Iterator[ProgressCall]:
-        """A progress bar with an ETA; yields a callable `(done, total=None, **numbers)`."""
+        """A progress bar with an ETA, in a file a line now and then; yields a callable `(done, total=None, **numbers)`."""
         columns = (
             TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(unit),
             TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
         )  # fmt: skip
         with Progress(*columns, console=self.console, transient=not self.console.is_terminal) as bar:
             task = bar.add_task(shown(what), total=total or None, note="")
+            lines = None if self.console.is_terminal else ProgressLines(self.console, what, unit)
 
             def call(done: int, total: int | None = None, note: str = "") -> None:
                 bar.update(task, completed=done, total=total, note=note)
+                if lines:
+                    lines(done, bar.tasks[task].total, note)
 
             yield call
 
@@ -214,7 +239,6 @@ def newest_finished(command: str, output: str = "") -> tuple[Path, dict[str, Any
     )
 
 
-# settings, and whole groups, that change how fast or how often something is written, never the result
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dict to dotted keys."""
     found: dict[str, Any] = {}

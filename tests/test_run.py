@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import run
 from pipeline.config import Config, ExecutorConfig, ExtractConfig, LoggerConfig, TrainerConfig
+from pipeline.console import PlainConsole
 from pipeline.loggers import JsonlLogger, open_loggers
 from pipeline.resuming import resume_folder, with_settings_of_run
-from pipeline.run import RunContext, new_folder, newest_finished, read_manifest, running, write_json
+from pipeline.run import ProgressLines, RunContext, new_folder, newest_finished, read_manifest, running, write_json
 from sae.errors import CheckFailedError, ConfigError, InterruptedRunError
 
 
@@ -100,6 +102,31 @@ def test_a_run_refused_before_it_did_anything_leaves_nothing():
         with pytest.raises(ConfigError, match="no"), running(started(config=named)):
             raise ConfigError("no")
     assert not list(Path("mine").iterdir())
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, monkeypatch):
+    seconds = iter([0.0, 1.0, 31.0, 40.0, 61.5])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(seconds))
+    with open(tmp_path / "log", "w") as log:
+        lines = ProgressLines(PlainConsole(file=log), "training", "tokens")
+        for done in (10_000, 20_000, 30_000, 40_000):
+            lines(done, 100_000, "FVU 0.5")
+    said = (tmp_path / "log").read_text().splitlines()
+    # 10,000 were there before: 10,000 of the 90,000 took 31 seconds, 30,000 took 61.5
+    assert said == [
+        "training: 20,000 of 100,000 tokens, ETA 0:04:08, FVU 0.5",
+        "training: 40,000 of 100,000 tokens, ETA 0:02:03, FVU 0.5",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_alone(tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        context = RunContext(command="train", folder=tmp_path, config=Config())
+        context.console = PlainConsole(file=log, force_terminal=True)
+        with context.progress("training", 10) as progress:
+            progress(10)
+    assert "10/10" in (tmp_path / "log").read_text()
+    assert "10 of 10" not in (tmp_path / "log").read_text()
 
 
 def test_resume_latest_takes_the_newest_run_in_which_something_was_done():

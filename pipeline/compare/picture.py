@@ -67,11 +67,12 @@ def plot(ax: Any, rows: Sequence[Row], key: str, *, lower_is_better: bool) -> li
 
 
 def name_points(ax: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write the names so that none covers another or a point; one that finds no free place is left out."""
+    """Write the names so that none covers another or a point or leaves the page; one that finds no free place is left out."""
     from matplotlib.transforms import Bbox
 
     at = ax.transData.transform([(x, y) for _, x, y in points])
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
+    page = ax.figure.bbox
     if legend := ax.get_legend():
         taken.append(legend.get_window_extent())
     for name, x, y in points:
@@ -80,7 +81,8 @@ def name_points(ax: Any, points: Sequence[tuple[str, float, float]]) -> None:
                 name, (x, y), fontsize=6.5, color=INK, xytext=(right, up), textcoords="offset points", ha=align
             )
             box = text.get_window_extent()
-            if not box.count_overlaps(taken):
+            inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+            if inside and not box.count_overlaps(taken):
                 taken.append(box)
                 break
             text.remove()

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from sae.errors import FormatError
+from sae.errors import FormatError, SAEError
 
 from ..store.backends import LocalBackend
 from ..store.schema import dump_json
@@ -95,14 +95,19 @@ def spool_table(
         return open_table(folder)
     (folder / SPOOL_FILE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with _Writer(folder, cutter, documents, report, key, checkpoint_documents) as writer:
-        writer.start()
-        for part in cutter.parts(documents):
-            writer.add(part)
-            if progress is not None:
-                progress(cutter.packer.documents, cutter.packer.rows)
-    if not cutter.packer.rows:
-        raise empty_corpus()
+    try:
+        with _Writer(folder, cutter, documents, report, key, checkpoint_documents) as writer:
+            writer.start()
+            for part in cutter.parts(documents):
+                writer.add(part)
+                if progress is not None:
+                    progress(cutter.packer.documents, cutter.packer.rows)
+        if not cutter.packer.rows:
+            raise empty_corpus()
+    except SAEError:  # a corpus without a row: nothing is left of it
+        if not cutter.packer.rows:
+            _remove(folder)
+        raise
     _finish(folder, context_tokens, report, identity, key)
     return open_table(folder)
 
@@ -211,6 +216,13 @@ class _Writer:
             return {}
         self.packer.restore(note["packer"])
         return note["files"]
+
+
+def _remove(folder: Path) -> None:
+    for name in (*DATA_FILES, PROGRESS_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _finish(folder: Path, context_tokens: int, report: ReadReport, identity: Mapping[str, Any], key: str) -> None:

@@ -14,7 +14,7 @@ def numbers(result: dict[str, Any]) -> str:
     return "; ".join(
         [
             f"FVU {number(result['fvu'])}, L0 {result['l0']:.1f}, dead {result['dead_share']:.2%} and dense {result['dense_share']:.2%} of "
-            f"{result['num_latents']} over {result['rows']:,} rows ({result['flagged_share']:.2%} flagged, left out)",
+            f"{result['num_latents']} over {result['rows']:,} held-out rows ({result['flagged_share']:.2%} flagged, left out)",
             f"CE recovered {number(result['ce_recovered'])}, delta CE {number(result['delta_ce_nats'])} nats [{low}, {high}], "
             f"KL {number(result['kl'])} nats over {result['splice_rows']:,} rows",
             beside(result),

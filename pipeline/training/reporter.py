@@ -58,7 +58,7 @@ def result(found: dict[str, SAEWeights]) -> str:
     if len(found) == 1:
         k = "" if first.training["config"]["variant"] in WITHOUT_K else f"k={first.k}, "
         return (
-            f"{first.num_latents} latents, {k}{last['tokens']:,} tokens; FVU {last['fvu']:.4f}, "
+            f"{first.num_latents} latents, {k}{last['tokens']:,} tokens; FVU {last['fvu']:.4f} on the last training rows, "
             f"L0 {last['l0']:.1f}, {last['revived_total']} latents revived, {last['tokens_per_s']:,.0f} tokens/s"
         )
     fvus = ", ".join(f"{name} {weights.training['metrics']['fvu']:.4f}" for name, weights in found.items())

@@ -92,11 +92,13 @@ def test_generated_rows_are_marked_in_the_store(tmp_path):
             "no chat template",
         ),
         (["run", "corpus=stdin"], "corpus.kind=stdin"),
+        (["extract", "corpus=text", "corpus.paths=[none/*.txt]"], "matches no file"),
     ],
 )
-def test_a_corpus_that_cannot_be_had_is_one_line(args, message, tmp_path):
+def test_a_corpus_that_cannot_be_had_is_one_line_and_leaves_no_run(args, message, tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps({"m": [{"role": "user", "content": "hi"}]}) + "\n")
     assert message in last_line(ggscope(*args, cwd=tmp_path, code=2))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_ids_without_a_held_out_document_are_refused_before_they_are_captured(tmp_path):

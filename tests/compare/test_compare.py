@@ -118,13 +118,14 @@ def test_a_variant_without_k_shows_none(runs):
     assert (row.variant, row.k) == ("relu", None)
 
 
-def test_names_beside_points_cover_neither_each_other_nor_a_point(runs):
+@pytest.mark.parametrize("inches", [3, 6])
+def test_names_beside_points_cover_neither_each_other_nor_a_point_and_stay_on_the_page(runs, inches):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     (row, *_), _ = collect(["runs/train/a"])
-    rows = [replace(row, name=f"run-k{k}-seed{s}", l0=float(k), fvu=0.1 + s / 1e4) for k in (8, 9) for s in range(4)]
-    figure = Figure(figsize=(6, 5))
+    rows = [replace(row, name=f"run-k{k}-a_longer_name-seed{s}", l0=float(k), fvu=0.1 + s / 1e4) for k in (8, 9) for s in range(4)]
+    figure = Figure(figsize=(inches, 5))
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     points = plot(ax, rows, "fvu", lower_is_better=True)
@@ -132,6 +133,8 @@ def test_names_beside_points_cover_neither_each_other_nor_a_point(runs):
     name_points(ax, points)
     boxes = [text.get_window_extent() for text in ax.texts]
     assert len(boxes) >= 6
+    page = figure.bbox
+    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in boxes)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert not any(
         box.contains(*point) for box in boxes for point in ax.transData.transform([(r.l0, r.fvu) for r in rows])

@@ -97,6 +97,7 @@ def test_a_folder_without_a_whole_spool_is_refused(tmp_path):
 def test_a_corpus_without_rows_leaves_no_spool(tmp_path):
     with pytest.raises(ConfigError, match="empty corpus"):
         spool_table(PairTokenizer(), [], 4, folder=tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
     with pytest.raises(FormatError):
         open_table(tmp_path / "corpus")
 
