@@ -143,7 +143,7 @@ class TrainerConfig:
     batch_tokens: int = 2048
     lr: float = 2e-3
     warmup_steps: int = 100  # at most a quarter of the steps
-    decay_share: float = 0.2  # linear decay to zero over the last share of the steps
+    decay_share: float = 0.35  # linear decay to zero over the last share of the steps
     beta1: float = 0.8
     beta2: float = 0.999
     eps: float = 1e-8

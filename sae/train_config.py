@@ -44,7 +44,7 @@ class TrainConfig:
     tokens: int = 4_000_000  # rounded up to whole batches
     lr: float = 2e-3
     warmup_steps: int = 100
-    decay_share: float = 0.2
+    decay_share: float = 0.35
     seed: int = 0
     auxk_coef: float = 1 / 32
     auxk_k: int = 0  # 0: d_in / 2
