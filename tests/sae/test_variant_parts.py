@@ -223,7 +223,7 @@ def test_a_start_that_does_not_fit_is_refused():
 def test_fine_tuning_goes_on_from_where_the_sae_was(tmp_path):
     toy = Toy(batch=256)
     config = TrainConfig(
-        num_latents=96, k=4, batch_tokens=256, tokens=120 * 256, log_steps=1, lr=5e-3, warmup_steps=5,
+        num_latents=96, k=4, batch_tokens=256, tokens=120 * 256, log_steps=1, lr=8e-3, warmup_steps=5,
         encoder_dtype="float32", checkpoint_steps=0,
     )  # fmt: skip
     first, second = [], []
