@@ -87,7 +87,7 @@ class ProgressLines:
     def __call__(self, done: int, total: float | None, note: str) -> None:
         now = time.monotonic()
         self.first = done if self.first is None else self.first
-        if now - self.last < LINE_SECONDS:
+        if now - self.last < LINE_SECONDS or done == total:  # what it ends with is said elsewhere
             return
         self.last = now
         parts = [f"{self.what}: {done:,}{f' of {total:,.0f}' if total else ''} {self.unit}"]
