@@ -10,6 +10,7 @@ from sae.options import WITHOUT_K
 
 from ..loggers import MetricsLogger
 from ..run import ProgressCall
+from .lr_search import CLOSE
 
 if TYPE_CHECKING:
     from sae.weights import SAEWeights
@@ -69,5 +70,9 @@ def searched_lines(searched: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What `lr_search` found, a line an SAE."""
     for name, found in searched.items():
         tried = ", ".join(f"{lr}: {'diverged' if fvu is None else f'{fvu:.4f}'}" for lr, fvu in found["fvu"].items())
-        start = f"{name}: " if name else ""
-        yield f"{start}lr {found['best']:g} has the lowest FVU after {found['tokens']:,} tokens ({tried})"
+        start, best = f"{name}: " if name else "", found["best"]
+        lowest = min((fvu, float(lr)) for lr, fvu in found["fvu"].items() if fvu is not None)[1]
+        why = (
+            "the lowest FVU" if best == lowest else f"the smallest within {CLOSE:.0%} of the lowest FVU, {lowest:g}'s,"
+        )
+        yield f"{start}lr {best:g} taken: {why} after {found['tokens']:,} tokens ({tried})"

@@ -96,7 +96,7 @@ def test_a_search_trains_as_if_its_rate_had_been_given(folder, tmp_path):
     run, given = tmp_path / "run", tmp_path / "given"
     rates = "trainer.lr_search=[1e-4,3e-3]"
     done = ggscope("train", *TRAIN, rates, "trainer.lr_search_share=0.2", f"run_dir={run}", cwd=folder)
-    assert "has the lowest FVU after 1,536 tokens" in " ".join(done.stderr.split())
+    assert "lr 0.003 taken: the lowest FVU after 1,536 tokens" in " ".join(done.stderr.split())
     manifest = json.loads((run / "manifest.json").read_text())
     found = manifest["metrics"]["lr_search"]
     assert found == json.loads((run / "lr_search.json").read_text())[""]
