@@ -18,7 +18,7 @@ import torch
 from .errors import ConfigError, DivergedError
 from .latent_ranks import LatentParallelStepper, shard_
 from .losses import StepResult
-from .ranks import DataParallelStepper, Ranks
+from .ranks import DataParallelStepper, Ranks, with_ranks_kernel
 from .steppers import Stepper, make_stepper, pick_kernel
 from .train_config import FREE_KEYS, TrainConfig
 from .variants.build import build
@@ -66,7 +66,7 @@ class Learner:
         self.best: dict[str, Any] | None = None  # step and FVU of the best of them
         self._generator = torch.Generator().manual_seed(config.seed)
         self.model, settings = build(
-            config,
+            with_ranks_kernel(config, ranks),
             width=subject.d_in,
             mean_D=subject.mean_D,
             variance=subject.variance,

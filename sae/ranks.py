@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import distributed
@@ -102,6 +103,22 @@ def torchrun_ranks(device: torch.device) -> Iterator[Ranks]:
         ranks.meet()  # a process that ends right after it sent tensors aborts now and then: gloo's thread still has them
     finally:
         distributed.destroy_process_group()
+
+
+def with_ranks_kernel(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The settings as they are in one process; on several ranks with the kernel that these have, torch's operations.
+
+    Raises:
+        ConfigError: several ranks, and another kernel was asked for.
+    """
+    if ranks.world == 1:
+        return config
+    if config.kernel not in ("auto", "torch"):
+        raise ConfigError(
+            f"kernel={config.kernel} trains in one process; {ranks.world} ranks train by torch's operations: "
+            "use kernel=auto or torch"
+        )
+    return replace(config, kernel="torch")
 
 
 class DataParallelStepper(TorchStepper):

@@ -14,11 +14,13 @@ import torch
 
 from sae.errors import ConfigError
 from sae.latent_ranks import LatentParallelStepper, shard_
+from sae.learner import Learner, Subject
 from sae.losses import LossSettings
 from sae.ranks import Ranks
 from sae.steppers import TorchStepper
 from sae.variants import VARIANTS
 
+from .toy import Toy
 from .train_ranks import CONFIG, FIELDS
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -72,6 +74,53 @@ def test_ranks_of_which_one_is_stopped_all_stop_and_resume_to_the_same_bits(both
     assert messages[1].startswith("SIGTERM after step 11 of 24")
     assert messages[0].startswith("another rank was stopped after step 11 of 24")
     assert run(tmp_path, kind, "resume", ranks=2) == hashes
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "most"),
+    [
+        ("data", ["variant=groupmax", "num_latents=252"], 1e-3),
+        ("data", ["encoder_dtype=bfloat16", "kernel=torch"], 1e-3),
+        ("latent", ["encoder_dtype=bfloat16", "kernel=torch"], 1e-3),
+        ("latent", ["optimizer=signum", "lr=1e-3"], 1e-3),
+    ],
+)
+def test_two_ranks_with_other_settings_end_where_one_process_does(tmp_path, kind, settings, most):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    run(folders[0], *settings, ranks=1)
+    hashes = run(folders[1], kind, *settings, ranks=2)
+    assert hashes[0] == hashes[1]
+    one, two = (np.load(folder / "weights.npz") for folder in folders)
+    for key in one:
+        if not key.endswith("freq_F"):
+            assert np.linalg.norm(one[key] - two[key]) <= most * np.linalg.norm(one[key]), key
+    rows = [json.loads((folder / "rows.json").read_text()) for folder in folders]
+    for a, b in zip(rows[0]["a"] + rows[0]["b"], rows[1]["a"] + rows[1]["b"], strict=True):
+        assert (b["fvu"], b["l0"]) == pytest.approx((a["fvu"], a["l0"]), rel=1e-3)
+    assert rows[0]["a"][-1]["fvu"] < rows[0]["a"][0]["fvu"]
+
+
+def on_two_ranks(**changes):
+    """The learner of the first of two ranks: nothing is sent before a step."""
+    toy = Toy(batch=256)
+    subject = Subject(d_in=toy.d_in, **toy.statistics())
+    return Learner(replace(CONFIG, **changes), subject, torch.device("cpu"), Ranks(0, 2))
+
+
+@pytest.mark.parametrize("parallel", ["data", "latent"])
+@pytest.mark.parametrize("kernel", ["native", "triton"])
+def test_a_kernel_that_ranks_do_not_have_is_refused(parallel, kernel):
+    with pytest.raises(ConfigError, match=f"kernel={kernel} trains in one process; 2 ranks train by torch's"):
+        on_two_ranks(parallel=parallel, kernel=kernel)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_dtype_that_ranks_choose_by_is_that_of_torchs_step(monkeypatch, fast):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+    wanted = torch.bfloat16 if fast else torch.float32
+    assert on_two_ranks(encoder_dtype="auto").encoder_dtype == wanted
+    assert on_two_ranks(encoder_dtype="auto", parallel="latent").encoder_dtype == wanted
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():

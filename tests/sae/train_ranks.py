@@ -1,5 +1,5 @@
 """Trains two toy SAEs on the ranks of torchrun:
-`torchrun ... -m tests.sae.train_ranks FOLDER [stop=STEP] [resume] [latent] [optimizer=NAME]`.
+`torchrun ... -m tests.sae.train_ranks FOLDER [stop=STEP] [resume] [latent] [SETTING=VALUE ...]`.
 
 Rank 0 leaves `weights.npz` and `rows.json`; every rank the hash of its weights in `rank-N.txt`.
 """
@@ -31,13 +31,15 @@ CONFIG = TrainConfig(
     checkpoint_steps=8, log_steps=4, encoder_dtype="float32", auxk_dtype="float32",
 )  # fmt: skip
 CONFIGS = {"a": CONFIG, "b": dataclasses.replace(CONFIG, k=3, seed=1, auxk_coef=0.0)}
+KINDS = {"num_latents": int, "lr": float}  # of the settings that are no words
 FIELDS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D", "freq_F")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     folder, words, toy = Path(sys.argv[1]), sys.argv[2:], Toy(batch=256)
-    more: dict[str, Any] = dict(word.split("=") for word in words if word.startswith("optimizer="))
+    given = dict(word.split("=") for word in words if "=" in word and not word.startswith("stop="))
+    more: dict[str, Any] = {key: KINDS.get(key, str)(value) for key, value in given.items()}
     configs = {
         name: dataclasses.replace(config, parallel="latent" if "latent" in words else "data", save_best=True, **more)
         for name, config in CONFIGS.items()
