@@ -4,7 +4,7 @@
 
 With thresholds a row is encoded by comparing alone, latents do not compete, and any number may fire.
 
-Shape letters: N rows, F latents, K slots.
+Shape letters: N rows, F latents, K slots, P positive pre-activations of all rows.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ from .runtime import encode
 from .weights import SAEWeights
 
 MODES = ("global", "latent")
+ONE = 1e-5  # thresholds that differ by less, relative to the largest, are one: free rows are folded with rounding
 
 
 def to_thresholds(w: SAEWeights, x_ND: np.ndarray, mode: str = "global") -> SAEWeights:
     """The SAE with thresholds fitted on the rows x_ND, variant "threshold".
+
+    The choice that is kept is that of the training: of TopK the k largest of a row, of GroupMax the largest of each
+    group, of an SAE with one threshold for all latents (a trained BatchTopK or Matryoshka) the k N largest of all N
+    rows, as they choose in training. There k is the number recorded with the SAE, whatever the old threshold let pass.
 
     "global": one theta for all latents, so that as many activations pass it on these rows as the choice kept: the mean
     L0 is the same up to ties. "latent": theta_f so that latent f passes it on as many of these rows as it was chosen
@@ -29,40 +34,57 @@ def to_thresholds(w: SAEWeights, x_ND: np.ndarray, mode: str = "global") -> SAEW
     silent on these rows (or 0 if that was below).
 
     Raises:
-        ConfigError: an unknown mode, an SAE that has thresholds already.
+        ConfigError: an unknown mode, an SAE whose latents have a threshold each.
         ShapeError: no rows.
     """
     if mode not in MODES:
         raise ConfigError(f"thresholds must be one of {', '.join(MODES)}, got {mode!r}")
-    if w.variant == "threshold":
-        raise ConfigError("this SAE has thresholds already")
+    if not _is_one(w.threshold_F):
+        raise ConfigError(
+            "this SAE has a threshold for each latent already (JumpReLU, gated); thresholds are fitted for a top-k choice "
+            "or one threshold for all latents: leave convert.thresholds at none"
+        )
     if not len(x_ND):
         raise ShapeError("thresholds are fitted on rows, got none")
-    idx_NK, vals_NK = encode(w, x_ND)
-    count_F = np.bincount(idx_NK[vals_NK > 0], minlength=w.num_latents)
-    theta_F = _global(w, x_ND, int(count_F.sum())) if mode == "global" else _per_latent(w, x_ND, count_F)
+    latent_P, value_P = _positive(w, x_ND)
+    if w.variant == "threshold":
+        theta = _global(value_P, min(w.k * len(x_ND), len(value_P)))
+        count_F = np.bincount(latent_P[value_P > theta], minlength=w.num_latents)
+    else:
+        idx_NK, vals_NK = encode(w, x_ND)
+        count_F = np.bincount(idx_NK[vals_NK > 0], minlength=w.num_latents)
+        theta = _global(value_P, int(count_F.sum()))
+    theta_F = np.full(w.num_latents, theta) if mode == "global" else _per_latent(latent_P, value_P, count_F)
     return replace(w, variant="threshold", threshold_F=theta_F)
 
 
-def _global(w: SAEWeights, x_ND: np.ndarray, count: int) -> np.ndarray:
-    """Between the `count`-th largest activation of all rows and the next."""
-    every = replace(w, variant="threshold", threshold_F=np.zeros(w.num_latents))
-    _, vals_NK = encode(every, x_ND)
-    positive = np.sort(vals_NK[vals_NK > 0])[::-1]
-    below = positive[count] if count < len(positive) else np.float32(0)
-    return np.full(
-        w.num_latents, _between(float(positive[count - 1]), float(below)) if count else positive.max(initial=0.0)
-    )
+def _is_one(threshold_F: np.ndarray | None) -> bool:
+    """Whether no threshold is there, or the same for all latents."""
+    return threshold_F is None or float(np.ptp(threshold_F)) <= ONE * float(threshold_F.max())
 
 
-def _per_latent(w: SAEWeights, x_ND: np.ndarray, count_F: np.ndarray) -> np.ndarray:
+def _positive(w: SAEWeights, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """latent_P and value_P of every positive pre-activation, largest first within a row."""
     every = replace(w, variant="threshold", threshold_F=np.zeros(w.num_latents))
     idx_NK, vals_NK = encode(every, x_ND)
-    latent_P, value_P = idx_NK[vals_NK > 0], vals_NK[vals_NK > 0]
+    return idx_NK[vals_NK > 0], vals_NK[vals_NK > 0]
+
+
+def _global(value_P: np.ndarray, count: int) -> float:
+    """Between the `count`-th largest activation of all rows and the next."""
+    positive = np.sort(value_P)[::-1]
+    if not count:
+        return float(positive.max(initial=0.0))
+    below = positive[count] if count < len(positive) else np.float32(0)
+    return _between(float(positive[count - 1]), float(below))
+
+
+def _per_latent(latent_P: np.ndarray, value_P: np.ndarray, count_F: np.ndarray) -> np.ndarray:
+    """The same within each latent: theta_F with count_F activations above."""
     order_P = np.lexsort((-value_P, latent_P))
     value_P = value_P[order_P]
-    start_F = np.searchsorted(latent_P[order_P], np.arange(w.num_latents + 1))
-    theta_F = np.zeros(w.num_latents, np.float32)
+    start_F = np.searchsorted(latent_P[order_P], np.arange(len(count_F) + 1))
+    theta_F = np.zeros(len(count_F), np.float32)
     for latent, count in enumerate(count_F):
         own = value_P[start_F[latent] : start_F[latent + 1]]  # largest first
         if not len(own):

@@ -162,13 +162,71 @@ def test_thresholds_keep_the_mean_l0_or_every_latents_rate(variant):
     np.testing.assert_array_equal(active(each, x_ND), pre_NF > each.threshold_F)
 
 
+def pre_acts_of(w, x_ND):
+    """(N, F) in float64."""
+    return (x_ND.astype(np.float64) - w.b_dec_D) @ w.W_enc_FD.T.astype(np.float64) + w.b_enc_F
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("batchtopk", {}), ("batchtopk", {"decoder_rows": "free"}), ("matryoshka", {})]
+)
+def test_thresholds_of_a_trained_batchtopk_keep_its_choice_over_all_rows(name, options):
+    model, x_ND = make(name, **options), (batch(3, rows=500) * 4).numpy()
+    for number in range(8):  # theta is a running mean, of batches of other rows
+        dense_step(model, batch(number), loss_settings())
+    w = exported(model)
+    assert w.variant == "threshold"
+    pre_NF = pre_acts_of(w, x_ND)
+    edge = np.sort(pre_NF, axis=None)[-K * len(x_ND)]
+    chosen_NF = pre_NF >= edge  # the K N largest of these rows
+    assert active(w, x_ND).sum() != chosen_NF.sum() == K * len(x_ND)
+    one = to_thresholds(w, x_ND, "global")
+    assert len(set(one.threshold_F.tolist())) == 1
+    assert one.threshold_F[0] < edge < one.threshold_F[0] * (1 + 1e-3)
+    np.testing.assert_array_equal(active(one, x_ND), chosen_NF)
+    each = to_thresholds(w, x_ND, "latent")
+    np.testing.assert_array_equal(active(each, x_ND), chosen_NF)
+    silent_F = ~chosen_NF.any(axis=0) & (pre_NF > 0).any(axis=0)
+    np.testing.assert_allclose(each.threshold_F[silent_F], pre_NF.max(axis=0)[silent_F], rtol=1e-4)
+    for latent in np.flatnonzero(chosen_NF.any(axis=0)):  # between its last row that is kept and the next
+        own = np.sort(pre_NF[:, latent])[::-1]
+        kept = int(chosen_NF[:, latent].sum())
+        expected = (own[kept - 1] + max(own[kept], 0)) / 2
+        assert each.threshold_F[latent] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_one_threshold_is_fitted_again_and_can_become_one_for_each_latent():
+    rng = np.random.default_rng(0)
+    w = random_weights(rng, d=12, latents=60, k=5)
+    x_ND = rng.standard_normal((400, 12)).astype(np.float32)
+    one = to_thresholds(w, x_ND, "global")
+    off = replace(one, threshold_F=3 * one.threshold_F)
+    assert active(off, x_ND).sum() < 0.5 * active(one, x_ND).sum()
+    np.testing.assert_array_equal(to_thresholds(off, x_ND).threshold_F, one.threshold_F)
+    each = to_thresholds(off, x_ND, "latent")
+    np.testing.assert_array_equal(active(each, x_ND), active(one, x_ND))
+
+
+def test_fewer_positive_activations_than_k_all_fire():
+    w = random_weights(np.random.default_rng(0), d=12, latents=60, k=50, variant="threshold", threshold_F=np.ones(60))
+    x_ND = np.random.default_rng(1).standard_normal((100, 12)).astype(np.float32)
+    positive_NF = pre_acts_of(w, x_ND) > 0
+    assert positive_NF.sum() < 50 * len(x_ND)
+    for mode in ("global", "latent"):
+        np.testing.assert_array_equal(active(to_thresholds(w, x_ND, mode), x_ND), positive_NF)
+
+
 def test_thresholds_refuse_what_they_cannot_do():
     rng = np.random.default_rng(0)
     w = random_weights(rng, d=12, latents=60, k=5)
+    x_ND = rng.standard_normal((400, 12)).astype(np.float32)
     with pytest.raises(ConfigError, match="global, latent"):
-        to_thresholds(w, np.ones((3, 12), np.float32), "row")
-    with pytest.raises(ConfigError, match="already"):
-        to_thresholds(to_thresholds(w, np.ones((3, 12), np.float32)), np.ones((3, 12), np.float32))
+        to_thresholds(w, x_ND, "row")
+    with pytest.raises(ShapeError, match="got none"):
+        to_thresholds(w, x_ND[:0])
+    for own in (exported(make("jumprelu")), exported(make("gated")), to_thresholds(w, x_ND, "latent")):
+        with pytest.raises(ConfigError, match=r"a threshold for each latent already.*thresholds at none"):
+            to_thresholds(own, np.ones((3, own.d_in), np.float32))
 
 
 # ---- fine-tuning ----
