@@ -15,7 +15,7 @@ PANELS = (
     ("kl", "KL in nats per token with 95 % intervals, lower is better"),
 )
 WHERE_L0_VARIES = (("l0", "L0"), ("delta_ce_nats", "ΔCE in nats per token with 95 % intervals"))
-INTERVALS = {"kl": "kl_ci95", "delta_ce_nats": "delta_ce_ci95"}
+INTERVALS = {"ce_recovered": "ce_recovered_ci95", "kl": "kl_ci95", "delta_ce_nats": "delta_ce_ci95"}
 
 
 def draw_drift(path: Path, result: Mapping[str, Any]) -> None:

@@ -74,7 +74,8 @@ def evaluate(
     At most `config.tokens` rows give the reconstruction metrics (`fvu`, `l0`, `dead_share`, `cosine`, `rows`,
     `density_histogram`, ...); at most `config.splice_tokens` rows give
 
-        ce_recovered  = (CE_zero - CE_sae) / (CE_zero - CE_clean)      ce_recovered_mean: with CE_mean for CE_zero
+        ce_recovered  = (CE_zero - CE_sae) / (CE_zero - CE_clean)      with its 95 % interval `ce_recovered_ci95`;
+                                                                       ce_recovered_mean: CE_mean for CE_zero
         delta_ce_nats = CE_sae - CE_clean per token                    with its 95 % interval `delta_ce_ci95`
         kl            = mean KL(clean || sae) per token, nats          with `kl_ci95`
 

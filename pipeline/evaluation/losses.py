@@ -28,7 +28,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """A mean and its 95 % confidence interval. NaN where it cannot be estimated."""
+    """A mean, or a ratio of means, and its 95 % confidence interval. NaN where it cannot be estimated."""
 
     mean: float
     low: float
@@ -97,18 +97,30 @@ def clustered_mean(values_N: np.ndarray, cluster_N: np.ndarray) -> Interval:
     var = m/(m-1) * sum_c (S_c - mean n_c)^2 / n^2, half width = t_{0.975, m-1} sqrt(var)
     (the linearised ratio estimator of survey sampling).
     """
-    n = len(values_N)
-    if n == 0:
+    return clustered_ratio(values_N, np.ones(len(values_N)), cluster_N)
+
+
+def clustered_ratio(over_N: np.ndarray, under_N: np.ndarray, cluster_N: np.ndarray) -> Interval:
+    """R = sum over / sum under, and its 95 % interval when the tokens of one cluster are not independent.
+
+    With A_c and B_c the sums of both over cluster c, m clusters, B = sum_c B_c (the delta method):
+    var = m/(m-1) * sum_c (A_c - R B_c)^2 / B^2, half width = t_{0.975, m-1} sqrt(var).
+    It holds where B is many of its own standard errors away from 0. NaN without tokens and where B is 0.
+    """
+    if len(over_N) == 0:
         return Interval(mean=math.nan, low=math.nan, high=math.nan, clusters=0)
     _, which_N = np.unique(cluster_N, return_inverse=True)
-    sums = np.bincount(which_N, weights=values_N.astype(np.float64))
-    sizes = np.bincount(which_N)
-    mean, m = float(sums.sum() / n), len(sums)
+    over_C = np.bincount(which_N, weights=over_N.astype(np.float64))
+    under_C = np.bincount(which_N, weights=under_N.astype(np.float64))
+    total, m = float(under_C.sum()), len(over_C)
+    if total == 0:
+        return Interval(mean=math.nan, low=math.nan, high=math.nan, clusters=m)
+    ratio = float(over_C.sum()) / total
     if m < 2:
-        return Interval(mean=mean, low=math.nan, high=math.nan, clusters=m)
-    variance = m / (m - 1) * float(((sums - mean * sizes) ** 2).sum()) / n**2
+        return Interval(mean=ratio, low=math.nan, high=math.nan, clusters=m)
+    variance = m / (m - 1) * float(((over_C - ratio * under_C) ** 2).sum()) / total**2
     half = t_quantile_975(m - 1) * math.sqrt(variance)
-    return Interval(mean=mean, low=mean - half, high=mean + half, clusters=m)
+    return Interval(mean=ratio, low=ratio - half, high=ratio + half, clusters=m)
 
 
 def t_quantile_975(df: int) -> float:

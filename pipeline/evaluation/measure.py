@@ -11,11 +11,14 @@ import numpy as np
 from sae.metrics import ReconstructionMetrics
 
 from .baselines import Replacement
-from .losses import Interval, clustered_mean
+from .losses import Interval, clustered_mean, clustered_ratio
 from .splice import CLEAN, SpliceResult
 
 SAE, MEAN, ZERO = "sae", "mean", "zero"
-RUN_KEYS = ("ce_recovered", "ce_recovered_mean", "delta_ce_nats", "delta_ce_ci95", "kl", "kl_ci95")
+RUN_KEYS = (
+    "ce_recovered", "ce_recovered_ci95", "ce_recovered_mean", "ce_recovered_mean_ci95",
+    "delta_ce_nats", "delta_ce_ci95", "kl", "kl_ci95",
+)  # fmt: skip
 
 
 def measured(run: Replacement, metrics: ReconstructionMetrics) -> Callable[[np.ndarray], np.ndarray]:
@@ -39,7 +42,9 @@ def run_losses(
     kl = clustered_mean(losses.kl[name], cluster_N)
     return {
         "ce_recovered": recovered(losses.ce[zero], run_N, clean_N),
+        "ce_recovered_ci95": _recovered_bounds(losses.ce[zero], run_N, clean_N, cluster_N),
         "ce_recovered_mean": recovered(losses.ce[mean], run_N, clean_N),
+        "ce_recovered_mean_ci95": _recovered_bounds(losses.ce[mean], run_N, clean_N, cluster_N),
         "delta_ce_nats": delta.mean,
         "delta_ce_ci95": _bounds(delta),
         "kl": kl.mean,
@@ -61,6 +66,15 @@ def quality(metrics: ReconstructionMetrics) -> dict[str, Any]:
         return {"fvu": math.nan, "l0": math.nan}
     result = metrics.result()
     return {key: result[key] for key in ("fvu", "l0", "cosine", "l2_ratio")}
+
+
+def _recovered_bounds(
+    ablated_N: np.ndarray, run_N: np.ndarray, clean_N: np.ndarray, cluster_N: np.ndarray
+) -> list[float]:
+    """Of `recovered`; NaN where that is."""
+    if math.isnan(recovered(ablated_N, run_N, clean_N)):
+        return [math.nan, math.nan]
+    return _bounds(clustered_ratio(ablated_N - run_N, ablated_N - clean_N, cluster_N))
 
 
 def _bounds(interval: Interval) -> list[float]:

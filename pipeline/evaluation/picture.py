@@ -18,6 +18,7 @@ NAMES = {
     MEAN: "mean ablation",
     ZERO: "zero ablation",
 }
+SHOWN = ("ce_recovered", "ce_recovered_ci95", "delta_ce_nats", "delta_ce_ci95", "kl")
 DENSE_LOG10 = -1.0  # a tenth of the rows
 
 
@@ -100,7 +101,7 @@ def _cosines(ax: Any, counts: Sequence[int], colour: str, label: str) -> None:
 def _table(ax: Any, result: Mapping[str, Any], tall: bool) -> None:
     """The SAE beside its baselines, on the same rows."""
     rows: list[tuple[str, Mapping[str, Any]]] = [
-        ("this SAE", {**result.get("same_rows", {}), **{k: result[k] for k in ("ce_recovered", "delta_ce_nats", "delta_ce_ci95", "kl")}})
+        ("this SAE", {**result.get("same_rows", {}), **{k: result.get(k) for k in SHOWN}})
     ]  # fmt: skip
     if joint := result.get("joint"):
         rows.append((f"{len(joint['hooks'])} SAEs together", joint))
@@ -123,18 +124,24 @@ def _table(ax: Any, result: Mapping[str, Any], tall: bool) -> None:
 
 
 def _cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = row.get("delta_ce_ci95") or (None, None)
-    half = None if low is None or high is None else (high - low) / 2
+    half, half_recovered = _half(row.get("delta_ce_ci95")), _half(row.get("ce_recovered_ci95"))
     recovered = row.get("ce_recovered")
+    beside = "" if half_recovered is None else f" ± {half_recovered:.1%}"
     return (
         name,
         _number(row.get("fvu"), 3),
         _number(row.get("l0"), 1),
-        "–" if recovered is None else f"{recovered:.1%}",
+        "–" if recovered is None else f"{recovered:.1%}{beside}",
         _number(row.get("delta_ce_nats"), 4),
         "–" if half is None else f"± {half:.4f}",
         _number(row.get("kl"), 4),
     )
+
+
+def _half(interval: Sequence[float | None] | None) -> float | None:
+    """Half the width of an interval."""
+    low, high = interval or (None, None)
+    return None if low is None or high is None else (high - low) / 2
 
 
 def _stability(ax: Any, stability: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ def tiles(evaluation: Mapping[str, Any]) -> str:
     e = evaluation
     rows = f"on {count(e['rows'])} held-out rows" if e.get("rows") else "on held-out rows"
     entries = [
-        ("CE recovered", percent(e.get("ce_recovered")), "higher is better"),
+        ("CE recovered", percent(e.get("ce_recovered")), _share_interval(e.get("ce_recovered_ci95"))),
         ("ΔCE, nats per token", number(e.get("delta_ce_nats")), _interval(e.get("delta_ce_ci95"))),
         ("KL, nats per token", number(e.get("kl")), _interval(e.get("kl_ci95"))),
         ("FVU", number(e.get("fvu")), f"lower is better, {rows}"),
@@ -132,6 +132,12 @@ def _interval(interval: Any) -> str:
     if not interval or any(v is None or not math.isfinite(v) for v in interval):
         return "lower is better"
     return f"95 % in [{number(interval[0])}, {number(interval[1])}], lower is better"
+
+
+def _share_interval(interval: Any) -> str:
+    if not interval or any(v is None or not math.isfinite(v) for v in interval):
+        return "higher is better"
+    return f"95 % in [{percent(interval[0])}, {percent(interval[1])}], higher is better"
 
 
 def _of_latents(e: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -20,7 +21,9 @@ def describe(weights: SAEWeights) -> str:
 
 def table_of(result: dict[str, Any]) -> Table:
     made = Table(title=f"{result['sae']} at {result['hook']}", title_justify="left")
-    for title in ("model", "SAE", "MB", "FVU", "L0", "overlap", "CE recovered", "delta CE (nats)", "95 %", "KL (nats)"):
+    for title in (
+        "model", "SAE", "MB", "FVU", "L0", "overlap", "CE recovered", "95 %", "delta CE (nats)", "95 %", "KL (nats)",
+    ):  # fmt: skip
         made.add_column(title, justify="left" if title in ("model", "SAE") else "right")
     for model in result["models"]:
         moved = f"activations moved by {number(model['activation_fvu'])} FVU"
@@ -33,14 +36,18 @@ def table_of(result: dict[str, Any]) -> Table:
             f"CE {number(model['ce_clean'])}",
         )
         for form in model["forms"]:
-            low, high = form["delta_ce_ci95"]
-            half = "n/a" if low is None or high is None else f"+-{(high - low) / 2:.4f}"
             made.add_row(
                 "", form["types"], f"{form['matrix_bytes'] / 1e6:.1f}", number(form["fvu"]), f"{form['l0']:.1f}",
-                number(form["top_k_overlap"]), number(form["ce_recovered"]), number(form["delta_ce_nats"]), half,
-                number(form["kl"]),
+                number(form["top_k_overlap"]), number(form["ce_recovered"]), half(form.get("ce_recovered_ci95")),
+                number(form["delta_ce_nats"]), half(form["delta_ce_ci95"]), number(form["kl"]),
             )  # fmt: skip
     return made
+
+
+def half(interval: Sequence[float | None] | None) -> str:
+    """Half the width of a 95 % interval."""
+    low, high = interval or (None, None)
+    return "n/a" if low is None or high is None else f"+-{(high - low) / 2:.4f}"
 
 
 def numbers(result: dict[str, Any]) -> str:

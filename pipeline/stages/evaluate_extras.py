@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,9 @@ def numbers_of_extras(result: dict[str, Any]) -> list[str]:
     said = []
     if joint := result.get("joint"):
         said.append(
-            f"{len(joint['hooks'])} SAEs together: CE recovered {number(joint['ce_recovered'])}, "
-            f"delta CE {number(joint['delta_ce_nats'])} nats"
+            f"{len(joint['hooks'])} SAEs together: CE recovered {number(joint['ce_recovered'])} "
+            f"{interval(joint['ce_recovered_ci95'])}, delta CE {number(joint['delta_ce_nats'])} nats "
+            f"{interval(joint['delta_ce_ci95'])}"
         )
     if stability := result.get("stability"):
         said.append(
@@ -104,3 +106,9 @@ def numbers_of_extras(result: dict[str, Any]) -> list[str]:
             f"{number(probing['dense']['accuracy'])} dense, {number(probing['majority']['accuracy'])} majority"
         )
     return said
+
+
+def interval(bounds: Sequence[float | None]) -> str:
+    """A 95 % interval as people read it."""
+    low, high = bounds
+    return f"[{number(low)}, {number(high)}]"

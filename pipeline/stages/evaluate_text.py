@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from .evaluate_extras import numbers_of_extras
+from .evaluate_extras import interval, numbers_of_extras
 from .inputs import LABELS, number
 
 
 def numbers(result: dict[str, Any]) -> str:
     """The line of numbers."""
-    low, high = map(number, result["delta_ce_ci95"])
     return "; ".join(
         [
             f"FVU {number(result['fvu'])}, L0 {result['l0']:.1f}, dead {result['dead_share']:.2%} and dense {result['dense_share']:.2%} of "
             f"{result['num_latents']} over {result['rows']:,} held-out rows ({result['flagged_share']:.2%} flagged, left out)",
-            f"CE recovered {number(result['ce_recovered'])}, delta CE {number(result['delta_ce_nats'])} nats [{low}, {high}], "
+            f"CE recovered {number(result['ce_recovered'])} {interval(result['ce_recovered_ci95'])}, delta CE "
+            f"{number(result['delta_ce_nats'])} nats {interval(result['delta_ce_ci95'])}, "
             f"KL {number(result['kl'])} nats over {result['splice_rows']:,} rows",
             beside(result),
             *numbers_of_extras(result),

@@ -57,7 +57,9 @@ def test_everything_asked_for_is_in_the_files_and_in_the_line(folder):
     result = json.loads((folder / "all" / "evaluation.json").read_text())
     assert set(result) >= {"fvu", "dense_share", "dictionary", "saebench", "joint", "stability", "probing"}
     joint = result["joint"]
-    assert f"2 SAEs together: CE recovered {joint['ce_recovered']:.4f}" in lines[1]
+    low, high = joint["ce_recovered_ci95"]
+    assert f"2 SAEs together: CE recovered {joint['ce_recovered']:.4f} [{low:.4f}, {high:.4f}], delta CE" in lines[1]
+    assert f"CE recovered {result['ce_recovered']:.4f} [{result['ce_recovered_ci95'][0]:.4f}, " in lines[1]
     assert joint["hooks"] == ["blocks.3.hook_resid_post", "blocks.1.hook_resid_post"]
     assert joint["delta_ce_nats"] > 0
     core = result["saebench"]["core"]

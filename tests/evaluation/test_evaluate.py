@@ -81,6 +81,7 @@ def test_a_perfect_replacement_recovers_everything_and_zero_recovers_nothing(tin
     *_, result, _ = tiny
     copy, zero = result["baselines"]["copy"], result["baselines"]["zero"]
     assert copy["ce_recovered"] == 1
+    assert copy["ce_recovered_ci95"] == [1, 1]
     assert copy["delta_ce_nats"] == 0
     assert copy["kl"] == 0
     assert copy["fvu"] == 0
@@ -98,6 +99,9 @@ def test_ratios_follow_from_the_cross_entropies_that_are_reported(tiny):
     assert result["delta_ce_nats"] == pytest.approx(sae - clean, rel=1e-9)
     low, high = result["delta_ce_ci95"]
     assert low < result["delta_ce_nats"] < high
+    for key in ("ce_recovered", "ce_recovered_mean"):
+        low, high = result[f"{key}_ci95"]
+        assert low < result[key] < high
     assert result["kl"] > 0
     assert result["cluster_kind"] == "document"
     assert result["clusters"] == 14

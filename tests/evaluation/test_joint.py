@@ -138,6 +138,7 @@ def test_the_evaluation_reports_the_joint_run_beside_each_sae_alone(tiny, rows):
     assert joint["ce_mean"] == pytest.approx(mean, abs=1e-4)
     assert joint["ce_recovered_mean"] == pytest.approx((mean - both) / (mean - clean), abs=1e-2)
     assert joint["ce_recovered"] is None  # without a training this model does better on zeros: no scale
+    assert joint["ce_recovered_ci95"] == [None, None]
     assert zero < clean
     assert joint["delta_ce_nats"] == pytest.approx(both - clean, abs=1e-3)
     assert joint["delta_ce_ci95"][0] < joint["delta_ce_nats"] < joint["delta_ce_ci95"][1]

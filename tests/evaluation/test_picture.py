@@ -72,6 +72,7 @@ def test_the_table_shows_every_run_and_a_dash_for_what_does_not_exist(result, dr
 
 def test_a_joint_run_a_matching_and_a_probe_get_their_place(result, drawn):
     result["joint"] = {"hooks": ["a", "b"], "ce_recovered": 0.5, "delta_ce_nats": 1.0, "delta_ce_ci95": [0.9, 1.1]}
+    result["joint"]["ce_recovered_ci95"] = [0.4, 0.6]
     matched = {"mean": 0.81, "above_0.7": 0.64, "above_0.9": 0.09}
     result["stability"] = {"decoder": matched, "encoder": matched | {"mean": 0.42}, "shared": 0.33}
     score = {"accuracy": 0.75, "auc": 0.8}
@@ -79,6 +80,7 @@ def test_a_joint_run_a_matching_and_a_probe_get_their_place(result, drawn):
     result["probing"] |= {f"{kind}_top_{k}": {"accuracy": 0.7 + k / 100} for kind in ("sae", "raw") for k in (1, 5)}
     *_, table, stability, probing = drawn(result)
     assert "2 SAEs together" in texts(table)
+    assert "50.0% ± 10.0%" in texts(table)
     assert texts(stability) == ["0.81", "0.64", "0.09", "0.42", "0.64", "0.09"]
     assert "33% shared" in stability.get_title(loc="left")
     np.testing.assert_allclose(probing.lines[0].get_ydata(), [0.71, 0.75])

@@ -72,7 +72,7 @@ def data():
     return ReportData(
         title=f"SAE {EVIL}", summary=EVIL, identity=[(EVIL, EVIL_ATTRIBUTE)], provenance=[("seed", EVIL)],
         evaluation=row | {
-            "fvu": 0.1234, "ce_recovered": 0.9712, "delta_ce_nats": 0.0456, "delta_ce_ci95": [0.03, 0.06],
+            "fvu": 0.1234, "ce_recovered": 0.9712, "ce_recovered_ci95": [0.961, 0.982], "delta_ce_nats": 0.0456, "delta_ce_ci95": [0.03, 0.06],
             "kl_ci95": [None, None], "dead_share": 0.02, "rows": 123456, "num_latents": 4096, "flagged_share": 0.01,
             "ce_clean": 1.5, "ce_sae": 1.55, "ce_zero": 8.0, "ce_mean": math.nan, "splice_rows": 9, "clusters": 3,
             "cluster_kind": "document", "baselines": {"pca": row, EVIL: row, "zero": row | {"ce_recovered": None}},
@@ -134,7 +134,16 @@ def test_links_within_the_page_have_their_targets(data):
 def test_the_first_screen_has_the_numbers_and_the_baselines(data):
     text = "".join(Page(render(data)).text)
     before_latents = text[: text.index("Chosen from")]
-    for expected in ("0.123", "97.1 %", "0.046", "95 % in [0.030, 0.060]", "PCA at the same L0", "2.0 %", "0.770"):
+    for expected in (
+        "0.123",
+        "97.1 %",
+        "0.046",
+        "95 % in [0.030, 0.060]",
+        "95 % in [96.1 %, 98.2 %]",
+        "PCA at the same L0",
+        "2.0 %",
+        "0.770",
+    ):
         assert expected in before_latents
     assert "nan" not in text.lower().replace("nance", "")
 
