@@ -188,7 +188,7 @@ class Learner:
             "encoder_dtype": dtype_name(self.encoder_dtype),
             "scale": np.unique(self.scale).tolist() if self.subject.wiring.inputs else self.scale,
             "metrics": self.metrics,
-        }
+        } | self._scales()
         freq_F = (self._fired_F.double() / self._fired_rows).cpu().numpy() if self._fired_rows else None
         subject = self.subject
         with self._stepper.evaluation():
@@ -203,6 +203,14 @@ class Learner:
         if isinstance(self._stepper, LatentParallelStepper):
             self._exported = found
         return found
+
+    def _scales(self) -> dict[str, list[float]]:
+        """`scales`: what each hook point is divided by, in the order of the columns, where there are several."""
+        wiring = self.subject.wiring
+        if not wiring.inputs:
+            return {}
+        scale_W = np.broadcast_to(np.asarray(self.scale, np.float64), (wiring.width,))
+        return {"scales": [float(scale_W[part.start]) for part in wiring.parts]}
 
     def alone(self) -> Learner:
         """A new learner of the same settings in this process alone, which takes the checkpoints of this one."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
@@ -11,18 +14,26 @@ from pipeline.evaluation.wired import evaluate_wired, ports_of
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
+from sae.checkpoint import load_weights, save_weights
 from sae.errors import ConfigError
+from sae.learner import Learner, Subject
+from sae.model import input_scale
+from sae.options import SAEOptions
+from sae.train_config import TrainConfig
+from sae.wiring import Wiring
 from tests.sae.toy import random_weights
 from tests.tiny_llama import write_tiny_llama
 
 ONE = {"n_threads": 1, "kv_type": "f32", "flash_attn": "off"}
 D, F, K = 64, 128, 6
 MID, OUT, POST = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"
+EARLY = "blocks.0.hook_resid_mid"
+POINTS = (EARLY, MID, OUT, POST)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The model, a table of short documents, its unflagged rows at three hook points in float64."""
+    """The model, a table of short documents, its rows at four hook points in float64."""
     path = tmp_path_factory.mktemp("wired") / "tiny.gguf"
     write_tiny_llama(path)
     with Model(path) as model:
@@ -30,8 +41,8 @@ def tiny(tmp_path_factory):
         table = windows(model, [Document(name=f"{i}.py", text=text) for i, text in enumerate(texts)], 32)
         with Session(model, n_ctx=512, n_seq_max=4, **ONE) as session:
             tokens = [table.window_tokens(w) for w in range(table.n_windows)]
-            captured = capture(session, tokens, [HookPoint.parse(name) for name in (MID, OUT, POST)])
-        rows = {name: np.concatenate([c[name] for c in captured]).astype(np.float64) for name in (MID, OUT, POST)}
+            captured = capture(session, tokens, [HookPoint.parse(name) for name in POINTS])
+        rows = {name: np.concatenate([c[name] for c in captured]).astype(np.float64) for name in POINTS}
         yield model, table, rows
 
 
@@ -79,12 +90,74 @@ def test_a_crosscoder_is_judged_at_all_its_hook_points_and_at_each(tiny):
     y_NO = np.concatenate([rows[MID], rows[POST]], axis=1)[keep]
     _, y_hat_NO = dense(w, y_NO)
     found = evaluated(tiny, w)
-    assert found["fvu"] == pytest.approx(fvu(y_NO, y_hat_NO), rel=1e-4)
+    parts = [slice(0, D), slice(D, 2 * D)]
+    scale_P = [input_scale(float(y_NO[:, part].var(axis=0).sum()), D) for part in parts]
+    scale_O = np.repeat(scale_P, D)
+    assert found["scale_of"] == dict(zip((MID, POST), scale_P, strict=True))  # the file does not say
+    assert found["fvu"] == pytest.approx(fvu(y_NO / scale_O, y_hat_NO / scale_O), rel=1e-4)
+    own = evaluated(tiny, replace(w, training={"scales": [1.0, 0.25]}))
+    scale_O = np.repeat([1, 0.25], D)
+    assert own["fvu"] == pytest.approx(fvu(y_NO / scale_O, y_hat_NO / scale_O), rel=1e-4)
+    assert own["fvu_of"] == found["fvu_of"]
+    one = evaluated(tiny, replace(w, training={"scale": [2.0]}))
+    assert one["fvu"] == pytest.approx(fvu(y_NO, y_hat_NO), rel=1e-4)
     assert found["fvu_of"] == {
         MID: pytest.approx(fvu(y_NO[:, :D], y_hat_NO[:, :D]), rel=1e-4),
         POST: pytest.approx(fvu(y_NO[:, D:], y_hat_NO[:, D:]), rel=1e-4),
     }
     assert found["inputs"] == [MID, POST]
+
+
+TRAINED = {
+    "crosscoder": Wiring(kind="crosscoder", inputs=((EARLY, D), (OUT, D), (POST, D))),
+    "cross_layer": Wiring(kind="cross_layer", inputs=((EARLY, D), (MID, D)), outputs=((OUT, D), (POST, D))),
+    "transcoder": Wiring(kind="transcoder", inputs=((MID, D),), outputs=((OUT, D),), skip=True),
+}
+
+
+@pytest.mark.parametrize("input_norm", ["dataset", "none"])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_fvu_is_that_of_the_training_on_the_same_rows(tiny, tmp_path, kind, input_norm):
+    model, table, rows = tiny
+    wiring = TRAINED[kind]
+    x_NW = np.concatenate([rows[name] for name, _ in (*wiring.inputs, *wiring.outputs)], axis=1)[table.flags_N == 0]
+    mean_W = x_NW.mean(axis=0)
+    variances = tuple(float(((x_NW - mean_W)[:, part] ** 2).sum(axis=1).mean()) for part in wiring.parts)
+    config = TrainConfig(
+        num_latents=F, k=K, batch_tokens=len(x_NW), encoder_dtype="float32", kernel="torch",
+        options=SAEOptions(input_norm=input_norm),
+    )  # fmt: skip
+    subject = Subject(
+        d_in=wiring.width, mean_D=mean_W, hook=wiring.inputs[0][0], host={}, wiring=wiring, variances=variances,
+        variance=sum(variances[len(wiring.inputs) :] if wiring.two_sided else variances),
+    )  # fmt: skip
+    learner = Learner(config, subject, torch.device("cpu"))
+    save_weights(tmp_path / "sae", learner.weights())  # the report is of the step that starts from these
+    learner.train(*learner.prepare(x_NW.astype(np.float32)))
+    logged = learner.report(1.0, 0.0)
+    found = evaluate_wired(
+        model, load_weights(tmp_path / "sae"), table, np.arange(table.n_windows), session=ONE
+    )  # fmt: skip
+    assert found["fvu"] == pytest.approx(logged["fvu"], rel=2e-6)
+    assert found["l0"] == logged["l0"]
+    outputs = [name for name, _ in wiring.outputs or wiring.inputs]
+    assert list(found["fvu_of"]) == list(found["scale_of"]) == outputs
+    if input_norm == "none":
+        assert set(found["scale_of"].values()) == {1}
+    elif kind != "transcoder":  # or the sums of raw columns would do
+        assert len(set(found["scale_of"].values())) > 1
+
+
+@pytest.mark.parametrize(
+    "scales", [[1.0], [1.0, -1.0], [1.0, 0.0], [1.0, float("inf")], [1.0, "2"], [1.0, 10**400], 2.0]
+)
+def test_scales_that_cannot_be_are_refused(tiny, scales):
+    w = random_weights(
+        np.random.default_rng(1), d=2 * D, latents=F, k=K, hook=MID, ports=((MID, D), (POST, D)),
+        training={"scales": scales},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"training\['scales'\] of 2 positive numbers"):
+        evaluated(tiny, w)
 
 
 def test_a_row_that_one_hook_point_leaves_out_is_left_out_at_all(tiny):
