@@ -17,6 +17,7 @@ KERNELS = ("torch", "native")
 AUXK_TARGETS = {0.05: 0.8, 0.0: 0.98}  # at 5 % dead at most 20 % of the step, at none dead 2 %
 BATCHTOPK_TARGET = 1 / 1.15
 MEMORY_TARGET = 1.0
+AGREEMENT_ROWS, AGREEMENT_TARGET = 512, 0.995
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +190,12 @@ def against_peers(shape: Shape, settings: Settings, say: Say, *, with_peers: boo
             target = FLOOR_TARGETS.get((shape, kernel), 0.0)
             yield compare(case, "floor", "tokens/s", speeds[kernel], speeds["floor"], target=target)
         peaks = {name: turns.workers[name].ask("memory")["bytes"] / 1e6 for name in (*kernels, *labels)}
+        for kernel in kernels:
+            share = turns.workers[kernel].ask("agreement", rows=AGREEMENT_ROWS)["share"]
+            yield Row(
+                case=f"{shape.name}_{kernel}_selection", peer="float64", unit="share", ours=share,
+                theirs=1.0, ratio=share, target=AGREEMENT_TARGET, note="latents taken that exact values take too",
+            )  # fmt: skip
     for kernel in kernels:
         for label in labels:
             ratio = peaks[label] / peaks[kernel]

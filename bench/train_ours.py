@@ -16,6 +16,8 @@ from bench.train_together import fit_from_store
 from bench.train_worker import RING, Problem, Served, TrainSide, serve_sides
 from sae.errors import ConfigError
 from sae.kernels import encoder_dtype
+from sae.native.stepper import NativeStepper
+from sae.steppers import TorchStepper
 from sae.train_config import TrainConfig
 from sae.trainer import Trainer
 from sae.variants.build import build
@@ -102,6 +104,18 @@ class Ours(TrainSide):
         self.idle_F.masked_fill_(result.fired_F > 0, 0)
         self.done = min(self.done + 1, self.config.steps - 1)  # timed runs may be longer than the schedule
 
+    @torch.no_grad()
+    def agreement(self, x_ND: torch.Tensor) -> float:
+        """Share of the k largest of every row, by float64 pre-activations, among the latents that a step takes."""
+        stepper = self.stepper
+        assert isinstance(stepper, TorchStepper | NativeStepper)
+        u_ND = x_ND * torch.as_tensor(1 / self.model.scale, dtype=torch.float32)
+        taken_NK = stepper.chosen(u_ND)
+        centred_ND = u_ND.double() - self.model.b_dec_D.double()
+        pre_NF = torch.addmm(self.model.b_enc_F.double(), centred_ND, self.model.W_enc_FD.double().t())
+        largest_NF = torch.zeros_like(pre_NF, dtype=torch.bool).scatter_(1, pre_NF.topk(self.model.k).indices, True)
+        return float(largest_NF.gather(1, taken_NK).double().mean())
+
     def _dead_F(self) -> torch.Tensor | None:
         if self.dead is None:
             return None
@@ -181,7 +195,15 @@ def main() -> None:
         seconds = run["seconds"] / steps + side.bytes / bandwidth
         return {"tokens_per_s": served.batch / seconds, "gb_per_s": bandwidth / 1e9}
 
-    serve_sides(served, floor=floor, fit=fit, fit_from_store=fit_from_store, accepts=accepts)
+    def agreement(rows: int) -> dict[str, Any]:
+        side = served.loaded()
+        if not isinstance(side, Ours):
+            raise BenchError("load our side first")
+        return {"share": side.agreement(served.held_out(rows))}
+
+    serve_sides(
+        served, floor=floor, agreement=agreement, fit=fit, fit_from_store=fit_from_store, accepts=accepts
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -115,12 +115,16 @@ class Served:
     @torch.no_grad()
     def fvu(self, rows: int) -> dict[str, Any]:
         """sum ||x - x_hat||^2 / sum ||x - mean||^2 of held-out rows, float64."""
-        x_ND = torch.from_numpy(self._rows.held_out(rows))
+        x_ND = self.held_out(rows)
         error = sum(
             float((part_ND - self.loaded().reconstruct(part_ND)).double().pow(2).sum())
             for part_ND in x_ND.split(self.batch)
         )
         return {"fvu": error / float((x_ND.double() - x_ND.double().mean(0)).pow(2).sum())}
+
+    def held_out(self, rows: int) -> torch.Tensor:
+        """x_ND of rows that no batch has."""
+        return torch.from_numpy(self._rows.held_out(rows))
 
     def memory(self) -> dict[str, Any]:
         """Peak resident bytes since `load`, less those of the imports. The batches held are in it, on every side."""

@@ -28,8 +28,8 @@ from torch.nn import functional
 from .batch_select import MARGIN, Entries, Guess, edge_of, entries_from, largest, take
 from .errors import ConfigError
 from .losses import LossSettings, StepResult, auxk_denominator
-from .model import SparseCoder, select_topk
-from .variants.groupmax import group_leaders
+from .model import SparseCoder, candidate_count, select_topk
+from .variants.groupmax import group_candidates, group_leaders, group_winners
 
 BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
 BLOCK_ROWS = 512  # but never fewer rows than this: W_enc is read once per block
@@ -41,7 +41,7 @@ ENCODER_DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": to
 def encoder_dtype(
     name: str, device: torch.device, *, float32_is_fast: bool = False, key: str = "encoder_dtype"
 ) -> torch.dtype:
-    """The dtype that chooses the latents. "auto": bfloat16 on CUDA and on CPUs with bfloat16 matrix instructions.
+    """The dtype that names the latents to choose from. "auto": bfloat16 on CUDA and on CPUs with bfloat16 matrix instructions.
 
     `float32_is_fast`: a kernel runs that chooses by exact float32 values in less time than that. `key`: the setting.
 
@@ -170,7 +170,7 @@ class FastStep:
         model = self.model
         batch = model.prepare(u_ND)
         centred_ND = batch.input_ND - model.b_dec_D
-        chosen, vals = self._encode(centred_ND)
+        chosen, vals = self.encode(centred_ND)
         scale = 2.0 / len(u_ND)
         bag_ND, pull = decode_with_pull(chosen.idx, vals, model.W_dec_FD, chosen.offsets_N)
         minus_error_ND = self._total(bag_ND).sub_(centred_ND)
@@ -212,21 +212,22 @@ class FastStep:
             self.model, self.settings, centred_ND, minus_error_ND, dead_F, denominator=self.denominator
         )
 
-    def _encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
+    def encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
         """The latents of the rows and their values after ReLU."""
         model = self.model
         if self._batch is not None:
             found = self._batch(centred_ND)
             return Chosen(found.latent_P, offsets_of(found.row_P, len(centred_ND)), found.row_P), found.value_P
-        choose = group_leaders if model.selects == "groupmax" else grouped_topk
-        rows, dtype = len(centred_ND), self.settings.encoder_dtype
-        vals_NK = torch.empty(rows, model.k, dtype=dtype, device=centred_ND.device)
-        idx_NK = torch.empty(rows, model.k, dtype=torch.int64, device=centred_ND.device)
-        for part, pre_NF in self._pre_acts(centred_ND):
-            vals_NK[part], idx_NK[part] = choose(pre_NF, model.k)
-        if dtype == torch.bfloat16:
-            vals_NK = sampled_products(centred_ND, model.W_enc_FD, idx_NK) + model.b_enc_F[idx_NK]
-        return Chosen(idx_NK), vals_NK.relu_()
+        low, group = self.settings.encoder_dtype == torch.bfloat16, model.selects == "groupmax"
+        choose = (group_candidates if low else group_leaders) if group else grouped_topk
+        count = candidate_count(model.k, model.num_latents) if low and not group else model.k
+        found = [choose(pre_NF, count) for _, pre_NF in self._pre_acts(centred_ND)]
+        vals_NC, idx_NC = (torch.cat(columns) for columns in zip(*found, strict=True))
+        if not low:
+            return Chosen(idx_NC), vals_NC.relu_()
+        exact_NC = sampled_products(centred_ND, model.W_enc_FD, idx_NC) + model.b_enc_F[idx_NC]
+        vals_NK, at_NK = (group_winners if group else select_topk)(exact_NC, model.k)
+        return Chosen(idx_NC.gather(1, at_NK)), vals_NK.relu_()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,9 +64,9 @@ class LatentParallelStep(FastStep):
         super().__init__(model, settings)
         self.ranks = ranks
 
-    def _encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
+    def encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
         """Pairs of this rank among the k largest of every row."""
-        offered, vals_NK = super()._encode(centred_ND)
+        offered, vals_NK = super().encode(centred_ND)
         return self._taken(vals_NK, offered.idx, self.model.k)
 
     def _taken(self, vals_NC: torch.Tensor, idx_NC: torch.Tensor, count: int) -> tuple[Chosen, torch.Tensor]:

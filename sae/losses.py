@@ -28,7 +28,7 @@ class LossSettings:
     variance: float  # v: E||u - mean||^2 of what is reconstructed, in scaled units
     auxk_k: int
     auxk_coef: float
-    encoder_dtype: torch.dtype = torch.float32  # bfloat16 chooses the latents; their values are always float32
+    encoder_dtype: torch.dtype = torch.float32  # bfloat16 names the latents that may be chosen; float32 values decide
     auxk_dtype: torch.dtype = torch.float32  # bfloat16: that of AuxK's products in `kernels.py`; here they are exact
 
 
@@ -72,18 +72,12 @@ def dense_step(
 
 
 def _rounded_pre_acts(model: SparseCoder, input_ND: torch.Tensor, settings: LossSettings) -> torch.Tensor | None:
-    """Pre-activations in bfloat16 where they choose the latents; None where the exact ones do."""
+    """Pre-activations in bfloat16 where they name the candidates; None where all are exact."""
     if settings.encoder_dtype != torch.bfloat16:
         return None
     with torch.no_grad():
         centred_ND = (input_ND - model.b_dec_D).bfloat16()
         return functional.linear(centred_ND, model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16())
-
-
-def choose(model: SparseCoder, u_ND: torch.Tensor, pre_NF: torch.Tensor, settings: LossSettings) -> torch.Tensor:
-    """idx_NK of the latents TopK takes: by the float32 pre-activations, or by bfloat16 ones."""
-    rounded_NF = _rounded_pre_acts(model, u_ND, settings)
-    return select_topk(pre_NF.detach() if rounded_NF is None else rounded_NF, model.k)[1]
 
 
 def auxk_denominator(error_ND: torch.Tensor) -> torch.Tensor:

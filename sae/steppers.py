@@ -90,6 +90,11 @@ class TorchStepper(OptimizerStepper):
     def gradients(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None) -> StepResult:
         return self._gradients(u_ND, dead_F)
 
+    @torch.no_grad()
+    def chosen(self, u_ND: torch.Tensor) -> torch.Tensor:
+        """idx_NK of the latents a step with these rows takes; TopK and GroupMax."""
+        return self._gradients.encode(self.model.prepare(u_ND).input_ND - self.model.b_dec_D)[0].idx
+
 
 def pick_kernel(model: SparseCoder, config: TrainConfig, device: torch.device) -> str:
     """ "torch", "native" or "triton". "auto": native on a CPU, triton on a GPU, where it can be had and has this model's

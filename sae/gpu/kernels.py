@@ -124,6 +124,37 @@ def _rows_kernel(
         tl.store(grad_vals_NK + row * K + k, tl.sum(decoder * grad[None, :], axis=1), mask=k < K)
 
 
+@triton.jit
+def _values_kernel(
+    centred_ND, W_enc_FD, b_enc_F, idx_NC, value_NC, D, C, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    centred = tl.load(centred_ND + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        latent = tl.load(idx_NC + row * C + c, mask=c < C, other=0).to(tl.int64)
+        there = (c < C)[:, None] & inside[None, :]
+        encoder = tl.load(W_enc_FD + latent[:, None] * D + column[None, :], mask=there, other=0.0).to(tl.float32)
+        value = tl.sum(encoder * centred[None, :], axis=1) + tl.load(b_enc_F + latent, mask=c < C, other=0.0)
+        tl.store(value_NC + row * C + c, value, mask=c < C)
+
+
+def exact_values(
+    centred_ND: torch.Tensor, W_enc_FD: torch.Tensor, b_enc_F: torch.Tensor, idx_NC: torch.Tensor
+) -> torch.Tensor:
+    """W_enc[idx] (u - b_dec) + b_enc[idx], float32, (N, C): the pre-activations of the candidates."""
+    rows, width = centred_ND.shape
+    value_NC = torch.empty(idx_NC.shape, dtype=torch.float32, device=centred_ND.device)
+    block_d, block_c = _blocks(width)
+    _values_kernel[(rows,)](
+        centred_ND, W_enc_FD, b_enc_F, idx_NC, value_NC, width, idx_NC.shape[1],
+        BLOCK_C=block_c, BLOCK_D=block_d, num_warps=_warps(block_d * block_c), enable_fp_fusion=True,
+    )  # fmt: skip
+    return value_NC
+
+
 class Rows(NamedTuple):
     """What one pass over the rows gives, float32: u - b_dec, dL/du_hat, a, da, ||u - u_hat||^2."""
 

@@ -1,7 +1,7 @@
 """The training step of `kernels.FastStep` and torch's Adam, its sparse part in Triton kernels.
 
-The encoder's product and the pre-activations are torch's, in encoder_dtype. The k largest are found by a kernel, their
-values computed in float32 by another together with the reconstruction and da. The pairs (row, latent) are sorted by
+The encoder's product and the pre-activations are torch's, in encoder_dtype. The k largest are found by a kernel (in
+bfloat16 a few more, of which exact values decide), their values computed in float32 by another together with the reconstruction and da. The pairs (row, latent) are sorted by
 latent, and one pass over the latents sums a latent's gradient in registers, projects it, updates the weights by Adam
 and normalises the decoder row: neither dense latents nor gradients of W_enc and W_dec exist in memory.
 
@@ -17,10 +17,10 @@ import torch
 
 from ..kernels import PreActs, auxk_gradients
 from ..losses import LossSettings, StepResult
-from ..model import SparseCoder
+from ..model import SparseCoder, candidate_count
 from ..steppers import Stepper
 from ..train_config import TrainConfig
-from .kernels import AdamStep, Extra, latents_pass_, pairs_by_latent, rows_pass, sum_by_latent, topk
+from .kernels import AdamStep, Extra, exact_values, latents_pass_, pairs_by_latent, rows_pass, sum_by_latent, topk
 
 PARAMETERS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
 
@@ -71,10 +71,15 @@ class TritonStepper(Stepper):
                 mine.copy_(theirs)
 
     def _choose(self, centred_ND: torch.Tensor) -> torch.Tensor:
-        idx_NK = torch.empty(len(centred_ND), self.model.k, dtype=torch.int32, device=centred_ND.device)
+        model, low = self.model, self.settings.encoder_dtype == torch.bfloat16
+        count = candidate_count(model.k, model.num_latents) if low else model.k
+        idx_NC = torch.empty(len(centred_ND), count, dtype=torch.int32, device=centred_ND.device)
         for part, pre_NF in self._pre_acts(centred_ND):
-            idx_NK[part] = topk(pre_NF, self.model.k)
-        return idx_NK
+            idx_NC[part] = topk(pre_NF, count)
+        if not low:
+            return idx_NC
+        exact_NC = exact_values(centred_ND.contiguous(), model.W_enc_FD, model.b_enc_F, idx_NC)
+        return idx_NC.gather(1, topk(exact_NC, model.k).long())
 
     def _extra(self, dead_M: torch.Tensor, W_enc_MD: torch.Tensor, W_dec_MD: torch.Tensor) -> Extra:
         of_F = torch.full((self.model.num_latents,), -1, dtype=torch.int32, device=dead_M.device)

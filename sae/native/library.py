@@ -31,7 +31,7 @@ VARIANTS = (
     _COMMON,
 )
 LATENTS_PER_K_OF_BATCH = 12  # BatchTopK asks no tiles; but of fewer latents too many would be candidates
-_INTEGERS = ("N", "D", "F", "K", "threads", "pool_capacity", "tile")
+_INTEGERS = ("N", "D", "F", "K", "threads", "pool_capacity", "tile", "C")
 _FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction", "least")
 _BEFORE = (
     "W_enc_FD", "W_enc_m", "W_enc_v", "b_enc_F", "b_enc_m", "b_enc_v",
@@ -39,7 +39,7 @@ _BEFORE = (
 )  # fmt: skip
 _AFTER = (
     "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_offset_F", "balance_D",
-    "u_ND", "centred_ND", "grad_ND", "first_N1", "row_P", "idx_P", "vals_P", "grad_vals_P", "error_N", "candidates_N",
+    "u_ND", "named_NC", "centred_ND", "grad_ND", "first_N1", "row_P", "idx_P", "vals_P", "grad_vals_P", "error_N", "candidates_N",
     "pool", "pool_used", "pool_at_N", "pool_count_N", "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
 )  # fmt: skip
 

@@ -78,12 +78,12 @@ void ggscope_fetch_decoder(const struct step * s, int64_t row) {
     for (int64_t p = s->first_N1[row]; p < s->first_N1[row + 1]; p++) prefetch_row(s->W_dec_FD + s->idx_P[p] * s->D, s->D);
 }
 
-/* Everything that goes row by row, for K latents a row chosen before: idx_P. 0: done, -1: no memory. */
+/* Everything that goes row by row, for the K largest of the C latents in named_NC. 0: done, -1: no memory. */
 int ggscope_rows(const struct step * s) {
     int failed = 0;
 #pragma omp parallel num_threads((int) s->threads)
     {
-        uint64_t * items = malloc(2 * s->K * sizeof *items);
+        uint64_t * items = malloc(2 * s->C * sizeof *items);
         if (!items) {
 #pragma omp atomic write
             failed = -1;
@@ -91,17 +91,17 @@ int ggscope_rows(const struct step * s) {
 #pragma omp for schedule(dynamic, 16)
         for (int64_t row = 0; row < s->N; row++) {
             if (!items) continue;
-            const int32_t * idx = s->idx_P + row * s->K;
+            const int32_t * idx = s->named_NC + row * s->C;
             const float * u = s->u_ND + row * s->D;
             float * centred = s->centred_ND + row * s->D;
             for (int64_t j = 0; j < s->D; j++) centred[j] = u[j] - s->b_dec_D[j];
-            for (int64_t k = 0; k < s->K; k++) {
-                if (k + AHEAD < s->K) prefetch_row(s->W_enc_FD + idx[k + AHEAD] * s->D, s->D);
+            for (int64_t k = 0; k < s->C; k++) {
+                if (k + AHEAD < s->C) prefetch_row(s->W_enc_FD + idx[k + AHEAD] * s->D, s->D);
                 float value = dot(s->W_enc_FD + idx[k] * s->D, centred, s->D) + s->b_enc_F[idx[k]];
                 items[k] = ranked(order_key(value), (uint32_t) idx[k]);
             }
-            s->candidates_N[row] = s->K;
-            ggscope_choose(s, row, items, s->K, items + s->K);
+            s->candidates_N[row] = s->C;
+            ggscope_choose(s, row, items, s->C, items + s->C);
             ggscope_fetch_decoder(s, row);
             ggscope_reconstruct(s, row);
         }

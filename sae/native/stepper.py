@@ -9,7 +9,8 @@ How the latents are chosen:
 - encoder_dtype=float32, processor with 8-bit dot products: candidates whose bound on the pre-activation, from an
   8-bit product, reaches the k-th largest (BatchTopK: a guess of the batch's edge); their exact float32
   pre-activations decide.
-- else: torch's matrix product in encoder_dtype and an exact top-k, on blocks of rows that stay in cache.
+- else: torch's matrix product in encoder_dtype and an exact top-k, on blocks of rows that stay in cache; in bfloat16 a
+  few more than k, of which the exact values decide.
 
 TopK reconstructs a block of rows while it multiplies the next one. BatchTopK cannot before it has seen all rows: it
 is one more pass.
@@ -27,7 +28,7 @@ import torch
 from ..batch_select import Guess
 from ..kernels import BatchPairs, auxk_gradients, offsets_of
 from ..losses import LossSettings, StepResult
-from ..model import SparseCoder
+from ..model import SparseCoder, candidate_count
 from ..steppers import Stepper
 from ..train_config import TrainConfig
 from . import pages
@@ -76,6 +77,7 @@ class NativeStepper(Stepper):
         }
         self._batch: dict[str, torch.Tensor] = {}
         self._pre = torch.empty(0)
+        self._named = torch.empty(0, dtype=torch.int32)
         self._pool = torch.empty(0, dtype=torch.int64)
         self._step = Step(
             D=d_in, F=latents, tile=library.tile, beta1=config.betas[0], beta2=config.betas[1], eps=config.eps
@@ -103,6 +105,17 @@ class NativeStepper(Stepper):
         self._library.run("latents", self._step)
         del extra
         return StepResult(error=error, auxk_loss=auxk_loss, loss=loss, fired_F=self._sums["fired_F"].clone())
+
+    @torch.no_grad()
+    def chosen(self, u_ND: torch.Tensor) -> torch.Tensor:
+        """idx_NK of the latents a step with these rows takes; TopK. Where fewer are above zero, 0 fills up."""
+        u_ND = u_ND.contiguous()
+        self._prepare(u_ND, 0.0)
+        self._steps -= 1
+        if not self._int8:
+            self._choose(u_ND)
+        self._library.run("rows_int8" if self._int8 else "rows", self._step)
+        return self._batch["idx_P"].view(len(u_ND), -1).long()
 
     def state_dict(self) -> dict[str, Any]:
         state = {"steps": self._steps, "balance_D": self._balance_D} | self._moments
@@ -205,9 +218,13 @@ class NativeStepper(Stepper):
         self._step.pool_capacity = len(self._pool)
 
     def _choose(self, u_ND: torch.Tensor) -> None:
-        """idx_P by a dense product on blocks of rows."""
-        idx_NK = self._batch["idx_P"].view(len(u_ND), self.model.k)
+        """The candidates, by a dense product on blocks of rows."""
         model, dtype = self.model, self.settings.encoder_dtype
+        count = candidate_count(model.k, model.num_latents) if dtype == torch.bfloat16 else model.k
+        if self._named.shape != (len(u_ND), count):
+            self._named = torch.empty(len(u_ND), count, dtype=torch.int32)
+            self._step.point(named_NC=self._named)
+            self._step.C = count
         weight_FD = self._copies.get("bf16_FD", model.W_enc_FD)
         input_ND, bias_F = (u_ND - model.b_dec_D).to(dtype), model.b_enc_F.to(dtype)
         block = max(1, min(len(u_ND), BLOCK_BYTES // (model.num_latents * dtype.itemsize)))
@@ -217,7 +234,7 @@ class NativeStepper(Stepper):
             part = slice(start, min(len(u_ND), start + block))
             pre_NF = self._pre[: part.stop - start]
             torch.addmm(bias_F, input_ND[part], weight_FD.t(), out=pre_NF)
-            self._library.topk(pre_NF, model.k, idx_NK[part])
+            self._library.topk(pre_NF, count, self._named[part])
 
     def _select(self, pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Like `select_topk`."""

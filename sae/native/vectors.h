@@ -145,6 +145,7 @@ struct step {
     int64_t N, D, F, K, threads;
     int64_t pool_capacity;
     int64_t tile; /* TILE_VNNI or TILE_AMX, which say how q_tiles lies */
+    int64_t C; /* width of named_NC */
     /* the model, and Adam's first and second moments */
     float *W_enc_FD, *W_enc_m, *W_enc_v, *b_enc_F, *b_enc_m, *b_enc_v;
     float *W_dec_FD, *W_dec_m, *W_dec_v, *b_dec_D, *b_dec_m, *b_dec_v;
@@ -158,6 +159,7 @@ struct step {
     const float * balance_D;  /* input dimensions are divided by it, those of W_enc multiplied */
     /* the batch */
     const float * u_ND;
+    const int32_t * named_NC; /* latents of every row whose exact values decide, where a matrix product named them */
     float *centred_ND, *grad_ND; /* u - b_dec, dL/du_hat */
     int64_t * first_N1;
     int32_t *row_P, *idx_P;

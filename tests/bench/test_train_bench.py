@@ -13,7 +13,8 @@ from bench import train_cases as cases
 from bench import train_curves as curves
 from bench.common import TRAIN_PEER_PYTHON, BenchError, Row
 from bench.superposition import COEFFICIENT, Superposition
-from bench.train_worker import HELD_OUT, STATISTICS_ROWS, TRUTHS_PER_LATENT
+from bench.train_ours import Ours
+from bench.train_worker import HELD_OUT, STATISTICS_ROWS, TRUTHS_PER_LATENT, Problem
 from sae.ground_truth import dictionary_recovery
 from sae.trainer import TrainConfig, Trainer
 
@@ -87,9 +88,28 @@ def test_our_side_trains_as_the_trainer_does(tmp_path):
 
 def test_speed_is_compared_with_the_floor_in_the_same_rounds():
     found = list(cases.against_peers(TINY, SMALL, quiet, with_peers=False))
-    assert [(row.case, row.peer) for row in found] == [("d32_n256_k4_b128_torch", "floor")]
+    assert [(row.case.removeprefix("d32_n256_k4_b128_"), row.peer) for row in found] == [
+        ("torch", "floor"), ("torch_selection", "float64"),
+    ]  # fmt: skip
+    assert 0.999 < found[1].ours <= 1
     assert 0 < found[0].ratio < 2
     assert found[0].ours > 0
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), [("torch", "bfloat16"), ("native", "bfloat16"), ("native", "float32")])
+def test_agreement_counts_the_latents_that_exact_values_take(kernel, dtype):
+    problem = Problem(
+        d_in=64, num_latents=2048, k=16, batch=128, steps=10, lr=1e-3, seed=0, mean_D=torch.zeros(64), variance=64.0
+    )
+    side = Ours(problem, kernel=kernel, encoder_dtype=dtype)
+    x_ND = torch.randn(128, 64, generator=torch.Generator().manual_seed(0))
+    side.step(x_ND)
+    before = {name: p.clone() for name, p in side.model.named_parameters()}
+    assert side.agreement(x_ND) > 0.9995
+    assert all(torch.equal(p, before[name]) for name, p in side.model.named_parameters())
+    taken_NK = side.stepper.chosen(x_ND / side.model.scale)
+    side.stepper.chosen = lambda u_ND: (taken_NK + 1) % 2048
+    assert side.agreement(x_ND) < 0.1
 
 
 def test_auxk_and_the_loop_around_the_step_give_rows():
@@ -128,7 +148,9 @@ def test_rows_are_on_disk_when_a_later_group_fails(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(cases, "own_parts", failing)
     assert train.main(["--shapes", "small", "--only", "peers", "parts", "--json", str(target)]) == 3
     written = json.loads(target.read_text())
-    assert [row["case"] for row in written["rows"]] == ["d32_n256_k4_b128_torch", "half"]
+    assert [row["case"] for row in written["rows"]] == [
+        "d32_n256_k4_b128_torch", "d32_n256_k4_b128_torch_selection", "half",
+    ]  # fmt: skip
     assert written["machine"]["failed"] == ["d32_n256_k4_b128 parts: the other side went away"]
     assert written["machine"]["left out"].startswith("other trainers")
     speeds = written["machine"]["tokens_per_s of the rounds"]["d32_n256_k4_b128"]

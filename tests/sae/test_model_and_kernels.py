@@ -8,19 +8,20 @@ import torch
 
 from sae.errors import ConfigError, ShapeError
 from sae.kernels import Chosen, FastStep, encoder_dtype, grouped_topk, offsets_of, sampled_products, sparse_sums
-from sae.losses import LossSettings, choose, dense_step
+from sae.losses import LossSettings, dense_step
 from sae.model import TopKSAE, apply_update_, input_scale
 from sae.runtime import decode, encode
+from sae.variants import VARIANTS
 
 D, F, K, N = 24, 200, 6, 160
 NAMES = ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D")
 
 
-def make(*, d=D, latents=F, k=K, seed=0, scale=4.0):
+def make(*, d=D, latents=F, k=K, seed=0, scale=4.0, kind=TopKSAE):
     """An SAE moved away from its start, so that nothing is zero, tied or symmetric."""
     generator = torch.Generator().manual_seed(seed)
     mean_D = np.random.default_rng(seed).standard_normal(d)
-    model = TopKSAE(d_in=d, num_latents=latents, k=k, mean_D=mean_D, scale=scale, generator=generator)
+    model = kind(d_in=d, num_latents=latents, k=k, mean_D=mean_D, scale=scale, generator=generator)
     with torch.no_grad():
         model.W_enc_FD += 0.3 * torch.randn(latents, d, generator=generator)
         model.b_enc_F += 0.3 * torch.randn(latents, generator=generator)
@@ -308,10 +309,31 @@ def test_bfloat16_only_chooses_and_the_values_are_float32():
     assert torch.equal(result.fired_F, expected.fired_F)
     for name, gradient in gradients(model).items():
         assert relative(gradient, gradients(oracle)[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("variant", ["topk", "groupmax", "batchtopk"])
+def test_the_choice_with_bfloat16_agrees_with_that_of_exact_values(variant):
+    model = make(d=256, latents=2048, k=32, kind=VARIANTS[variant])
+    u_ND = batch(0, rows=512, d=256)
     with torch.no_grad():
-        pre_NF = model.pre_acts(u_ND)
-        chosen, exact = (choose(model, u_ND, pre_NF, s) for s in (settings, loss_settings()))
-    assert not torch.equal(chosen.sort(1).values, exact.sort(1).values)  # the dtype was really used
+        chosen, _ = FastStep(model, loss_settings(encoder_dtype=torch.bfloat16)).encode(u_ND - model.b_dec_D)
+        pre_NF = copy.deepcopy(model).double().pre_acts(u_ND.double())
+    found_NF, exact_NF = torch.zeros_like(pre_NF, dtype=torch.bool), torch.zeros_like(pre_NF, dtype=torch.bool)
+    row_P = torch.arange(512).repeat_interleave(32) if chosen.row_P is None else chosen.row_P
+    found_NF[row_P, chosen.idx.flatten()] = True
+    if variant == "topk":
+        exact_NF.scatter_(1, pre_NF.topk(32).indices, True)
+    elif variant == "groupmax":
+        exact_NF.scatter_(1, pre_NF.view(512, 32, 64).argmax(2) + torch.arange(0, 2048, 64), True)
+    else:
+        exact_NF = pre_NF >= pre_NF.flatten().topk(32 * 512).values.min()
+    agreement = float((found_NF & exact_NF).sum()) / (512 * 32)
+    assert agreement > 0.9995
+    low_NF = torch.nn.functional.linear(
+        (u_ND - model.b_dec_D).bfloat16(), model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16()
+    ).float()
+    if variant == "topk":  # by bfloat16 alone it would not
+        assert float(exact_NF.gather(1, low_NF.topk(32).indices).float().mean()) < 0.997
 
 
 @pytest.mark.parametrize(("latents", "k"), [(4096, 32), (4096, 1), (640, 20), (513, 4), (64, 64)])

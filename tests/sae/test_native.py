@@ -164,7 +164,7 @@ def test_one_step_equals_the_torch_stepper_to_a_millionth(lib, dead):
             assert relative(getattr(ours, name).detach(), before[name]) > 1e-4, name
 
 
-def test_bfloat16_only_chooses_and_the_values_are_float32(lib):
+def test_bfloat16_names_candidates_and_float32_values_decide(lib):
     model, u_ND = make(latents=600, k=8), batch()
     settings, oracle = loss_settings(encoder_dtype=BF16), make(latents=600, k=8)
     pre_NF = torch.nn.functional.linear(
@@ -174,15 +174,18 @@ def test_bfloat16_only_chooses_and_the_values_are_float32(lib):
     result = native.step(u_ND, lr=1e-3)
     idx_NK, vals_NK = (native._batch[name].view(-1, 8) for name in ("idx_P", "vals_P"))
     idx_NK = idx_NK.long()
-    edge_N = pre_NF.topk(8).values[:, -1:]
-    assert bool((pre_NF.gather(1, idx_NK) >= edge_N).all())  # the k largest; at ties any of the equal ones
+    assert native._batch["candidates_N"].tolist() == [8 + 4] * len(u_ND)
+    edge_N = pre_NF.topk(8 + 4).values[:, -1:]
+    assert bool((pre_NF.gather(1, idx_NK) >= edge_N).all())  # among the named ones; at ties any of the equal ones
     with torch.no_grad():
         expected_NK = torch.relu(oracle.double().pre_acts(u_ND.double()).gather(1, idx_NK))
         error = (oracle.decode(expected_NK, idx_NK) - u_ND).pow(2).sum()
     assert relative(vals_NK.double(), expected_NK) < 1e-6
     assert float(result.error) == pytest.approx(float(error), rel=1e-6)
     exact_NK = oracle.pre_acts(u_ND.double()).topk(8).indices
-    assert not torch.equal(idx_NK.sort(1).values, exact_NK.sort(1).values)  # the dtype was really used
+    assert torch.equal(idx_NK.sort(1).values, exact_NK.sort(1).values)
+    alone_NK = pre_NF.topk(8).indices
+    assert not torch.equal(alone_NK.sort(1).values, exact_NK.sort(1).values)  # which bfloat16 alone misses
 
 
 def test_the_bfloat16_copy_follows_the_weights(lib):
