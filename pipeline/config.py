@@ -118,7 +118,7 @@ class SAEConfig:
     inputs: list[str] = field(default_factory=list)  # hook points read, where there are several or another is written
     outputs: list[str] = field(default_factory=list)  # transcoder, cross_layer: hook points reconstructed
     skip: bool = False  # transcoder: a linear map of the input beside the latents
-    init_from: str = ""  # start from this SAE: a checkpoint folder, a run folder or a GGUF
+    init_from: str = ""  # start from this SAE: a checkpoint or run folder, a GGUF, or a published one as convert.source
     decoder_rows: str = "unit"  # topk, batchtopk, relu; free: not renormalised, selection by pre * ||W_dec||
     input_norm: str = "dataset"  # one scale, folded on export; layer: each row by its own sigma
     b_dec_init: str = "mean"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,13 +18,17 @@ from sae.runtime import encode
 from sae.weights import SAEWeights
 
 from ..config import ConvertConfig
-from ..llama.model import Model
 from ..run import RunContext, file_sha256, read_manifest
 from .hub import HUB, fetch_file, fetch_folder, parse_address
 from .sae_files import GGUF, sae_ggufs
 
+if TYPE_CHECKING:  # `train` imports SAEs too, without llama.cpp
+    from ..llama.model import Model
 
-def is_published(source: str, config: ConvertConfig) -> bool:
+UNNAMED = ConvertConfig()  # nothing said beside the place
+
+
+def is_published(source: str, config: ConvertConfig = UNNAMED) -> bool:
     """Whether `source` is somebody else's SAE: no GGUF, no checkpoint of ours, no run folder."""
     if config.format or source.startswith(HUB):
         return True
@@ -33,19 +37,21 @@ def is_published(source: str, config: ConvertConfig) -> bool:
     return path.exists() and not ours and not (path.is_dir() and sae_ggufs(path))
 
 
-def import_published(source: str, config: ConvertConfig) -> tuple[Path, Imported]:
-    """The SAE of `source`, and where its files lie on this machine."""
-    path, label = located(source)
+def import_published(
+    source: str, config: ConvertConfig = UNNAMED, *, setting: str = "convert.source"
+) -> tuple[Path, Imported]:
+    """The SAE of `source`, which `setting` names, and where its files lie on this machine."""
+    path, label = located(source, setting)
     imported = import_sae(path, label=label, format_name=config.format, hook=config.hook, hook_out=config.hook_out)
     return path, imported
 
 
-def located(source: str) -> tuple[Path, str]:
+def located(source: str, setting: str) -> tuple[Path, str]:
     """The local path, and the place as its publisher named it ("" for a local one)."""
     if not source.startswith(HUB):
         return Path(source).expanduser(), ""
     repo, revision, inside = parse_address(source)
-    setting = f"convert.source={source}"
+    setting = f"{setting}={source}"
     label = source.removeprefix(HUB).rstrip("/")
     if not inside.endswith(WEIGHT_SUFFIXES):
         return fetch_folder(repo, inside, HUB_FILES, setting, revision), label

@@ -20,6 +20,7 @@ from ..run import RunContext
 from .corpora import window_table
 from .inputs import check_host, load_sae, outlier_norm, relative, sae_path, sae_sha256, session_options
 from .published import (
+    UNNAMED,
     check_width,
     import_published,
     is_published,
@@ -29,8 +30,6 @@ from .published import (
     report_proof,
 )
 from .sae_files import located
-
-UNNAMED = ConvertConfig()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae.errors import ConfigError, DivergedError
+from sae.errors import ConfigError, DivergedError, FormatError
 
+from ..config import ConvertConfig
 from ..loggers import open_loggers
 from ..run import RunContext
 from ..training.lr_search import search
@@ -17,6 +18,7 @@ from ..training.reporter import Reporter, result, searched_lines
 from ..training.settings import sae_folder, train_configs
 from ..training.waits import asleep
 from .inputs import SAE_NAME, load_sae, relative, sae_sha256, warn_not_finite
+from .published import import_published, is_published, published_sha256, report_notes
 from .rows import TrainingRows, trainer_threads, training_rows
 
 if TYPE_CHECKING:
@@ -97,16 +99,37 @@ def start_sae(context: RunContext, rows: TrainingRows) -> SAEWeights | None:
     """The SAE of `sae.init_from`: of the same hook point, and of the same model but for its quantisation."""
     from ..llama.identity import ModelId, check_same_model
 
-    if not context.config.sae.init_from:
+    place = context.config.sae.init_from
+    if not place:
         return None
-    path = Path(context.config.sae.init_from).expanduser()
-    weights = load_sae(path)
+    path, weights, sha256 = published_start(context, place, rows) if is_published(place) else own_start(place)
     if weights.hook != rows.hook:
         raise ConfigError(f"sae.init_from: {path} is an SAE of {weights.hook}, the rows are of {rows.hook}")
     for warning in check_same_model(weights.host, ModelId.from_dict(rows.host)):
         context.console.print(f"warning: sae.init_from: {warning}", style="yellow", highlight=False)
-    context.add_input("init_from", path, sae_sha256(path))
+    context.add_input("init_from", path, sha256)
     return weights
+
+
+def own_start(place: str) -> tuple[Path, SAEWeights, str]:
+    """An SAE in one of our files: where it lies, the weights, the hash."""
+    path = Path(place).expanduser()
+    return path, load_sae(path), sae_sha256(path)
+
+
+def published_start(context: RunContext, place: str, rows: TrainingRows) -> tuple[Path, SAEWeights, str]:
+    """The same of somebody else's. Where its files name no hook point that is known here it is taken for the rows'."""
+    try:
+        path, imported = import_published(place, setting="sae.init_from")
+    except FormatError:
+        out = rows.wiring.outputs[0][0] if rows.wiring.outputs else ""
+        path, imported = import_published(place, ConvertConfig(hook=rows.hook, hook_out=out), setting="sae.init_from")
+        context.console.print(
+            f"warning: sae.init_from: the files do not say for which hook point; taken as {rows.hook}",
+            style="yellow", highlight=False,
+        )  # fmt: skip
+    report_notes(context, imported)
+    return path, imported.weights, published_sha256(path)
 
 
 def save(context: RunContext, name: str, weights: SAEWeights, file: str) -> None:

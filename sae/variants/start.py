@@ -19,7 +19,7 @@ from .batchtopk import BatchSelecting
 from .gated import GatedSAE
 from .jumprelu import JumpReLUSAE
 
-UNIT = 1e-3  # rows this near to norm 1 count as unit rows
+EQUAL = 1e-3  # norms that differ by no more than this share count as equal
 
 
 @torch.no_grad()
@@ -104,8 +104,10 @@ def _check(model: SparseCoder, w: SAEWeights) -> None:
     if (w.norm_mode == "layer") != model.layer_norm:
         raise ConfigError(f"the SAE to start from has norm mode {w.norm_mode!r}; set input_norm to match")
     norm_F = np.linalg.norm(w.W_dec_FD, axis=1)
-    if w.variant == "topk" and model.wiring.kind == "sae" and bool((np.abs(norm_F - 1) > UNIT).any()):
+    # unit and free rows alike compare pre ||W_dec[i]||: the choice is that of pre where all norms are equal
+    if w.variant == "topk" and model.wiring.kind == "sae" and norm_F.min() < (1 - EQUAL) * norm_F.max():
         raise ConfigError(
             f"the SAE to start from has decoder rows of norm {norm_F.min():.3g} to {norm_F.max():.3g}: "
-            "its top-k would choose others once they are 1; convert it to thresholds first"
+            "its top-k would choose others, as latents are compared by pre times that norm here; convert it to thresholds "
+            "first"
         )

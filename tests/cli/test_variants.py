@@ -74,6 +74,28 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
     assert "evaluate.against is for SAEs at one hook point" in last_line(refused)
 
 
+def test_a_crosscoder_reconstructs_both_of_its_hook_points(folder):
+    weights, metrics = trained(folder, "cross", "sae.kind=crosscoder", f"sae.inputs=[{','.join(POINTS)}]")
+    store = the_store(folder)
+    assert weights.ports == tuple((point, store.hooks[point].width) for point in POINTS)
+    keep_N = store.column("flags") == 0
+    x_ND = np.concatenate([store.rows(point, 0, store.n_rows)[keep_N] for point in POINTS], axis=1).astype(np.float64)
+    error_ND = x_ND - decode(weights, *encode(weights, x_ND.astype(np.float32)))
+    parts = np.split(np.arange(x_ND.shape[1]), [weights.ports[0][1]])
+    of_D = (x_ND - x_ND.mean(0)) ** 2
+    fvu = {point: (error_ND[:, at] ** 2).sum() / of_D[:, at].sum() for point, at in zip(POINTS, parts, strict=True)}
+    assert max(fvu.values()) < 0.8
+    scaled = np.asarray(weights.training["scale"])  # the logged FVU is of what each point is divided by
+    assert 0 < metrics["fvu"] < 1
+    assert len(scaled) in (1, 2)
+    few = ["corpus.max_documents=3", "evaluate.tokens=500", "model.n_threads=1"]
+    ggscope("evaluate", "sae.path=cross/sae", *few, "run_dir=cross_held_out", cwd=folder)
+    result = json.loads((folder / "cross_held_out" / "evaluation.json").read_text())
+    assert set(result["fvu_of"]) == set(POINTS)
+    assert max(result["fvu_of"].values()) < 1
+    assert result["l0"] == pytest.approx(8, abs=1e-6)
+
+
 def test_a_variant_is_trained_and_another_one_goes_on_from_it(folder):
     at = [f"hook.points=[{POINTS[1]}]"]
     first, metrics = trained(folder, "batchtopk", *at, "sae.variant=batchtopk", "sae.b_dec_init=geometric_median")

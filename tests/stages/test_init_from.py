@@ -13,6 +13,8 @@ from pipeline.stages.rows import TrainingRows
 from pipeline.stages.train import start_sae
 from sae.checkpoint import save_weights
 from sae.errors import ConfigError, ModelMismatchError
+from sae.options import SAEOptions
+from sae.runtime import decode, encode
 from sae.train_config import TrainConfig
 from sae.trainer import Trainer
 from tests.sae.toy import D, Toy, random_weights
@@ -66,7 +68,7 @@ def test_another_model_is_refused_and_another_quantisation_of_it_is_said(tmp_pat
         ({"num_latents": 32}, "has 32 latents of width 32, this run 64 of 32"),
         ({"hook_out": "blocks.0.hook_mlp_out", "b_dec_subtracted": False}, "not both an SAE, a transcoder"),
         ({"norm_mode": "layer"}, "norm mode 'layer'"),
-        ({"rows": 2.0}, "decoder rows of norm 2 to 2"),
+        ({"rows": np.linspace(1, 2, 64)[:, None]}, "decoder rows of norm 1 to 2: its top-k would choose others"),
     ],
 )
 def test_what_does_not_fit_the_training_is_refused(tmp_path, start, message):
@@ -77,3 +79,15 @@ def test_what_does_not_fit_the_training_is_refused(tmp_path, start, message):
     config, toy = TrainConfig(num_latents=64, k=4, batch_tokens=128, tokens=256, encoder_dtype="float32"), Toy(128)
     with pytest.raises(ConfigError, match=message):
         Trainer(config, toy, **toy.statistics(), folder=tmp_path, start=other).fit()
+
+
+@pytest.mark.parametrize("rows", ["unit", "free"])
+def test_decoder_rows_of_one_length_leave_the_choice_as_it_is(tmp_path, rows):
+    start = weights()
+    start = replace(start, W_dec_FD=2 * start.W_dec_FD)
+    options = SAEOptions(decoder_rows=rows)
+    config, toy = TrainConfig(num_latents=64, k=4, batch_tokens=128, options=options, encoder_dtype="float32"), Toy(128)
+    found = Trainer(config, toy, **toy.statistics(), folder=tmp_path, start=start).weights()
+    x_ND = toy.rows(200, 5)
+    expected_ND = decode(start, *encode(start, x_ND))
+    np.testing.assert_allclose(decode(found, *encode(found, x_ND)), expected_ND, rtol=1e-4, atol=1e-3)
