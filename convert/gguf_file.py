@@ -24,8 +24,8 @@ from .keys import MATRIX_TYPES
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _KINDS = {name: gguf.GGMLQuantizationType[name] for name in MATRIX_TYPES}
-_NAMES = {int(kind): name for name, kind in _KINDS.items()}
-_BLOCK = {name: gguf.GGML_QUANT_SIZES[kind] for name, kind in _KINDS.items()}  # (elements, bytes) of a block
+_NAMES = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}  # of every type ggml has
+_BLOCK = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items()}  # (elements, bytes) of a block
 # The largest magnitude that can be written. A block's scale is an F16: the largest value / 127 in Q8_0, / 8 in Q4_0;
 # Q5_1 and Q4_1 keep the least value itself as F16. Values just above the largest BF16 would round to infinity.
 _LARGEST = {
@@ -38,7 +38,10 @@ _MAX_KEYS = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
-    """One line of the tensor table; `shape` is numpy order (slowest first), `start` is from the start of the file."""
+    """One line of the tensor table; `shape` is numpy order (slowest first), `start` is from the start of the file.
+
+    `dtype`: ggml's name, or `type N` for a number that is none of ggml's, whose `n_bytes` is 0 for unknown.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -56,8 +59,11 @@ class GGUFFile:
     buffer: memoryview
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes as they are stored, uint8, a view of the file."""
+        """The tensor's bytes as they are stored, uint8, a view of the file. FormatError for a type that is not read."""
         found = self.tensors[name]
+        if found.dtype not in MATRIX_TYPES:
+            known = ", ".join(f"{known} ({int(kind)})" for known, kind in _KINDS.items())
+            raise FormatError(f"{self.path}: tensor {name!r} is of type {found.dtype}; read are {known}")
         return np.frombuffer(self.buffer[found.start : found.start + found.n_bytes], dtype=np.uint8)
 
     def tensor(self, name: str) -> np.ndarray:
@@ -117,7 +123,8 @@ class _Cursor:
 def read_gguf(path: str | Path) -> GGUFFile:
     """Maps and parses a GGUF file (version 2 or 3, little endian), every offset and count checked against its size.
 
-    Raises FormatError in one line for anything that is not a whole, well-formed file.
+    Raises FormatError in one line for anything that is not a whole, well-formed file. Of which type a tensor is matters
+    to those who read it: the file may hold others.
     """
     path = Path(path)
     try:
@@ -165,11 +172,8 @@ def _table_row(cursor: _Cursor, alignment: int) -> tuple[str, TensorEntry]:
         raise cursor.fail(f"tensor {name!r} has {n_dims} dimensions")
     ne = [cursor.scalar("Q") for _ in range(n_dims)]
     kind, offset = cursor.scalar("I"), cursor.scalar("Q")
-    if kind not in _NAMES:
-        known = ", ".join(f"{known} ({number})" for number, known in _NAMES.items())
-        raise cursor.fail(f"tensor {name!r} has type {kind}; supported are {known}")
-    dtype = _NAMES[kind]
-    if not all(ne) or ne[0] % _BLOCK[dtype][0]:
+    dtype = _NAMES.get(kind, f"type {kind}")
+    if not all(ne) or ne[0] % _BLOCK.get(dtype, (1, 0))[0]:
         raise cursor.fail(f"tensor {name!r} of type {dtype} cannot have ne={ne}")
     if offset % alignment:
         raise cursor.fail(f"tensor {name!r} is not aligned to {alignment} bytes")
@@ -220,8 +224,8 @@ def rounded(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def stored_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Size of a matrix in a file."""
-    items, size = _BLOCK[dtype]
+    """Size of a matrix in a file, 0 where the type is none of ggml's."""
+    items, size = _BLOCK.get(dtype, (1, 0))
     return math.prod(shape) // items * size
 
 

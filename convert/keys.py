@@ -9,6 +9,7 @@ from sae.errors import FormatError
 ARCHITECTURE = "sae"
 VERSION = 2  # of files that need what version 1 lacks; others are written as version 1
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0")
+MATRICES = ("enc.weight", "dec.weight")  # of any of these types; all other tensors are F32
 MAX_ENTRIES = 1024
 
 SAE_VERSION = "sae.version"

@@ -18,7 +18,7 @@ from sae.weights import VARIANTS, SAEWeights
 
 from . import keys
 from .gguf_file import encode_matrix, read_gguf, rounded, stored_bytes, write_atomically
-from .sae_header import Header
+from .sae_header import Header, bos_excluded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +143,9 @@ def _add_keys(writer: gguf.GGUFWriter, weights: SAEWeights, index: int, *, versi
             writer.add_string(key("hook.out"), weights.hook_out)
         writer.add_string(key("ports"), json.dumps(weights.ports))
     writer.add_bool(key("b_dec_subtracted"), weights.b_dec_subtracted)
-    writer.add_bool(key("bos_excluded"), True)
+    left_out = bos_excluded(weights.training)
+    if left_out is not None:
+        writer.add_bool(key("bos_excluded"), left_out)
     writer.add_float64(key("variance"), float(weights.variance))
     writer.add_string(key("training"), json.dumps(_plain(weights.training), sort_keys=True))
     if weights.labels:

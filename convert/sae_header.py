@@ -16,6 +16,17 @@ from .gguf_file import GGUFFile
 from .stored_rows import StoredRows
 
 
+def bos_excluded(training: dict[str, Any]) -> bool | None:
+    """Whether rows of BOS and special tokens were left out of a training: as it says itself, and always of ours.
+
+    None where nobody says.
+    """
+    said = training.get("bos_excluded")
+    if isinstance(said, bool):
+        return said
+    return True if isinstance(training.get("config"), dict) and "imported_from" not in training else None
+
+
 class Header:
     """Typed access to the keys and tensors of one entry; every miss is a FormatError that names the file and the key."""
 
@@ -83,8 +94,9 @@ class Header:
         entry = self.file.tensors[key]
         if entry.shape != shape:
             raise self.fail(f"tensor {key} has ne={list(reversed(entry.shape))}, expected {list(reversed(shape))}")
-        if len(shape) == 1 and entry.dtype != "F32":
-            raise self.fail(f"tensor {key} is {entry.dtype}, expected F32")
+        wanted = keys.MATRIX_TYPES if name in keys.MATRICES else ("F32",)
+        if entry.dtype not in wanted:
+            raise self.fail(f"tensor {key} is of type {entry.dtype}, expected {' or '.join(wanted)}")
         return entry
 
     def require(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -165,6 +177,9 @@ class Header:
             value = None
         if not isinstance(value, dict):
             raise self.fail(f"key {self.key('training')} is not a JSON object")
+        said = self.boolean("bos_excluded") if self.key("bos_excluded") in self.file.fields else None
+        if said not in (None, bos_excluded(value)) and not (said and "imported_from" in value):
+            value["bos_excluded"] = said  # files of before say true of every import, which nobody knew
         return value
 
     def labels(self, n_latents: int) -> dict[int, str]:

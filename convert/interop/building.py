@@ -14,6 +14,7 @@ from sae.errors import FormatError, SAEError
 from sae.weights import SAEWeights
 
 LARGEST = float(np.finfo(np.float32).max)
+RANKS = ("one number", "a vector", "a matrix", "a stack of matrices")  # by the number of axes
 WIDE_SITES = ("attn.hook_z", "mlp.hook_post", "attn.hook_q", "attn.hook_k", "attn.hook_v")  # not as wide as the model
 
 
@@ -44,6 +45,7 @@ class Foreign:
     hook_out: str = ""
     W_skip_OD: np.ndarray | None = None
     freq_F: np.ndarray | None = None
+    bos_excluded: bool | None = None  # rows of special tokens were left out of its training; None: nowhere said
     model_name: str = ""
     published: dict[str, float] = field(default_factory=dict)  # l0, fvu, as its files or its name say
     notes: list[str] = field(default_factory=list)
@@ -66,7 +68,7 @@ def build(found: Foreign, format_name: str, label: str) -> Imported:
     W_enc input_scale; W_dec and b_dec over output_scale; b_dec's subtraction goes into b_enc where it cannot stay
     (unequal scales, transcoders); with `by_norm` n = ||W_dec[i]||: n W_enc, n b_enc, W_dec / n.
 
-    FormatError where the arrays do not fit, hold NaN, or a scale is not positive.
+    FormatError where the arrays do not fit, hold NaN, a scale is not positive, or what comes out is beyond float32.
     """
     arrays = {name: value for name, value in vars(found).items() if isinstance(value, np.ndarray)}
     for name, array in arrays.items():
@@ -95,15 +97,21 @@ def build(found: Foreign, format_name: str, label: str) -> Imported:
         fields["threshold_F"] = np.maximum(threshold_F, 0)
     if found.layer_norm_eps is not None:
         fields |= {"norm_mode": "layer", "norm_eps": found.layer_norm_eps, "norm_correction": 1}
+    training: dict[str, Any] = {"imported_from": format_name, "source": label}
+    if found.bos_excluded is not None:
+        training["bos_excluded"] = found.bos_excluded
     try:
         weights = SAEWeights(
             W_enc_FD=W_enc_FD, b_enc_F=b_enc_F, W_dec_FD=W_dec_FO, b_dec_D=b_dec_O,
             mean_D=np.zeros_like(b_dec_O), variance=1.0, k=found.k or 1, hook=found.hook, variant=found.variant,
             b_dec_subtracted=subtracts, hook_out=found.hook_out, W_skip_OD=found.W_skip_OD, freq_F=found.freq_F,
-            host=host_facts(found), training={"imported_from": format_name, "source": label}, **fields,
+            host=host_facts(found), training=training, **fields,
         )  # fmt: skip
     except SAEError as error:
         raise FormatError(f"{label}: {error}") from error
+    for name, array in vars(weights).items():
+        if isinstance(array, np.ndarray) and not np.isfinite(array).all():
+            raise FormatError(f"{label}: {name} is beyond the range of float32 once its scales are folded in")
     published = {key: value for key, value in found.published.items() if np.isfinite(value)}
     return Imported(
         weights=weights, format=format_name, k_known=found.k > 0, published=published, notes=tuple(found.notes)
@@ -149,38 +157,61 @@ def gate_threshold(r_mag_F: np.ndarray, gate_bias_F: np.ndarray, mag_bias_F: np.
     return np.maximum(mag_bias_F.astype(np.float64) - np.exp(r_mag_F.astype(np.float64)) * gate_bias_F, 0)
 
 
-def required(arrays: dict[str, Any], name: str, label: str) -> np.ndarray:
-    """An array of floating-point numbers of that name."""
-    found = arrays.get(name)
-    if not isinstance(found, np.ndarray):
-        held = ", ".join(sorted(arrays)[:12]) or "nothing"
+def required(arrays: dict[str, Any], name: str, label: str, ndim: int | tuple[int, ...]) -> np.ndarray:
+    """The array of that name as float32, with `ndim` axes (or one of several counts), none of them empty."""
+    found = optional(arrays, name, label, ndim)
+    if found is None:
+        named = (name if name.isprintable() else repr(name) for name in sorted(arrays)[:12])
+        held = ", ".join(name[:60] for name in named) or "nothing"
         raise FormatError(f"{label} has no tensor {name!r}; it holds {held}")
+    return found
+
+
+def optional(arrays: dict[str, Any], name: str, label: str, ndim: int | tuple[int, ...]) -> np.ndarray | None:
+    """As `required`, None where nothing has that name."""
+    found, wanted = arrays.get(name), (ndim,) if isinstance(ndim, int) else ndim
+    if found is None:
+        return None
+    if not isinstance(found, np.ndarray):
+        raise FormatError(f"{label}: {name!r} should be a tensor, got {shown(found)}")
+    if found.ndim not in wanted or not found.size:
+        wanted_said = " or ".join(RANKS[n] for n in wanted)
+        raise FormatError(f"{label}: {name!r} should be {wanted_said} and not empty, got {shown(found)}")
     return found.astype(np.float32, copy=False)
-
-
-def optional(arrays: dict[str, Any], name: str) -> np.ndarray | None:
-    found = arrays.get(name)
-    return found.astype(np.float32, copy=False) if isinstance(found, np.ndarray) else None
 
 
 def whole_number(value: Any, what: str, label: str, most: int) -> int:
     """1 to `most`; FormatError otherwise."""
-    if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.item()
+    value = single(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not 1 <= value <= most:
-        raise FormatError(f"{label}: {what} should be a whole number from 1 to {most}, got {str(value)[:40]}")
+        raise FormatError(f"{label}: {what} should be a whole number from 1 to {most}, got {shown(value)}")
     return value
 
 
 def number(value: Any, what: str, label: str) -> float:
     """A finite number, of the range of a float32."""
-    if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.item()
+    value = single(value)
     if type(value) not in (int, float) or not abs(value) <= LARGEST:
-        raise FormatError(f"{label}: {what} should be a number, got {str(value)[:40]}")
+        raise FormatError(f"{label}: {what} should be a number, got {shown(value)}")
     return float(value)
+
+
+def single(value: Any) -> Any:
+    """The number of an array of one, anything else as it is."""
+    return value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+
+
+def shown(value: Any) -> str:
+    """What a message says of a foreign value, on one line: itself where it is short and plain, else what it is."""
+    if isinstance(value, np.ndarray):
+        return f"a tensor of shape {value.shape}"
+    if isinstance(value, str):
+        return repr(value[:40])
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a far larger number"
+    return str(value) if value is None or isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
 
 
 def text(value: Any) -> str:

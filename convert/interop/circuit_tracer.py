@@ -37,12 +37,12 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
     layer = layer_in(source.weights.name if source.weights else "", _LAYER)
     notes: list[str] = []
     return Foreign(
-        W_enc_FD=required(arrays, "W_enc", label),
-        b_enc_F=required(arrays, "b_enc", label),
-        W_dec_FO=required(arrays, "W_dec", label),
-        b_dec_O=required(arrays, "b_dec", label),
-        threshold_F=optional(arrays, "activation_function.threshold"),
-        W_skip_OD=optional(arrays, "W_skip"),
+        W_enc_FD=required(arrays, "W_enc", label, 2),
+        b_enc_F=required(arrays, "b_enc", label, 1),
+        W_dec_FO=required(arrays, "W_dec", label, 2),
+        b_dec_O=required(arrays, "b_dec", label, 1),
+        threshold_F=optional(arrays, "activation_function.threshold", label, 1),
+        W_skip_OD=optional(arrays, "W_skip", label, 2),
         hook=to_hook(_place(settings.get("feature_input_hook", "mlp.hook_in"), layer), hook, label, notes),
         hook_out=to_hook(
             _place(settings.get("feature_output_hook", "mlp.hook_out"), layer),

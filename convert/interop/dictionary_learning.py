@@ -54,7 +54,10 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
     trainer = trainer if isinstance(trainer, dict) else {}
     arrays, factor = source.arrays(_file(source) or ""), 1.0
     if isinstance(arrays.get("ae"), dict):
-        factor = number(arrays.get("norm_factor") or 1.0, "norm_factor", label)
+        if arrays.get("norm_factor") is not None:
+            factor = number(arrays["norm_factor"], "norm_factor", label)
+        if factor <= 0:
+            raise FormatError(f"{label}: norm_factor should be above 0, got {factor}")
         arrays = arrays["ae"]
     kind = text(trainer.get("dict_class")) or kind_of(arrays)
     if kind not in READERS:
@@ -111,10 +114,10 @@ def _place(trainer: dict[str, Any]) -> str:
 def _linear(arrays: dict[str, Any], label: str, b_dec: str, *, subtracts: bool, **fields: Any) -> Foreign:
     """nn.Linear layers: encoder.weight (F, D), decoder.weight (D, F)."""
     return Foreign(
-        W_enc_FD=required(arrays, "encoder.weight", label),
-        b_enc_F=required(arrays, "encoder.bias", label),
-        W_dec_FO=required(arrays, "decoder.weight", label).T,
-        b_dec_O=required(arrays, b_dec, label),
+        W_enc_FD=required(arrays, "encoder.weight", label, 2),
+        b_enc_F=required(arrays, "encoder.bias", label, 1),
+        W_dec_FO=required(arrays, "decoder.weight", label, 2).T,
+        b_dec_O=required(arrays, b_dec, label, 1),
         subtracts_b_dec=subtracts,
         hook="",
         **fields,
@@ -123,12 +126,12 @@ def _linear(arrays: dict[str, Any], label: str, b_dec: str, *, subtracts: bool, 
 
 def _parameters(arrays: dict[str, Any], label: str, *, subtracts: bool) -> Foreign:
     """W_enc (D, F), W_dec (F, D), and a threshold: one, or one for each latent."""
-    b_enc_F = required(arrays, "b_enc", label)
+    b_enc_F = required(arrays, "b_enc", label, 1)
     return Foreign(
-        W_enc_FD=required(arrays, "W_enc", label).T,
+        W_enc_FD=required(arrays, "W_enc", label, 2).T,
         b_enc_F=b_enc_F,
-        W_dec_FO=required(arrays, "W_dec", label),
-        b_dec_O=required(arrays, "b_dec", label),
+        W_dec_FO=required(arrays, "W_dec", label, 2),
+        b_dec_O=required(arrays, "b_dec", label, 1),
         threshold_F=_thresholds(arrays, label, b_enc_F.shape),
         subtracts_b_dec=subtracts,
         hook="",
@@ -136,25 +139,25 @@ def _parameters(arrays: dict[str, Any], label: str, *, subtracts: bool) -> Forei
 
 
 def _thresholds(arrays: dict[str, Any], label: str, shape: tuple[int, ...]) -> np.ndarray:
-    threshold = required(arrays, "threshold", label)
+    threshold = required(arrays, "threshold", label, (0, 1))
     return np.full(shape, threshold, np.float32) if threshold.ndim == 0 else threshold
 
 
 def _batch_topk(arrays: dict[str, Any], label: str) -> Foreign:
-    shape = required(arrays, "encoder.bias", label).shape
+    shape = required(arrays, "encoder.bias", label, 1).shape
     return _linear(arrays, label, "b_dec", subtracts=True, threshold_F=_thresholds(arrays, label, shape))
 
 
 def _gated(arrays: dict[str, Any], label: str) -> Foreign:
-    W_enc_FD = required(arrays, "encoder.weight", label)
-    r_F, gate_F, mag_F = (required(arrays, name, label) for name in ("r_mag", "gate_bias", "mag_bias"))
+    W_enc_FD = required(arrays, "encoder.weight", label, 2)
+    r_F, gate_F, mag_F = (required(arrays, name, label, 1) for name in ("r_mag", "gate_bias", "mag_bias"))
     if not r_F.shape == gate_F.shape == mag_F.shape == W_enc_FD.shape[:1]:
         raise FormatError(f"{label}: r_mag, gate_bias and mag_bias should have {len(W_enc_FD)} numbers each")
     return Foreign(
         W_enc_FD=W_enc_FD * np.exp(r_F)[:, None],
         b_enc_F=mag_F,
-        W_dec_FO=required(arrays, "decoder.weight", label).T,
-        b_dec_O=required(arrays, "decoder_bias", label),
+        W_dec_FO=required(arrays, "decoder.weight", label, 2).T,
+        b_dec_O=required(arrays, "decoder_bias", label, 1),
         threshold_F=gate_threshold(r_F, gate_F, mag_F),
         subtracts_b_dec=True,
         hook="",

@@ -87,7 +87,7 @@ class GemmaScope2:
         found.model_name = text(told.get("model_name"))
         read, written = text(told.get("hf_hook_point_in")), text(told.get("hf_hook_point_out"))
         found.hook = to_hook(read, hook, label, found.notes)
-        skip_DO = optional(arrays, "affine_skip_connection")
+        skip_DO = optional(arrays, "affine_skip_connection", label, 2)
         if (written and written != read) or skip_DO is not None or hook_out:
             found.hook_out = to_hook(written, hook_out, label, found.notes, key="convert.hook_out")
             found.W_skip_OD = None if skip_DO is None else skip_DO.T
@@ -109,14 +109,14 @@ def _of_the_name(label: str) -> dict[str, str]:
 
 
 def _jumprelu(arrays: dict[str, Any], label: str) -> Foreign:
-    W_dec_FO = required(arrays, "W_dec", label)
+    W_dec_FO = required(arrays, "W_dec", label, (2, 3))
     if W_dec_FO.ndim == 3:
         raise FormatError(f"{label} is a cross-layer transcoder; only SAEs and transcoders of one layer are read")
     return Foreign(
-        W_enc_FD=required(arrays, "W_enc", label).T,
-        b_enc_F=required(arrays, "b_enc", label),
+        W_enc_FD=required(arrays, "W_enc", label, 2).T,
+        b_enc_F=required(arrays, "b_enc", label, 1),
         W_dec_FO=W_dec_FO,
-        b_dec_O=required(arrays, "b_dec", label),
-        threshold_F=required(arrays, "threshold", label),
+        b_dec_O=required(arrays, "b_dec", label, 1),
+        threshold_F=required(arrays, "threshold", label, 1),
         hook="",
     )

@@ -14,7 +14,8 @@ R1-distill and llamascopium: `config.json`, `sae_weights.safetensors` or `.pt`; 
     pre = W_E u + b_E,  a = pre where pre ||W_D[i]|| > exp(log_jumprelu_threshold),  y = (W_D^T a + b_D) / s_out
 
 (without ||W_D[i]|| unless `sparsity_include_decoder_norm`). Of a top-k SAE that compares with the norm, the norm goes
-into the activations: k latents are chosen alike, a is pre ||W_D[i]||.
+into the activations: k latents are chosen alike, a is pre ||W_D[i]||. What is compared is what a latent's activation
+is here, so no folding gives the library's own a = pre with its choice.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from .building import Foreign, number, optional, required, text, whole_number
 from .hook_names import to_hook
 from .source import Source
 
+LM_CONFIG = "lm_config.json"  # of its training run: names the model
 WEIGHTS, TORCH_WEIGHTS = "sae_weights.safetensors", "sae_weights.pt"
 NORM = "dataset_average_activation_norm"
 
 
 class LlamaScope:
     NAME = "llama_scope"
-    FILES = ("hyperparams.json", "lm_config.json", "checkpoints/final.safetensors")
+    FILES = ("hyperparams.json", LM_CONFIG, "checkpoints/final.safetensors")
 
     @staticmethod
     def recognises(source: Source) -> bool:
@@ -51,9 +53,9 @@ class LlamaScope:
             raise FormatError(
                 f"{label}: act_fn {str(kind)[:40]!r} or a GLU encoder; read are jumprelu and relu without GLU"
             )
-        W_enc_FD, b_enc_F = required(arrays, "encoder.weight", label), required(arrays, "encoder.bias", label)
-        W_dec_FO = required(arrays, "decoder.weight", label).T
-        b_dec_O = optional(arrays, "decoder.bias")
+        W_enc_FD, b_enc_F = required(arrays, "encoder.weight", label, 2), required(arrays, "encoder.bias", label, 1)
+        W_dec_FO = required(arrays, "decoder.weight", label, 2).T
+        b_dec_O = optional(arrays, "decoder.bias", label, 1)
         s_in, s_out = _scales(config, "in", "out", W_enc_FD.shape[-1], W_dec_FO.shape[-1], label)
         found = Foreign(
             W_enc_FD=W_enc_FD,
@@ -63,7 +65,7 @@ class LlamaScope:
             hook="",
             by_norm=bool(config.get("sparsity_include_decoder_norm", True)),
             subtracts_b_dec=bool(config.get("apply_decoder_bias_to_pre_encoder", False)),
-            model_name="meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in label else "",
+            model_name=_model_name(source) or ("meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in label else ""),
         )
         if kind == "jumprelu":
             threshold = number(config.get("jump_relu_threshold"), "jump_relu_threshold", label)
@@ -73,7 +75,7 @@ class LlamaScope:
 
 class Llamascopium:
     NAME = "llamascopium"
-    FILES = ("config.json", "lm_config.json", WEIGHTS, TORCH_WEIGHTS)
+    FILES = ("config.json", LM_CONFIG, WEIGHTS, TORCH_WEIGHTS)
 
     @staticmethod
     def recognises(source: Source) -> bool:
@@ -96,19 +98,25 @@ class Llamascopium:
             if old
             else ("W_E", "W_D", "b_E", "b_D")
         )
-        W_enc, W_dec = required(arrays, encoder, label), required(arrays, decoder, label)
+        W_enc, W_dec = required(arrays, encoder, label, 2), required(arrays, decoder, label, 2)
         W_enc_FD, W_dec_FO = (W_enc, W_dec.T) if old else (W_enc.T, W_dec)
-        b_dec_O = optional(arrays, b_dec)
+        b_dec_O = optional(arrays, b_dec, label, 1)
         found = Foreign(
             W_enc_FD=W_enc_FD,
-            b_enc_F=required(arrays, b_enc, label),
+            b_enc_F=required(arrays, b_enc, label, 1),
             W_dec_FO=W_dec_FO,
             b_dec_O=np.zeros(W_dec_FO.shape[-1], np.float32) if b_dec_O is None else b_dec_O,
             hook="",
+            model_name=_model_name(source),
         )
         _normalise(found, config, arrays, label)
         _activate(found, config, arrays, label)
         return _places(found, config, hook, hook_out, label)
+
+
+def _model_name(source: Source) -> str:
+    """The model's name in its training run's settings, "" where they are not there."""
+    return text(source.json(LM_CONFIG).get("model_name"))
 
 
 def _normalise(found: Foreign, config: dict[str, Any], arrays: dict[str, Any], label: str) -> None:
@@ -134,7 +142,7 @@ def _activate(found: Foreign, config: dict[str, Any], arrays: dict[str, Any], la
             found.notes.append("activations carry the norm of the decoder row, which the library takes out again")
     elif kind == "jumprelu":
         names = ("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
-        log_F = required(arrays, next((name for name in names if name in arrays), names[0]), label)
+        log_F = required(arrays, next((name for name in names if name in arrays), names[0]), label, 1)
         found.threshold_F = np.exp(log_F)
         if by_norm:
             norm_F = np.linalg.norm(found.W_dec_FO, axis=1)

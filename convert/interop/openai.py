@@ -13,7 +13,7 @@ from typing import Any
 
 from sae.errors import FormatError
 
-from .building import Foreign, optional, required, whole_number
+from .building import Foreign, optional, required, shown, text, whole_number
 from .hook_names import to_hook
 from .source import Source
 
@@ -33,20 +33,20 @@ def recognises(source: Source) -> bool:
 
 def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
     label, arrays = source.label, source.arrays()
-    W_enc_FD = required(arrays, "encoder.weight", label)
+    W_enc_FD = required(arrays, "encoder.weight", label, 2)
     activation = arrays.get("activation", "ReLU")
-    if activation not in ("ReLU", "TopK"):
-        raise FormatError(f"{label}: activation {str(activation)[:40]!r}; expected ReLU or TopK")
+    if text(activation) not in ("ReLU", "TopK"):
+        raise FormatError(f"{label}: activation should be ReLU or TopK, got {shown(activation)}")
     place = _PLACE.search(label)
     notes: list[str] = []
-    W_dec_DF = optional(arrays, "decoder.weight")
+    W_dec_DF = optional(arrays, "decoder.weight", label, 2)
     if W_dec_DF is None:
         notes.append("it has no decoder of its own: tied, the encoder's transpose")
     found = Foreign(
         W_enc_FD=W_enc_FD,
-        b_enc_F=required(arrays, "latent_bias", label),
+        b_enc_F=required(arrays, "latent_bias", label, 1),
         W_dec_FO=W_enc_FD if W_dec_DF is None else W_dec_DF.T,
-        b_dec_O=required(arrays, "pre_bias", label),
+        b_dec_O=required(arrays, "pre_bias", label, 1),
         hook=to_hook(f"blocks.{int(place[2])}.{LOCATIONS[place[1]]}" if place else "", hook, label, notes),
         subtracts_b_dec=True,
         model_name="openai-community/gpt2" if place else "",

@@ -50,10 +50,10 @@ def _two_layers(source: Source, hook: str, layers: tuple[str, str], pattern: str
     encoder, decoder = layers
     layer = layer_in(label, pattern)
     return Foreign(
-        W_enc_FD=required(arrays, f"{encoder}.weight", label),
-        b_enc_F=required(arrays, f"{encoder}.bias", label),
-        W_dec_FO=required(arrays, f"{decoder}.weight", label).T,
-        b_dec_O=required(arrays, f"{decoder}.bias", label),
+        W_enc_FD=required(arrays, f"{encoder}.weight", label, 2),
+        b_enc_F=required(arrays, f"{encoder}.bias", label, 1),
+        W_dec_FO=required(arrays, f"{decoder}.weight", label, 2).T,
+        b_dec_O=required(arrays, f"{decoder}.bias", label, 1),
         hook=to_hook(f"blocks.{layer}.hook_resid_post" if layer else "", hook, label, notes),
         model_name=model_name,
         notes=notes,

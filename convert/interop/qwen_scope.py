@@ -31,13 +31,13 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
         raise FormatError(
             f"{label}: k stands in the repository's name only; keep the file in a folder named like SAE-Res-Qwen3-8B-Base-W64K-L0_50"
         )
-    W_enc_FD = required(arrays, "W_enc", label)
+    W_enc_FD = required(arrays, "W_enc", label, 2)
     layer = layer_in(label, r"layer(\d+)\.sae\.pt")
     return Foreign(
         W_enc_FD=W_enc_FD,
-        b_enc_F=required(arrays, "b_enc", label),
-        W_dec_FO=required(arrays, "W_dec", label).T,
-        b_dec_O=required(arrays, "b_dec", label),
+        b_enc_F=required(arrays, "b_enc", label, 1),
+        W_dec_FO=required(arrays, "W_dec", label, 2).T,
+        b_dec_O=required(arrays, "b_dec", label, 1),
         hook=to_hook(f"blocks.{layer}.hook_resid_post" if layer else "", hook, label, notes),
         variant="topk",
         k=whole_number(int(release[3]), "L0 of the name", label, len(W_enc_FD)),

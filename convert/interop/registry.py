@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from sae.errors import ConfigError, FormatError
 
 from . import circuit_tracer, dictionary_learning, openai, qwen_scope, saelens, sparsify
@@ -62,5 +64,6 @@ def import_sae(path: Path, *, label: str = "", format_name: str = "", hook: str 
     if format_name and format_name not in NAMES:
         raise ConfigError(f"convert.format={format_name!r}; expected one of {', '.join(NAMES)}")
     source = Source(path, label)
-    chosen = next((f for f in FORMATS if format_name == f.NAME), None) or recognise(source)
-    return build(chosen.load(source, hook, hook_out), chosen.NAME, source.label)
+    with np.errstate(all="ignore"):  # what overflows is refused by `build`
+        chosen = next((f for f in FORMATS if format_name == f.NAME), None) or recognise(source)
+        return build(chosen.load(source, hook, hook_out), chosen.NAME, source.label)

@@ -40,31 +40,32 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
         raise FormatError(f"{label}: SAELens architecture {str(kind)[:40]!r} is not read; known are {', '.join(KNOWN)}")
     if config["hook_head_index"] is not None:
         raise FormatError(f"{label} reads one head of {config['hook_name']}; only whole hook points are read")
-    W_enc_DF = required(arrays, "W_enc", label)
+    W_enc_DF = required(arrays, "W_enc", label, 2)
     transcoder = kind in TRANSCODERS
     notes: list[str] = []
     found = Foreign(
         W_enc_FD=W_enc_DF.T,
-        b_enc_F=np.zeros(W_enc_DF.shape[-1], np.float32) if kind == "gated" else required(arrays, "b_enc", label),
-        W_dec_FO=required(arrays, "W_dec", label),
-        b_dec_O=required(arrays, "b_dec", label),
+        b_enc_F=np.zeros(W_enc_DF.shape[1], np.float32) if kind == "gated" else required(arrays, "b_enc", label, 1),
+        W_dec_FO=required(arrays, "W_dec", label, 2),
+        b_dec_O=required(arrays, "b_dec", label, 1),
         hook=to_hook(config["hook_name"], hook, label, notes),
         subtracts_b_dec=config["apply_b_dec_to_input"] and not transcoder,
         by_norm=config["rescale_acts_by_decoder_norm"],
+        bos_excluded=config["bos_excluded"],
         model_name=config["model_name"],
         notes=notes,
     )
     if transcoder:
         found.hook_out = to_hook(config["hook_name_out"], hook_out, label, notes, key="convert.hook_out")
-        found.W_skip_OD = optional(arrays, "W_skip")
+        found.W_skip_OD = optional(arrays, "W_skip", label, 2)
     _activation(found, kind, config, arrays, label)
     _normalisation(found, source, config["normalize_activations"])
     _old_scaling(found, arrays, config["finetuning_scaling_factor"], label)
     if source.has(SPARSITY):  # log10 of the share of tokens
-        log_F = optional(source.arrays(SPARSITY), "sparsity")
+        log_F = source.arrays(SPARSITY).get("sparsity")
         if log_F is not None and log_F.shape == found.b_enc_F.shape and not np.isnan(log_F).any():
-            found.freq_F = 10.0 ** np.minimum(log_F, 0)
-            found.published["l0"] = float(found.freq_F.sum(dtype=np.float64))
+            found.freq_F = freq_F = 10.0 ** np.minimum(log_F, 0)
+            found.published["l0"] = float(freq_F.sum(dtype=np.float64))
     return found
 
 
@@ -94,8 +95,17 @@ def settings(raw: dict[str, Any]) -> dict[str, Any]:
         "rescale_acts_by_decoder_norm": architecture in ("topk", *TRAINING)
         and bool(flat.get("rescale_acts_by_decoder_norm", False)),
         "finetuning_scaling_factor": bool(flat.get("finetuning_scaling_factor", False)),
+        "bos_excluded": _bos_excluded(flat.get("exclude_special_tokens"), flat.get("prepend_bos")),
         "model_name": text(flat.get("model_name")),
     }
+
+
+def _bos_excluded(left_out: Any, prepended: Any) -> bool | None:
+    """Whether special tokens' rows were left out of its training; None where the settings do not say, as with a list of
+    token ids, or with special tokens kept and no BOS put before a text."""
+    if left_out is True:
+        return True
+    return False if left_out is False and prepended is True else None
 
 
 def _activation(found: Foreign, kind: str, config: dict[str, Any], arrays: dict[str, Any], label: str) -> None:
@@ -103,14 +113,14 @@ def _activation(found: Foreign, kind: str, config: dict[str, Any], arrays: dict[
     if kind == "topk":
         found.variant, found.k = "topk", whole_number(config["k"], "k", label, latents)
     elif kind in THRESHOLDS:
-        log_F = optional(arrays, "log_threshold")
-        found.threshold_F = required(arrays, "threshold", label) if log_F is None else np.exp(log_F)
+        log_F = optional(arrays, "log_threshold", label, 1)
+        found.threshold_F = required(arrays, "threshold", label, 1) if log_F is None else np.exp(log_F)
     elif kind in TRAINING:
         threshold = number(arrays.get("topk_threshold"), "topk_threshold", label)
         found.threshold_F = np.full(latents, threshold, np.float32)
         found.k = whole_number(config["k"], "k", label, latents)
     elif kind == "gated":
-        r_F, gate_F, mag_F = (required(arrays, name, label) for name in ("r_mag", "b_gate", "b_mag"))
+        r_F, gate_F, mag_F = (required(arrays, name, label, 1) for name in ("r_mag", "b_gate", "b_mag"))
         if not r_F.shape == gate_F.shape == mag_F.shape == (latents,):
             raise FormatError(f"{label}: r_mag, b_gate and b_mag should have {latents} numbers each")
         found.W_enc_FD = found.W_enc_FD * np.exp(r_F)[:, None]
@@ -143,11 +153,11 @@ def _normalisation(found: Foreign, source: Source, mode: Any) -> None:
 
 def _old_scaling(found: Foreign, arrays: dict[str, Any], used: bool, label: str) -> None:
     """Before version 6: activations times a fine-tuned factor in the decoder."""
-    factor_F = optional(arrays, "scaling_factor")
+    factor_F = optional(arrays, "scaling_factor", label, (0, 1))
     if factor_F is None:
-        factor_F = optional(arrays, "finetuning_scaling_factor")
+        factor_F = optional(arrays, "finetuning_scaling_factor", label, (0, 1))
     if factor_F is None or np.allclose(factor_F, 1):
         return
-    if not used or factor_F.shape != found.b_enc_F.shape:
+    if not used or factor_F.shape != found.W_dec_FO.shape[:1]:
         raise FormatError(f"{label}: a scaling_factor that its cfg.json does not announce, or of another length")
     found.W_dec_FO = found.W_dec_FO * factor_F[:, None]

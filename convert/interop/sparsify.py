@@ -28,7 +28,7 @@ def recognises(source: Source) -> bool:
 
 def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
     label, config, arrays = source.label, source.json(CONFIG), source.arrays(WEIGHTS)
-    W_enc_FD = required(arrays, "encoder.weight", label)
+    W_enc_FD = required(arrays, "encoder.weight", label, 2)
     latents = len(W_enc_FD)
     activation = config.get("activation", "topk")
     if activation not in ("topk", "groupmax") or config.get("signed"):
@@ -36,14 +36,14 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
             f"{label}: activation {str(activation)[:40]!r} (signed: {bool(config.get('signed'))}) is not read"
         )
     module = match[1] if (match := _MODULE.search(label.removesuffix(f"/{WEIGHTS}"))) else ""
-    skip_OD = optional(arrays, "W_skip")
+    skip_OD = optional(arrays, "W_skip", label, 2)
     transcode = bool(config.get("transcode"))
     notes: list[str] = []
     found = Foreign(
         W_enc_FD=W_enc_FD,
-        b_enc_F=required(arrays, "encoder.bias", label),
-        W_dec_FO=required(arrays, "W_dec", label),
-        b_dec_O=required(arrays, "b_dec", label),
+        b_enc_F=required(arrays, "encoder.bias", label, 1),
+        W_dec_FO=required(arrays, "W_dec", label, 2),
+        b_dec_O=required(arrays, "b_dec", label, 1),
         hook=to_hook(module + ".input" * (transcode and bool(module)), hook, label, notes),
         k=whole_number(config.get("k", 32), "k", label, latents),
         variant=activation,

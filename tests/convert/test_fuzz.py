@@ -10,6 +10,7 @@ import torch
 
 from convert.control_vector import read_control_vector, write_control_vector
 from convert.interop.reading import read_arrays
+from convert.keys import MATRIX_TYPES
 from convert.sae_gguf import read_sae_gguf, write_sae_gguf
 from sae.checkpoint import load_weights, save_weights
 from sae.errors import SAEError
@@ -106,7 +107,7 @@ def checkpoint(tmp_path, rounds, name):
 
 
 PARSERS = [
-    *((gguf_as_stored, kind) for kind in ("F32", "F16", "Q8_0")),
+    *((gguf_as_stored, kind) for kind in MATRIX_TYPES),
     (control_vector, ""),
     *((arrays, kind) for kind in ("pt", "npz", "safetensors")),
     *((settings_file, form) for form in SETTINGS),

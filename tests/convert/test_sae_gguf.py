@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert.keys import hook_tensor
-from convert.sae_gguf import read_sae_gguf, sae_file_info, write_sae_gguf
+from convert.sae_gguf import read_sae_gguf, read_stored_encoder, sae_file_info, write_sae_gguf
 from convert.verify import verify
 from sae.errors import ConfigError, FormatError
 from sae.weights import SAEWeights
@@ -140,7 +140,9 @@ def test_q8_0_holds_exactly_what_ggml_defines(tmp_path):
 
 
 def test_the_stock_gguf_reader_sees_the_documented_names_types_and_shapes(tmp_path):
-    path = write_sae_gguf(tmp_path / "sae.gguf", random_sae(), encoder_type="F16", decoder_type="Q8_0")
+    path = write_sae_gguf(
+        tmp_path / "sae.gguf", random_sae(training={"config": {}}), encoder_type="F16", decoder_type="Q8_0"
+    )
     reader = gguf.GGUFReader(path)
     tensors = {t.name: (t.tensor_type.name, t.shape.tolist()) for t in reader.tensors}
     assert tensors == {
@@ -204,7 +206,7 @@ def test_an_unknown_type_lists_the_known_ones(tmp_path):
         write_sae_gguf(tmp_path / "sae.gguf", random_sae(), encoder_type="Q4_K")
 
 
-def _rewrite(path, out, *, fields=None, drop=(), tensors=None, added=None):
+def _rewrite(path, out, *, fields=None, drop=(), tensors=None, added=None, further=None):
     """A copy of `path` made with the stock writer, with some keys and tensors changed."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(out, "sae")
@@ -219,6 +221,8 @@ def _rewrite(path, out, *, fields=None, drop=(), tensors=None, added=None):
     for tensor in reader.tensors:
         if tensor.name not in drop:
             writer.add_tensor(tensor.name, (tensors or {}).get(tensor.name, tensor.data))
+    for name, data in (further or {}).items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -252,8 +256,13 @@ F64, ARRAY = gguf.GGUFValueType.FLOAT64, gguf.GGUFValueType.ARRAY
         ({"drop": ("sae.0.mean",)}, "tensor sae.0.mean is missing"),
         ({"drop": ("sae.0.b_dec_subtracted",)}, "key sae.0.b_dec_subtracted is missing"),
         ({"tensors": {"sae.0.mean": np.full(64, np.inf, np.float32)}}, "not finite"),
-        ({"tensors": {"sae.0.mean": np.zeros(64, np.float16)}}, "is F16, expected F32"),
-        ({"tensors": {"sae.0.mean": np.zeros(64, np.int32)}}, "has type 26"),
+        ({"tensors": {"sae.0.mean": np.zeros(64, np.float16)}}, "is of type F16, expected F32"),
+        ({"tensors": {"sae.0.mean": np.zeros(64, np.int32)}}, "is of type I32, expected F32"),
+        (
+            {"tensors": {"sae.0.enc.weight": np.zeros((96, 64), np.int32)}},
+            "is of type I32, expected F32 or F16 or BF16 or Q8_0",
+        ),
+        ({"added": {"sae.0.bos_excluded": ("yes", STRING)}}, "bos_excluded should be a bool"),
         ({"fields": {"sae.0.training": ('{"outlier_threshold": "x"}', STRING)}}, "outlier_threshold.* wrong type"),
         ({"fields": {"sae.0.training": ('{"id": [1]}', STRING)}}, "'id'.* wrong type"),
         ({"added": {"sae.0.labels": (["a"] * 95, ARRAY)}}, "labels should be an array of 96 strings"),
@@ -273,10 +282,67 @@ def test_an_inconsistent_file_is_refused_in_one_line_that_says_what(tmp_path, ch
 
 def test_keys_and_tensors_of_later_versions_are_ignored(tmp_path):
     path = write_sae_gguf(tmp_path / "sae.gguf", random_sae())
-    drop = ("sae.0.dec.norm", "sae.0.training", "sae.0.hook.tensor", "sae.0.bos_excluded", "sae.0.norm.eps")
+    drop = ("sae.0.dec.norm", "sae.0.training", "sae.0.hook.tensor", "sae.0.norm.eps")
     back = read_sae_gguf(_rewrite(path, tmp_path / "less.gguf", drop=drop, fields={"sae.count": (2, U32)}))
     assert back.training == {}
     assert back.hook == "blocks.2.hook_resid_post"
+
+
+def test_unknown_keys_and_tensors_of_any_type_are_ignored(tmp_path):
+    sae = random_sae()
+    path = write_sae_gguf(tmp_path / "sae.gguf", sae, encoder_type="F32", decoder_type="F32")
+    more = {
+        "sae.0.rank": np.arange(7, dtype=np.int32),
+        "other.thing": np.ones((3, 5)),
+        "sae.0.dec.more": np.ones(5, "i1"),
+    }
+    keys = {"sae.0.later": ("text", STRING), "later": ([1, 2], ARRAY), "sae.0.later.too": (1.5, F64)}
+    out = _rewrite(path, tmp_path / "more.gguf", further=more, added=keys)
+    data = out.read_bytes()
+    at = data.index(b"sae.0.rank") + len(b"sae.0.rank") + 4 + 8  # behind the number of dimensions and ne
+    unknown = tmp_path / "unknown.gguf"
+    unknown.write_bytes(data[:at] + (777).to_bytes(4, "little") + data[at + 4 :])  # a type that ggml does not have
+    for file in (out, unknown):
+        np.testing.assert_array_equal(read_sae_gguf(file).W_enc_FD, sae.W_enc_FD)
+        np.testing.assert_array_equal(read_sae_gguf(file, stored=True).W_dec_FD[3], sae.W_dec_FD[3])
+        assert read_stored_encoder(file).dtype == sae_file_info(file).encoder_type == "F32"
+    for kind, ne, message in (
+        (26, 10**9, "sae.0.rank.* ends at byte"),  # too large
+        (8, 7, "of type Q8_0 cannot have ne="),  # no whole block
+    ):
+        damaged = data[: at - 8] + ne.to_bytes(8, "little") + kind.to_bytes(4, "little") + data[at + 4 :]
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        with pytest.raises(FormatError, match=message):
+            read_sae_gguf(tmp_path / "damaged.gguf")
+
+
+@pytest.mark.parametrize(("training", "written"), [
+    ({"config": {"lr": 1e-3}, "step": 5}, True),  # flagged rows are left out of every training of ours
+    ({"imported_from": "saelens", "config": {}}, None), ({}, None), ({"untrained": True}, None),
+    ({"imported_from": "saelens", "bos_excluded": True}, True), ({"imported_from": "saelens", "bos_excluded": False}, False),
+])  # fmt: skip
+def test_bos_excluded_is_written_where_it_is_known_and_kept(tmp_path, training, written):
+    path = write_sae_gguf(tmp_path / "sae.gguf", random_sae(training=training))
+    for file in (path, write_sae_gguf(tmp_path / "again.gguf", read_sae_gguf(path))):
+        field = gguf.GGUFReader(file).get_field("sae.0.bos_excluded")
+        assert (field and field.contents()) == written
+        assert read_sae_gguf(file).training == training
+
+
+def test_bos_excluded_of_files_that_others_wrote_is_kept_and_of_old_imports_is_not(tmp_path):
+    for number, (training, said, kept) in enumerate((
+        ("{}", False, False), ("{}", True, True), ('{"config": {}}', False, False),
+        ('{"imported_from": "saelens"}', True, None),  # written of every import before it was known
+        ('{"imported_from": "saelens"}', False, False),
+    )):  # fmt: skip
+        source = write_sae_gguf(tmp_path / f"{number}.gguf", random_sae(training={}))
+        added = {"sae.0.bos_excluded": (said, BOOL)}
+        old = _rewrite(
+            source, tmp_path / f"old{number}.gguf", added=added, fields={"sae.0.training": (training, STRING)}
+        )
+        back = write_sae_gguf(tmp_path / f"new{number}.gguf", read_sae_gguf(old))
+        field = gguf.GGUFReader(back).get_field("sae.0.bos_excluded")
+        assert (field and field.contents()) == kept
 
 
 def test_a_scalar_threshold_key_stands_for_all_latents(tmp_path):

@@ -178,8 +178,9 @@ def test_huge_settings_are_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "value", "said"), [
     ("W_enc", np.full((12, 40), np.nan, "f4"), "W_enc_FD holds NaN"), ("b_dec", np.full(12, np.inf, "f4"), "b_dec_O holds NaN or infinity"),
     ("b_enc", np.zeros(39, "f4"), "b_enc has shape"), ("W_dec", np.zeros((40, 11), "f4"), "decoder gives 11"),
-    ("W_dec", np.zeros((3, 12), "f4"), "W_dec has shape"), ("W_enc", np.zeros((12,), "f4"), "expected matrices"),
-    ("W_enc", np.zeros((0, 0), "f4"), "expected matrices"),
+    ("W_dec", np.zeros((3, 12), "f4"), "W_dec has shape"), ("W_enc", np.zeros((12,), "f4"), r"should be a matrix.*shape \(12,\)"),
+    ("W_enc", np.zeros((0, 0), "f4"), "should be a matrix and not empty"), ("W_dec", np.zeros((1, 40, 12), "f4"), "should be a matrix"),
+    ("b_enc", np.zeros((2, 20), "f4"), "should be a vector"),
 ])  # fmt: skip
 def test_arrays_that_do_not_fit_or_are_not_finite(tmp_path, name, value, said):
     place = folder(tmp_path, config("standard"), tensors(draw()) | {name: value})
