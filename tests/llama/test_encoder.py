@@ -28,7 +28,7 @@ from tests.interventions.tiny import prompt, residual, sae_at, session, tiny
 D, F, K = 96, 640, 12
 # ||pre - oracle|| / ||oracle|| against the stored (rounded) weights: what ggml rounds is the row, to half, bfloat16
 # or blocks of 8-bit integers
-ROUNDING = {"F32": 1e-5, "F16": 1e-3, "BF16": 5e-3, "Q8_0": 1e-2, "Q4_0": 1e-2}
+ROUNDING = {"F32": 1e-5, "F16": 1e-3, "BF16": 5e-3, "Q8_0": 1e-2, "Q5_1": 1e-2, "Q4_1": 1e-2, "Q4_0": 1e-2}
 
 
 def stored_matrix(W_FD, dtype):
