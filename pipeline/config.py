@@ -127,11 +127,11 @@ class SAEConfig:
     multi_k: int = 0  # topk: also reconstruct from so many latents (Multi-TopK) ...
     multi_coef: float = 0.125  # ... at this weight
     prefixes: list[int] = field(default_factory=list)  # matryoshka: nested sizes; empty: F/16, F/8, F/4, F/2
-    l1_coef: float = 5.0  # relu, gated
+    l1_coef: float = 2.0  # relu, gated; more for wider activations: 5 for thousands of dimensions
     l0_coef: float = 1e-3  # jumprelu
     sparsity_warmup_share: float = 0.05  # relu, gated, jumprelu: the penalty grows over this share of the steps
-    threshold_start: float = 1e-3  # jumprelu, in units of sqrt(E||x - mean||^2)
-    bandwidth: float = 1e-3  # jumprelu, in the same units
+    threshold_start: float = 2.0  # jumprelu, in standard deviations of the first pre-activations
+    bandwidth: float = 0.5  # jumprelu, in units of sqrt(E||x - mean||^2 / D)
     init_scale: float = 0.0  # W_enc starts as this times W_dec; 0: half of the factor that reconstructs best
 
 

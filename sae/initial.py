@@ -9,7 +9,8 @@ largest of F lie beyond z, where P(g > z) = p = k / F. With S the sum of their g
     c = <u, r> / |r|^2 = 1 / (1 + S / D - Q / (S D))      the minimum of |u - c r|^2
     S = k m2,  Q = k m4      m2 = E[g^2 | g > z] = 1 + z phi(z) / p      m4 = E[g^4 | g > z] = 3 m2 + z^3 phi(z) / p
 
-The choice of the k does not depend on c. Half of it, because Adam's steps have a fixed length: shorter rows turn faster
+The choice of the k does not depend on c. Without one every latent above a threshold fires: half of them above 0 (ReLU and
+gated), P(g > z) F above z standard deviations of the pre-activations (JumpReLU), and k is that many. Half of c, because Adam's steps have a fixed length: shorter rows turn faster
 and fewer latents fall silent. Measured in runs/reports/training.md.
 """
 
@@ -25,7 +26,7 @@ from .model import SparseCoder
 START = 0.5  # of the scale that reconstructs best
 
 
-def best_encoder_scale(d_in: int, num_latents: int, k: int) -> float:
+def best_encoder_scale(d_in: int, num_latents: int, k: float) -> float:
     """The module docstring's c; 1 / (1 + (k - 1) / D) as k reaches F."""
     p = k / num_latents
     if p >= 1:
@@ -39,6 +40,12 @@ def best_encoder_scale(d_in: int, num_latents: int, k: int) -> float:
 
 
 @torch.no_grad()
-def scale_encoder_(model: SparseCoder, init_scale: float) -> None:
-    """W_enc times init_scale (0: half of `best_encoder_scale`), in place; for a model not yet trained."""
-    model.W_enc_FD.mul_(init_scale or START * best_encoder_scale(model.d_in, model.num_latents, model.k))
+def scale_encoder_(model: SparseCoder, init_scale: float, active: float) -> None:
+    """W_enc times init_scale (0: half of `best_encoder_scale`), in place; for a model not yet trained, of which `active`
+    latents fire on a row."""
+    model.W_enc_FD.mul_(init_scale or START * best_encoder_scale(model.d_in, model.num_latents, active))
+
+
+def share_above(z: float) -> float:
+    """P(g > z), g standard normal: the share of latents that fire at the start where all pre > z deviations do."""
+    return math.erfc(z / math.sqrt(2)) / 2

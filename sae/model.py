@@ -4,7 +4,7 @@
     a     = TopK(ReLU(pre))                    ReLU first, so L0 <= k (Gao et al. 2024); other variants: sae/variants
     u_hat = sum_i a_i W_dec[i] + b_dec         x_hat = scale * u_hat,  ||W_dec[i]|| = 1
 
-Start: W_dec random unit rows, W_enc = W_dec (tied only at the start), b_enc = 0, b_dec = mean / scale.
+Start: W_dec random unit rows, W_enc = c W_dec (tied only at the start; c: initial.py), b_enc = 0, b_dec = mean / scale.
 `scale` brings the data to about unit variance per dimension. It is a power of two: dividing by it, and folding it
 into b_enc and b_dec on export, changes no bit of any result. With per-token layer norm (`input_norm` layer) the
 equations hold for n = (x - mu) / (sigma + eps) in place of u, and x_hat = sigma n_hat + mu.

@@ -32,11 +32,11 @@ class SAEOptions:
     multi_k: int = 0  # topk: Multi-TopK, also reconstruct from so many latents (0: off; Gao et al. use 4 k) ...
     multi_coef: float = 1 / 8  # ... at this weight
     prefixes: tuple[int, ...] = ()  # matryoshka: sizes of the nested dictionaries, the whole one is added
-    l1_coef: float = 5.0  # relu, gated: weight of the L1 penalty
+    l1_coef: float = 2.0  # relu, gated: weight of the L1 penalty, in units of sqrt(E||x - mean||^2 / D)
     l0_coef: float = 1e-3  # jumprelu: weight of the L0 penalty, in units of the variance per active latent
     sparsity_warmup_share: float = 0.05  # relu, gated, jumprelu: the penalty grows over this share of the steps
-    threshold_start: float = 1e-3  # jumprelu: first threshold, in units of sqrt(E||x - mean||^2)
-    bandwidth: float = 1e-3  # jumprelu: width of the straight-through kernel, in the same units
+    threshold_start: float = 2.0  # jumprelu: first threshold, in standard deviations of the first pre-activations
+    bandwidth: float = 0.5  # jumprelu: width of the straight-through kernel, in units of sqrt(E||x - mean||^2 / D)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefixes", tuple(self.prefixes))

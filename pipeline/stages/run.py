@@ -102,7 +102,9 @@ def stage(context: RunContext, name: str, subfolder: str, *overrides: str) -> No
         context.console.print(f"{subfolder}: already finished, kept", highlight=False)
     else:
         where = f"resume={folder}" if manifest is not None else f"run_dir={folder}"
-        context.console.print(f"{subfolder}: {'continued' if manifest else 'started'}, {datetime.now():%H:%M:%S}", highlight=False)
+        context.console.print(
+            f"{subfolder}: {'continued' if manifest else 'started'}, {datetime.now():%H:%M:%S}", highlight=False
+        )
         settings = ["--config-dir", str(context.folder / "conf"), f"experiment={EXPERIMENT}"]
         code = child([sys.executable, "-m", "pipeline.cli", name, *settings, *overrides, where])
         if code == 130:

@@ -13,20 +13,19 @@ import torch
 
 from ..centre import geometric_median
 from ..errors import ConfigError
-from ..initial import scale_encoder_
+from ..initial import scale_encoder_, share_above
 from ..kernels import encoder_dtype, has_fast_step
 from ..losses import LossSettings
 from ..model import SparseCoder, input_scale, layer_normalise
 from ..native.library import finds_in_int8
-from ..options import TOP_K_FAMILY
+from ..options import WITHOUT_K
 from ..steppers import pick_kernel
 from ..train_config import TrainConfig
 from ..weights import SAEWeights
 from ..wiring import SAME, Wiring
 from . import VARIANTS
+from .jumprelu import JumpReLUSAE
 from .start import load_start_
-
-CHOOSES_K = (*TOP_K_FAMILY, "groupmax")  # what `initial.py` has a best scale for
 
 
 def needs_sample(config: TrainConfig) -> bool:
@@ -85,8 +84,11 @@ def build(
         torch.nn.init.zeros_(model.b_dec_D)
     if start is not None:
         load_start_(model, start)
-    elif config.init_scale or (not wiring.two_sided and config.variant in CHOOSES_K):
-        scale_encoder_(model, config.init_scale)
+    else:
+        if config.init_scale or not wiring.two_sided:
+            scale_encoder_(model, config.init_scale, first_active(config))
+        if isinstance(model, JumpReLUSAE):
+            model.start_thresholds_()
     if shard_ is not None:
         shard_(model)
     model = model.to(device)
@@ -98,6 +100,14 @@ def build(
         auxk_dtype=auxk_dtype_of(config, model, device),
     )
     return model, settings
+
+
+def first_active(config: TrainConfig) -> float:
+    """How many latents fire on a row when training starts: k, or those above the first threshold."""
+    if config.variant not in WITHOUT_K:
+        return config.k
+    first = config.options.threshold_start if config.variant == "jumprelu" else 0.0
+    return max(1.0, config.num_latents * share_above(first))
 
 
 def scale_of(

@@ -8,10 +8,12 @@ Neither jump has a gradient in theta. With a kernel K (1 on |z| < 1/2, else 0) o
     d a_i / d theta_i                = -(theta_i / e) K((pre_i - theta_i) / e)
     d H(pre_i - theta_i) / d theta_i = -(1 / e) K((pre_i - theta_i) / e)
 
-and pre_i gets H(pre_i - theta_i) from a_i, nothing from the penalty. e and the first theta are `bandwidth` and
-`threshold_start` times sqrt(v); there the data have E||x||^2 = 1, so those are the paper's numbers. b_dec is
-subtracted from the input, which the paper does not do: the same functions, another start. The paper's Adam has
-beta1 = 0. dictionary_learning trains theta itself, not its logarithm, has the penalty (L0 / target - 1)^2, and takes
+and pre_i gets H(pre_i - theta_i) from a_i, nothing from the penalty. e is `bandwidth` times s = sqrt(v / D), the size of
+one dimension; in the paper the data have E||x||^2 = 1, so that its e = 0.001 is 0.05 s at 2,304 dimensions. The first theta
+is `threshold_start` standard deviations of the first pre-activations, s ||W_enc[i]||: as many latents fire then whatever
+the sizes. Theta moves by its logarithm, lr a step at most, so a short training needs a start of the right size: the
+paper's 0.001, for a million steps, leaves most latents firing after thousands. b_dec is subtracted from the input, which
+the paper does not do: the same functions, another start. The paper's Adam has beta1 = 0. dictionary_learning trains theta itself, not its logarithm, has the penalty (L0 / target - 1)^2, and takes
 the step of a in place of pre, so that its kernel sees no pre-activation below theta.
 
 Shape letters: N rows, F latents.
@@ -74,13 +76,20 @@ class JumpReLUSAE(SparseCoder):
     uses_auxk = False
 
     def __init__(self, *, deviation: float = 1.0, **arguments: Any) -> None:
-        """`deviation`: sqrt(v) in scaled units, the unit of the threshold and the bandwidth."""
+        """`deviation`: sqrt(v) in scaled units."""
         super().__init__(**arguments)
         if not (math.isfinite(deviation) and deviation > 0):
             raise ConfigError(f"the standard deviation of the activations must be a positive number, got {deviation}")
-        self.width = self.options.bandwidth * deviation
-        start = math.log(self.options.threshold_start * deviation)
-        self.log_theta_F = nn.Parameter(torch.full((self.num_latents,), start))
+        self.unit = deviation / math.sqrt(self.W_dec_FD.shape[1])  # s
+        self.width = self.options.bandwidth * self.unit
+        self.log_theta_F = nn.Parameter(torch.zeros(self.num_latents))
+        self.start_thresholds_()
+
+    @torch.no_grad()
+    def start_thresholds_(self) -> None:
+        """The first thresholds of a model whose encoder is as it starts."""
+        norm_F = torch.linalg.vector_norm(self.W_enc_FD, dim=1)
+        self.log_theta_F.copy_((self.options.threshold_start * self.unit * norm_F).log())
 
     def acts(self, pre_NF: torch.Tensor, by_NF: torch.Tensor | None = None) -> torch.Tensor:
         return _Jump.apply(pre_NF, self.log_theta_F.exp(), self.width)  # pyright: ignore[reportReturnType]

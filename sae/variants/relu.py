@@ -4,7 +4,9 @@
     L = 1/N sum_n ||u - u_hat||^2 + l1_coef * w_t * s * 1/N sum_n sum_i a_i ||W_dec[i]||        s = sqrt(v / D)
 
 Rows of W_dec keep their own length unless `decoder_rows` is "unit". s makes `l1_coef` independent of the scale of the
-data: there E||x||^2 = D, so s = 1, and the coefficient is 5. w_t grows to 1 over the first steps. Two differences
+data: there E||x||^2 = D, so s = 1, and the coefficient is 5, at thousands of dimensions. A latent loses l1_coef s / 2 of
+its activation, and activations of L0 latents are about s sqrt(D / L0), so the coefficient for an L0 grows with sqrt(D);
+2 is for hundreds of dimensions. w_t grows to 1 over the first steps. Two differences
 from there: b_dec is subtracted from the input, and rows start at norm 1, not 0.1. Of a crosscoder ||W_dec[i]|| is the
 sum of its norms at each hook point (Lindsey et al. 2024).
 

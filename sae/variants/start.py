@@ -20,6 +20,7 @@ from .gated import GatedSAE
 from .jumprelu import JumpReLUSAE
 
 EQUAL = 1e-3  # norms that differ by no more than this share count as equal
+LEAST_THETA = 0.01  # of s: JumpReLU's thresholds are above 0, one of 0 becomes this
 
 
 @torch.no_grad()
@@ -77,7 +78,8 @@ def start_identity(w: SAEWeights | None, wiring: Wiring) -> dict[str, Any]:
 
 def _put_thresholds(model: SparseCoder, theta_F: np.ndarray) -> None:
     if isinstance(model, JumpReLUSAE):
-        _put(model.log_theta_F, np.log(np.maximum(theta_F, float(model.log_theta_F.exp().min()))))
+        least = min(LEAST_THETA * model.unit, float(model.log_theta_F.exp().min()))
+        _put(model.log_theta_F, np.log(np.maximum(theta_F, least)))
     elif isinstance(model, BatchSelecting) and theta_F.any():
         _put(model.theta, np.asarray(theta_F.mean()))
         model.batches += 1

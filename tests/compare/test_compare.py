@@ -124,7 +124,11 @@ def test_names_beside_points_cover_neither_each_other_nor_a_point_and_stay_on_th
     from matplotlib.figure import Figure
 
     (row, *_), _ = collect(["runs/train/a"])
-    rows = [replace(row, name=f"run-k{k}-a_longer_name-seed{s}", l0=float(k), fvu=0.1 + s / 1e4) for k in (8, 9) for s in range(4)]
+    rows = [
+        replace(row, name=f"run-k{k}-a_longer_name-seed{s}", l0=float(k), fvu=0.1 + s / 1e4)
+        for k in (8, 9)
+        for s in range(4)
+    ]
     figure = Figure(figsize=(inches, 5))
     FigureCanvasAgg(figure)
     ax = figure.subplots()

@@ -271,11 +271,25 @@ def test_a_start_that_does_not_fit_is_refused():
     w = random_weights(rng, d=D, latents=F, k=K)
     for start, model, said in (
         (random_weights(rng, d=D, latents=F // 2, k=K), make("topk"), "has 96 latents of width 24, this run 192"),
-        (replace(w, W_dec_FD=2 * w.W_dec_FD), make("topk"), "rows of norm 2"),
+        (
+            replace(w, W_dec_FD=np.linspace(1, 2, F, dtype=np.float32)[:, None] * w.W_dec_FD),
+            make("topk"),
+            "rows of norm 1 to 2",
+        ),
         (replace(w, norm_mode="layer"), make("topk"), "set input_norm to match"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_start_(model, start)
+
+
+def test_topk_starts_from_rows_of_one_length_whatever_it_is():
+    w, x_ND = random_weights(np.random.default_rng(0), d=D, latents=F, k=K), batch().numpy()
+    model = make("topk", scale=8.0)
+    load_start_(model, replace(w, W_dec_FD=2 * w.W_dec_FD))
+    found, twice = exported(model), replace(w, W_dec_FD=2 * w.W_dec_FD)
+    np.testing.assert_allclose(
+        decode(found, *encode(found, x_ND)), decode(twice, *encode(twice, x_ND)), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_fine_tuning_goes_on_from_where_the_sae_was(tmp_path):

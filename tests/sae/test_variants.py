@@ -64,7 +64,7 @@ def test_the_loss_is_the_written_one_and_its_gradient_the_finite_difference(case
 def test_thresholds_of_jumprelu_get_the_papers_straight_through_estimate():
     model, u_ND = make("jumprelu").double(), batch().double()
     dense_step(model, u_ND, loss_settings())
-    p, u, width = arrays(model), u_ND.numpy(), 0.1 * V**0.5
+    p, u, width = arrays(model), u_ND.numpy(), 0.5 * (V / D) ** 0.5
     theta_F, pre_NF = np.exp(p["log_theta_F"]), pre_acts(p, u)
     kernel_NF = (np.abs((pre_NF - theta_F) / width) < 0.5) / width
     grad_acts_NF = -2 / N * (u - (pre_NF * (pre_NF > theta_F)) @ p["W_dec_FD"] - p["b_dec_D"]) @ p["W_dec_FD"].T
@@ -326,11 +326,6 @@ TRAINED = [
 @pytest.mark.parametrize(("name", "options"), TRAINED)
 def test_a_short_training_ends_better_than_it_began_and_the_file_says_so(tmp_path, name, options):
     rows, toy = [], Toy(batch=256)
-    options = {
-        "jumprelu": {"bandwidth": 0.1, "threshold_start": 0.1},
-        "relu": {"l1_coef": 1.0},
-        "gated": {"l1_coef": 1.0},
-    }.get(name, {}) | options
     config = replace(SMALL, variant=name, options=SAEOptions(**options))
     run = Trainer(config, toy, **toy.statistics(), folder=tmp_path, log=rows.append)
     weights = run.fit()
@@ -344,6 +339,26 @@ def test_a_short_training_ends_better_than_it_began_and_the_file_says_so(tmp_pat
     assert l0 == pytest.approx(rows[-1]["l0"], rel=0.15)
     assert weights.k == pytest.approx(l0, rel=0.2, abs=1)
     assert weights.training["config"]["variant"] == name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_of_use_with_its_default_settings(tmp_path, name):
+    rows, toy = [], Toy()
+    config = TrainConfig(num_latents=256, k=8, batch_tokens=512, tokens=400 * 512, variant=name, log_steps=50)
+    Trainer(config, toy, **toy.statistics(), folder=tmp_path, log=rows.append).fit()
+    assert rows[-1]["fvu"] < 0.5
+    assert 3 < rows[-1]["l0"] < 64
+
+
+@pytest.mark.parametrize("latents", [64, 256, 2048])
+@pytest.mark.parametrize("threshold_start", [1.0, 2.0])
+def test_jumprelu_starts_with_the_same_share_of_latents_whatever_the_sizes(tmp_path, latents, threshold_start):
+    toy, options = Toy(), SAEOptions(threshold_start=threshold_start)
+    config = TrainConfig(num_latents=latents, k=8, batch_tokens=512, variant="jumprelu", options=options)
+    model = Trainer(config, toy, **toy.statistics(), folder=tmp_path).model
+    u_ND = torch.from_numpy(toy.rows(500, 3) / model.scale)
+    share = float((model.acts(model.pre_acts(u_ND)) > 0).float().mean())
+    assert share == pytest.approx({1.0: 0.1587, 2.0: 0.0228}[threshold_start], rel=0.5)  # P(g > z)
 
 
 def test_a_checkpoint_of_another_variant_or_option_is_refused(tmp_path):

@@ -186,7 +186,7 @@ def test_the_crosscoders_l1_penalty_sums_the_norms_at_each_hook_point():
     acts_NF = np.maximum((u_NW - p["b_dec_D"]) @ p["W_enc_FD"].T + p["b_enc_F"], 0)
     norm_F = sum(np.linalg.norm(p["W_dec_FD"][:, part], axis=1) for part in model.wiring.parts)
     error = ((u_NW - acts_NF @ p["W_dec_FD"] - p["b_dec_D"]) ** 2).sum() / N
-    weight = 5 * (settings.variance / rows.d_in) ** 0.5
+    weight = 2 * (settings.variance / rows.d_in) ** 0.5
     assert loss == pytest.approx(error + weight * (acts_NF @ norm_F).sum() / N, rel=1e-12)
 
 
@@ -194,10 +194,9 @@ def test_the_crosscoders_l1_penalty_sums_the_norms_at_each_hook_point():
 @pytest.mark.parametrize("name", WIRINGS)
 def test_a_short_training_ends_better_and_the_weights_say_so(tmp_path, name, variant):
     rows, log = Rows(WIRINGS[name], batch=256), []
-    options = SAEOptions(bandwidth=0.1, threshold_start=0.1)
     config = TrainConfig(
         num_latents=96, k=8, batch_tokens=256, tokens=80 * 256, log_steps=1, lr=5e-3, warmup_steps=5, variant=variant,
-        encoder_dtype="float32", checkpoint_steps=0, options=options,
+        encoder_dtype="float32", checkpoint_steps=0,
     )  # fmt: skip
     statistics = rows.statistics()
     run = Trainer(config, rows, **statistics, hook=A[0], host={}, folder=tmp_path, log=log.append)

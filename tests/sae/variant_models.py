@@ -13,7 +13,11 @@ D, F, K, N = 24, 192, 6, 160
 V = 40.0  # v of LossSettings
 AUXK = 10
 # wide enough for the straight-through kernel to see some pre-activations of a small batch
-OPTIONS = {"jumprelu": {"bandwidth": 0.1, "l0_coef": 0.01}, "relu": {"decoder_rows": "free"}}
+OPTIONS = {
+    "jumprelu": {"bandwidth": 0.5, "threshold_start": 0.8, "l0_coef": 0.01},  # thresholds of about 1
+    "relu": {"decoder_rows": "free", "l1_coef": 5.0},
+    "gated": {"l1_coef": 5.0},
+}
 
 
 def make(name, *, seed=0, scale=4.0, k=K, **options):
@@ -28,8 +32,6 @@ def make(name, *, seed=0, scale=4.0, k=K, **options):
         for parameter in model.parameters():
             if parameter is not model.W_dec_FD and parameter is not model.b_dec_D:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-        if name == "jumprelu":
-            model.log_theta_F += 5.0  # thresholds of about 1
         if not model.unit_rows:
             model.W_dec_FD *= 0.5 + torch.rand(F, 1, generator=generator)
     return model
