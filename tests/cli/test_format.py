@@ -151,7 +151,7 @@ def test_text_of_a_hostile_file_is_shown_not_obeyed(folder):
     (folder / "theirs" / "cfg.json").write_text('{"d_sae": 4, "hook_name": "blocks.1.hook_resid_post"}')
     save_file({evil: np.zeros(3, "f4")}, folder / "theirs" / "sae_weights.safetensors")
     done = ggscope("convert", "convert.source=theirs", cwd=folder, code=2)
-    assert f"it holds {spelled}" in done.stderr
+    assert f"it holds '{spelled}" in done.stderr
     assert "\x1b" not in done.stderr
     assert done.stderr.count("\n") == 1
 
