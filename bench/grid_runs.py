@@ -50,7 +50,7 @@ class Settings:
     batch: int = 1024
     rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     warmup_share: float = 0.1
-    decay_share: float = 0.35  # sparsify's schedule falls from the end of the warm-up on
+    decay_share: float = 0.35  # of every side but sparsify, whose own schedule falls from the end of the warm-up on
     dead_after_tokens: int = 100_000
     evaluate_tokens: int = 32_768
     splice_tokens: int = 12_288

@@ -28,7 +28,7 @@ from torch.nn import functional
 from .batch_select import MARGIN, Entries, Guess, edge_of, entries_from, largest, take
 from .errors import ConfigError
 from .losses import LossSettings, StepResult, auxk_denominator
-from .model import SparseCoder, candidate_count, select_topk
+from .model import SparseCoder, named_count, select_topk
 from .variants.groupmax import group_candidates, group_leaders, group_winners
 
 BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
@@ -220,7 +220,7 @@ class FastStep:
             return Chosen(found.latent_P, offsets_of(found.row_P, len(centred_ND)), found.row_P), found.value_P
         low, group = self.settings.encoder_dtype == torch.bfloat16, model.selects == "groupmax"
         choose = (group_candidates if low else group_leaders) if group else grouped_topk
-        count = candidate_count(model.k, model.num_latents) if low and not group else model.k
+        count = model.k if group else named_count(model.k, model.num_latents, self.settings.encoder_dtype)
         found = [choose(pre_NF, count) for _, pre_NF in self._pre_acts(centred_ND)]
         vals_NC, idx_NC = (torch.cat(columns) for columns in zip(*found, strict=True))
         if not low:

@@ -66,6 +66,11 @@ def candidate_count(k: int, latents: int) -> int:
     return min(latents, k + max(4, k // 8))
 
 
+def named_count(k: int, latents: int, dtype: torch.dtype) -> int:
+    """How many latents of a row a product in `dtype` names: `candidate_count` of bfloat16, k where values are exact."""
+    return candidate_count(k, latents) if dtype == torch.bfloat16 else k
+
+
 def keep_entries(acts_NF: torch.Tensor, idx_NK: torch.Tensor) -> torch.Tensor:
     """acts at idx, zero elsewhere."""
     return torch.zeros_like(acts_NF).scatter(1, idx_NK, acts_NF.gather(1, idx_NK))

@@ -90,6 +90,13 @@ def topk(pre_NF: torch.Tensor, k: int) -> torch.Tensor:
 
 
 @triton.jit
+def _encoded(centred, W_enc_FD, b_enc_F, latent, at, wanted, there):
+    """<W_enc[latent], centred> + b_enc[latent] of a block of latents; `at` are the places of their rows."""
+    encoder = tl.load(W_enc_FD + at, mask=there, other=0.0).to(tl.float32)
+    return tl.sum(encoder * centred[None, :], axis=1) + tl.load(b_enc_F + latent, mask=wanted, other=0.0)
+
+
+@triton.jit
 def _rows_kernel(
     u_ND, b_dec_D, W_enc_FD, b_enc_F, W_dec_FD, idx_NK, centred_ND, grad_ND, vals_NK, grad_vals_NK, error_N,
     D, K, scale, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -106,8 +113,7 @@ def _rows_kernel(
         latent = tl.load(idx_NK + row * K + k, mask=k < K, other=0).to(tl.int64)
         at = latent[:, None] * D + column[None, :]
         there = (k < K)[:, None] & inside[None, :]
-        encoder = tl.load(W_enc_FD + at, mask=there, other=0.0).to(tl.float32)
-        value = tl.sum(encoder * centred[None, :], axis=1) + tl.load(b_enc_F + latent, mask=k < K, other=0.0)
+        value = _encoded(centred, W_enc_FD, b_enc_F, latent, at, k < K, there)
         value = tl.where(value < 0, 0.0, value)  # NaN stays
         value = tl.where(k < K, value, 0.0)
         tl.store(vals_NK + row * K + k, value, mask=k < K)
@@ -135,9 +141,8 @@ def _values_kernel(
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         latent = tl.load(idx_NC + row * C + c, mask=c < C, other=0).to(tl.int64)
-        there = (c < C)[:, None] & inside[None, :]
-        encoder = tl.load(W_enc_FD + latent[:, None] * D + column[None, :], mask=there, other=0.0).to(tl.float32)
-        value = tl.sum(encoder * centred[None, :], axis=1) + tl.load(b_enc_F + latent, mask=c < C, other=0.0)
+        at, there = latent[:, None] * D + column[None, :], (c < C)[:, None] & inside[None, :]
+        value = _encoded(centred, W_enc_FD, b_enc_F, latent, at, c < C, there)
         tl.store(value_NC + row * C + c, value, mask=c < C)
 
 

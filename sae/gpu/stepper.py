@@ -17,7 +17,7 @@ import torch
 
 from ..kernels import PreActs, auxk_gradients
 from ..losses import LossSettings, StepResult
-from ..model import SparseCoder, candidate_count
+from ..model import SparseCoder, named_count
 from ..steppers import Stepper
 from ..train_config import TrainConfig
 from .kernels import AdamStep, Extra, exact_values, latents_pass_, pairs_by_latent, rows_pass, sum_by_latent, topk
@@ -71,12 +71,12 @@ class TritonStepper(Stepper):
                 mine.copy_(theirs)
 
     def _choose(self, centred_ND: torch.Tensor) -> torch.Tensor:
-        model, low = self.model, self.settings.encoder_dtype == torch.bfloat16
-        count = candidate_count(model.k, model.num_latents) if low else model.k
+        model, dtype = self.model, self.settings.encoder_dtype
+        count = named_count(model.k, model.num_latents, dtype)
         idx_NC = torch.empty(len(centred_ND), count, dtype=torch.int32, device=centred_ND.device)
         for part, pre_NF in self._pre_acts(centred_ND):
             idx_NC[part] = topk(pre_NF, count)
-        if not low:
+        if dtype != torch.bfloat16:
             return idx_NC
         exact_NC = exact_values(centred_ND.contiguous(), model.W_enc_FD, model.b_enc_F, idx_NC)
         return idx_NC.gather(1, topk(exact_NC, model.k).long())

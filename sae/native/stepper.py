@@ -28,7 +28,7 @@ import torch
 from ..batch_select import Guess
 from ..kernels import BatchPairs, auxk_gradients, offsets_of
 from ..losses import LossSettings, StepResult
-from ..model import SparseCoder, candidate_count
+from ..model import SparseCoder, named_count
 from ..steppers import Stepper
 from ..train_config import TrainConfig
 from . import pages
@@ -220,7 +220,7 @@ class NativeStepper(Stepper):
     def _choose(self, u_ND: torch.Tensor) -> None:
         """The candidates, by a dense product on blocks of rows."""
         model, dtype = self.model, self.settings.encoder_dtype
-        count = candidate_count(model.k, model.num_latents) if dtype == torch.bfloat16 else model.k
+        count = named_count(model.k, model.num_latents, dtype)
         if self._named.shape != (len(u_ND), count):
             self._named = torch.empty(len(u_ND), count, dtype=torch.int32)
             self._step.point(named_NC=self._named)

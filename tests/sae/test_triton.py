@@ -279,7 +279,8 @@ def test_every_kernel_compiles_to_machine_code_for_an_h100():
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["_topk_kernel"] * 2 + ["_rows_kernel", "_latents_kernel", "_sum_by_latent_kernel"]
+    row_by_row, by_latent = ["_values_kernel", "_rows_kernel"], ["_latents_kernel", "_sum_by_latent_kernel"]
+    assert done.stdout.split() == ["_topk_kernel"] * 2 + row_by_row + by_latent
 
 
 COMPILE = """
@@ -303,6 +304,7 @@ F, I = "*fp32", "*i32"
 for pointer, bits in (("*bf16", 16), (F, 32)):
     compiled(kernels._topk_kernel, [pointer, I], ["i32"] * 4, SIZE=4096, BITS=bits)
 columns, rows = kernels._blocks(2048)
+compiled(kernels._values_kernel, [F] * 3 + [I, F], ["i32"] * 2, BLOCK_C=rows, BLOCK_D=columns)
 compiled(kernels._rows_kernel, [F] * 5 + [I] + [F] * 5, ["i32", "i32", "fp32"], BLOCK_K=rows, BLOCK_D=columns)
 columns, rows = kernels._blocks(2048, tables=2)
 pointers = [I] * 3 + [F] * 4 + [I] + [F] * 8
