@@ -337,9 +337,9 @@ class CompareConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig:
-    """`-m` with a search instead of every combination."""
+    """`-m`: every combination (`sweep=grid`), or a search (`sweep=optuna`)."""
 
-    trials: int = 0  # > 0: that many points, proposed by Optuna
+    trials: int = 0  # > 0: that many points, proposed by Optuna, with or without sweep=optuna
     metric: str = "fvu"  # of the run's manifest
     maximize: bool = False
     seed: int = 0

@@ -32,7 +32,8 @@ def help_of(name: str, defaults: Mapping[str, str], groups: Mapping[str, tuple[s
         lines += [f"  {flag} TEXT, {flag}-file FILE" for flag, _ in command.prompts]
         lines.append("  - reads the first of them from standard input")
     if command.groups:
-        named = [(g, *groups[g]) for g in groups if g in (*command.groups, "experiment") and len(groups[g][1]) > 1]
+        own = (*command.groups, "experiment", *(["sweep"] if command.keeps_run else []))
+        named = [(g, *groups[g]) for g in groups if g in own and len(groups[g][1]) > 1]
         if named:
             lines += ["", "sets of settings, each a file of conf/ (or of your --config-dir):"]
             lines += [with_choices(f"{group}={chosen}", there) for group, chosen, there in named]
@@ -56,7 +57,8 @@ def usage(name: str) -> list[str]:
 
 def footer(name: str) -> list[str]:
     lines = [
-        "-m runs every combination of comma-separated values; experiment=NAME loads conf/experiment/NAME.yaml;",
+        "-m runs every combination of comma-separated values; -m sweep=optuna sweep.trials=N searches;",
+        "experiment=NAME loads conf/experiment/NAME.yaml;",
         "--config-dir FOLDER adds your own yaml files",
     ]
     if COMMANDS[name].keeps_run:

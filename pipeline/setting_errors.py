@@ -20,6 +20,11 @@ KINDS = {
     "list[int]": "a list of whole numbers",
     "list[float]": "a list of numbers",
 }
+# what Hydra runs and chooses points with, and what does it here
+PLUGINS = {
+    "hydra.launcher": "points are run by executor=pool (processes of this machine), executor=ray or executor=submitit",
+    "hydra.sweeper": "points are chosen by sweep=grid (every combination) or sweep=optuna",
+}
 TAIL = "Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."
 
 
@@ -28,6 +33,10 @@ def one_line(message: str, name: str, known: Sequence[str]) -> str:
     text = " ".join(line.strip() for line in message.splitlines() if line.strip())
     if found := re.search(r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?) Config search", text):
         return no_such_file(*found.groups())
+    if found := re.search(r"Sweep parameters '(.+)' requires --multirun", text):
+        swept = found.group(1)
+        search = "sweep=optuna " if "interval(" in swept else ""
+        return f"{swept}: expected one value; several are for a sweep: -m {search}{shlex.quote(swept)}"
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
         return several_values(*found.groups())
     key = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text) or re.search(r"Could not override '([^']+)'", text)
@@ -58,6 +67,9 @@ def several_values(key: str, value: str) -> str:
 def unknown(key: str, name: str, known: Sequence[str]) -> str:
     """A setting that is misspelt."""
     dotted = key.replace("/", ".")
+    for plugin, instead in PLUGINS.items():
+        if f"{dotted}.".startswith(f"{plugin}."):
+            return f"{key}: no plugins of Hydra's are used here; {instead}"
     close = [dotted] if dotted in known else difflib.get_close_matches(dotted, known, 3, 0.5)
     close += [k for k in known if k.split(".")[-1] == dotted.split(".")[-1] and k not in close and dotted not in known]
     hint = f"did you mean {' or '.join(close[:3])}?" if close else f"see `ggscope {name} --help`"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,13 @@ def split(overrides: Sequence[str]) -> tuple[list[str], list[Override]]:
     return fixed, [override for override in parsed if override.is_sweep_override()]
 
 
+def refuse_own(swept: Sequence[Override], ours: Collection[str]) -> None:
+    """ConfigError where a setting of the sweep itself, of a group in `ours`, has several values."""
+    for override in swept:
+        if override.get_key_element().split(".")[0] in ours:
+            raise ConfigError(f"{override.input_line}: expected one value; it is the whole sweep's, not a point's")
+
+
 def grid(swept: Sequence[Override]) -> list[Point]:
     """Every combination of the values, the last setting's changing fastest.
 
@@ -51,7 +58,7 @@ def grid(swept: Sequence[Override]) -> list[Point]:
     for override in swept:
         if not (override.is_choice_sweep() or override.is_range_sweep()):
             raise ConfigError(
-                f"{override.input_line}: an interval has no list of values; give values, or a search: sweep.trials=20"
+                f"{override.input_line}: an interval has no list of values; give values, or a search: sweep=optuna"
             )
         axes.append([(override.get_key_element(), value) for value in override.sweep_string_iterator()])
     return named([[f"{key}={value}" for key, value in combination] for combination in itertools.product(*axes)])

@@ -26,7 +26,9 @@ class Search:
         try:
             import optuna  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise ConfigError("sweep.trials needs the package optuna: pip install 'ggscope[optuna]'") from None
+            raise ConfigError(
+                "sweep=optuna (sweep.trials above 0) needs the package optuna: pip install 'ggscope[optuna]'"
+            ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self.config = optuna, config
         self._distributions = {space.key: distribution(optuna, space) for space in spaces}

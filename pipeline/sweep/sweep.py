@@ -18,12 +18,13 @@ from ..config import Config, ExecutorConfig
 from ..console import PlainConsole
 from ..executors import open_executor
 from ..run import print_three, read_manifest, write_json
-from .points import Point, described, grid, spaces, split
+from .points import Point, described, grid, refuse_own, spaces, split
 from .search import Search, run_search
 from .work import Runs
 
 SWEEP = "sweep.json"
 ROOT = Path("runs/sweeps")
+OWN = {"resume", "run_dir", "sweep", "executor"}  # what a sweep takes itself
 THREADS = {"train": "trainer.n_threads", "evaluate": "model.n_threads"}
 
 
@@ -69,7 +70,8 @@ def run_sweep(
     """
     fixed, swept = split(overrides)
     own = "executor" in COMMANDS[name].groups  # the command's own shards are what the executor is for
-    ours = {"resume", "run_dir", "sweep"} | (set() if own else {"executor"})
+    ours = OWN - ({"executor"} if own else set())
+    refuse_own(swept, ours)
     shared = [text for text in fixed if text.split("=")[0].split(".")[0] not in ours]
     if not swept:
         raise ConfigError("-m: expected a setting with several values, e.g. sae.k=16,32; without one leave out -m")

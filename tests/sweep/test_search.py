@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from hydra import compose, initialize_config_module
 
+from pipeline.cli import register_schema
+from pipeline.commands import COMMANDS
 from pipeline.config import SweepConfig
 from pipeline.sweep.points import Space
 from pipeline.sweep.search import Search, run_search
@@ -27,6 +30,21 @@ def test_a_missing_optuna_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'ggscope\[optuna\]'"):
         Search(SweepConfig(trials=3), SPACES, tmp_path)
+
+
+def trials(name, *words):
+    register_schema()
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose(name, list(words)).sweep.trials
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.keeps_run and command.groups])
+def test_every_command_with_runs_has_both_kinds_of_sweep(name):
+    assert (trials(name), trials(name, "sweep=optuna")) == (0, 20)
+
+
+def test_the_number_of_points_given_wins_over_the_groups():
+    assert trials("train", "sweep=optuna", "sweep.trials=5") == trials("train", "sweep.trials=5") == 5
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -69,9 +87,10 @@ def test_a_point_that_failed_is_told_as_failed_and_is_not_the_best(tmp_path):
     assert search.ask(2) == []
 
 
-def test_the_command_searches(place):  # noqa: F811
+@pytest.mark.parametrize("chosen", [["sweep=optuna"], pytest.param([], marks=pytest.mark.long)])
+def test_the_command_searches_where_it_is_told_to_or_trials_are_given(chosen, place):  # noqa: F811
     pytest.importorskip("optuna")
-    words = ["train", "-m", *TRAIN, "trainer.lr=tag(log,interval(1e-4,1e-2))", "sae.k=3,4", "sweep.trials=3"]
+    words = ["train", "-m", *TRAIN, "trainer.lr=tag(log,interval(1e-4,1e-2))", "sae.k=3,4", *chosen, "sweep.trials=3"]
     done = ggscope(*words, cwd=place)
     assert "3 of 3 points finished; best fvu" in done.stdout
     (best,) = place.glob("runs/sweeps/*/best.json")

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from pipeline.cli import main
 from pipeline.sweep.points import Space, grid, spaces, split
 from sae.errors import ConfigError
 from tests.cli.conftest import ggscope, last_line
@@ -118,7 +119,17 @@ def test_what_a_search_may_choose_is_read_from_the_grammar():
         (["-m", "sae.k=3,5", "resume=latest"], "no sweep of `ggscope train`"),
         (["-m", "sae.kk=3,5", "sae.foo=1"], "did you mean"),
         (["-m", "sae.k=3,5", "--cfg", "job"], "-m takes no --cfg"),
+        (["-m", "trainer.lr=interval(1e-4,1e-2)"], "an interval has no list of values; give values, or a search: sweep=optuna"),
+        (["-m", "sae.k=3,5", "sweep=optuna,grid"], "sweep=optuna,grid: expected one value; it is the whole sweep's"),
+        (["-m", "sae.k=3,5", "executor=pool,local"], "executor=pool,local: expected one value; it is the whole sweep's"),
+        (["-m", "sae.k=3,5", "sweep=optima"], "did you mean sweep=optuna?"),
+        (["-m", "sae.k=3,5", "hydra/launcher=joblib"], "hydra/launcher: no plugins of Hydra's are used here; points are run by executor=pool (processes of this machine), executor=ray or executor=submitit"),
+        (["-m", "sae.k=3,5", "hydra.launcher.n_jobs=2"], "executor=pool (processes of this machine), executor=ray or executor=submitit"),
+        (["-m", "sae.k=3,5", "hydra/sweeper=optuna"], "points are chosen by sweep=grid (every combination) or sweep=optuna"),
+        (["trainer.lr=interval(1e-4,1e-2)"], "a sweep: -m sweep=optuna 'trainer.lr=interval(1e-4,1e-2)'"),
     ],
-)
-def test_what_is_no_sweep_is_one_line(words, message, tmp_path):
-    assert message in last_line(ggscope("train", *words, cwd=tmp_path, code=2))
+)  # fmt: skip
+def test_what_is_no_sweep_is_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
