@@ -127,7 +127,7 @@ class Reader:
                 if found is not None:
                     pairs, l0, error = found
                     return [Reading(self._name, pairs, l0, error / self.weights.variance)]
-            self._rows[held] = self._place.row_D.copy()
+            self._rows[held] = self._place.row.x_D.copy()
         rows = [self._rows[seq, pos] for pos in positions]
         self._rows.clear()
         if not rows:
@@ -148,7 +148,8 @@ class _Place:
     """Where a session puts the row of a single token (`RowPlace`)."""
 
     def __init__(self, row: RowReading) -> None:
-        self.row, self.row_D = row, row.x_D
+        self.row, self.width, self.tensor = row, row.width, row.tensor
+        self.address = 0 if row.tensor else row.x_D.ctypes.data
         self.held: tuple[int, int] | None = None  # (sequence, position) of the row that is there
 
     def is_free(self) -> bool:

@@ -21,7 +21,13 @@ PAIR = struct.Struct("=if")  # a latent, its activation
 class RowReading(ABC):
     """Reads one row at a time from memory of its own, without arrays made for each."""
 
-    x_D: np.ndarray  # float32, where the row is put
+    width: int
+    tensor: int = 0  # where the row is put: a ggml tensor on another device, or, where it is 0, ...
+
+    @property
+    @abstractmethod
+    def x_D(self) -> np.ndarray:
+        """... this float32 memory. With `tensor` a copy of what that holds."""
 
     @abstractmethod
     def read(self, top: int) -> tuple[bytes, int, float] | None:

@@ -48,9 +48,9 @@ def select(w: SAEWeights, pre_NF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The latents that fire given the pre-activations, as `encode` returns them."""
     if w.variant == "threshold":
         assert w.threshold_F is not None
-        return _gather(pre_NF, pre_NF > w.threshold_F, None)
+        return gather(pre_NF, pre_NF > w.threshold_F, None)
     fires_NF = _leads_its_group(pre_NF, w.k) if w.variant == "groupmax" else pre_NF >= _edge(pre_NF, w.k)
-    return _gather(pre_NF, fires_NF, w.k)
+    return gather(pre_NF, fires_NF, w.k)
 
 
 def joined(w: SAEWeights, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -195,8 +195,8 @@ def _edge(pre_NF: np.ndarray, k: int) -> np.ndarray:
     return np.maximum(edge_N1, np.finfo(np.float32).tiny)
 
 
-def _gather(pre_NF: np.ndarray, fires_NF: np.ndarray, k: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The entries that fire, as slots sorted by value, then latent; the first k of them (None: all)."""
+def gather(pre_NF: np.ndarray, fires_NF: np.ndarray, k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(idx_NK, vals_NK) of the entries that fire: slots sorted by value, then latent; the first k of them (None: all)."""
     rows, latents = pre_NF.shape
     flat_M = np.flatnonzero(fires_NF)
     row_M = flat_M // latents

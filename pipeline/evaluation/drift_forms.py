@@ -13,7 +13,9 @@ from typing import Any
 from convert.keys import MATRIX_TYPES
 from convert.sae_gguf import stored_as, stored_matrix
 from pipeline.cores import usable_cores
+from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
+from pipeline.llama.placement import device_at
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
@@ -63,6 +65,5 @@ def running(form: Form, weights: SAEWeights, choice: str, model: Model, session:
 
     stored = stored_matrix("enc.weight", weights.W_enc_FD, form.encoder_type)
     n_threads = session.get("n_threads") or usable_cores()
-    return SAEReplacement(
-        rounded, open_encoder(rounded, choice, n_threads=n_threads, stored=stored, gpu=model.offloads)
-    )
+    device = device_at(model, HookPoint.parse(weights.hook))
+    return SAEReplacement(rounded, open_encoder(rounded, choice, n_threads=n_threads, stored=stored, device=device))

@@ -19,6 +19,7 @@ struct read {
     char op[NAME_BYTES];
     int64_t width;
     float * into;
+    void * tensor;  /* ... or where it goes instead: one row, maybe on another device */
     int occurrence; /* which node of this name it is */
     int seen;       /* how many of this name were asked for in this decode */
     int done;
@@ -28,8 +29,10 @@ struct read {
 struct layout {
     size_t name, op, type, ne, nb;
     int f32;
+    size_t size;
     const char * (*op_name)(int op);
     void (*get)(const void * tensor, void * data, size_t offset, size_t bytes);
+    void (*copy)(void * tensor, void * to);
 };
 
 struct filter {
@@ -72,13 +75,28 @@ static bool wanted(struct filter * f, const char * name) {
     return found;
 }
 
+/* The copy wants both tensors shaped alike: this one is shown as a plain row. */
+static bool copied(const struct filter * f, const struct read * r, const char * tensor) {
+    _Alignas(16) char row[1024];
+    if (f->at.size > sizeof row) return false;
+    const int64_t ne[4] = {r->width, 1, 1, 1};
+    const size_t bytes = (size_t) r->width * sizeof(float), nb[4] = {sizeof(float), bytes, bytes, bytes};
+    memcpy(row, tensor, f->at.size);
+    memcpy(row + f->at.ne, ne, sizeof ne);
+    memcpy(row + f->at.nb, nb, sizeof nb);
+    f->at.copy(row, r->tensor);
+    return true;
+}
+
 static bool handed_over(struct filter * f, const char * tensor) {
     bool found = false;
     for (int i = 0; i < f->read_count; i++) {
         struct read * r = f->reads + i;
         if (r->done || r->seen != r->occurrence + 1 || strncmp(tensor + f->at.name, r->name, NAME_BYTES) != 0) continue;
         found = true;
-        if (is_row(f, r, tensor)) {
+        if (is_row(f, r, tensor) && r->tensor) {
+            r->done = copied(f, r, tensor);
+        } else if (is_row(f, r, tensor)) {
             f->at.get(tensor, r->into, 0, (size_t) r->width * sizeof(float));
             r->done = 1;
         } else {

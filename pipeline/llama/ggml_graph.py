@@ -1,4 +1,4 @@
-"""Small ggml graphs of our own beside the model: devices, backends, buffers, one matrix product with a bias.
+"""Small ggml graphs of our own beside the model: backends, buffers, one matrix product with a bias.
 
 Everything goes through the libraries llama.cpp itself uses. On a CPU built with OpenMP the threads of a graph
 computed between two llama.cpp calls (or inside its callback) are the model's own: as many threads as the model has
@@ -13,7 +13,7 @@ import ctypes
 import mmap
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,21 +23,19 @@ from sae.errors import LlamaError
 from .symbols import (
     TYPE_F32,
     InitParams,
-    device_at,
-    device_count,
+    cpu_device,
     device_name,
-    device_type,
     function,
+    is_cpu,
+    op_name,
     tensor_at,
     tensor_get,
     tensor_set,
 )
 
 _P, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
-_CPU, _GPU, _IGPU = 0, 1, 2  # enum ggml_backend_dev_type
 AMX = "AMX"  # the kind of memory for products in tile registers
-TYPE_I32 = 26
-CONTEXT_BYTES = 1 << 18  # the structures of a dozen tensors and one graph
+CONTEXT_BYTES = 1 << 18  # the structures of some dozens of tensors and one graph
 
 
 _init = function("ggml_init", _P, InitParams)
@@ -46,11 +44,10 @@ new_1d = function("ggml_new_tensor_1d", _P, _P, ctypes.c_int, _I64)
 new_2d = function("ggml_new_tensor_2d", _P, _P, ctypes.c_int, _I64, _I64)
 mul_mat = function("ggml_mul_mat", _P, _P, _P, _P)
 add_inplace = function("ggml_add_inplace", _P, _P, _P, _P)
-top_k = function("ggml_top_k", _P, _P, _P, ctypes.c_int)
-get_rows = function("ggml_get_rows", _P, _P, _P, _P)
-reshape_3d = function("ggml_reshape_3d", _P, _P, _P, _I64, _I64, _I64)
 _new_graph = function("ggml_new_graph", _P, _P)
 _expand = function("ggml_build_forward_expand", None, _P, _P)
+_node_count = function("ggml_graph_n_nodes", ctypes.c_int, _P)
+_node = function("ggml_graph_node", _P, _P, ctypes.c_int)
 _compute = function("ggml_backend_graph_compute", ctypes.c_int, _P, _P)
 _alloc_in = function("ggml_backend_alloc_ctx_tensors_from_buft", _P, _P, _P)
 _buffer_free = function("ggml_backend_buffer_free", None, _P)
@@ -73,15 +70,15 @@ _USAGE_WEIGHTS = 1
 class Backend:
     """A second instance of one of llama.cpp's devices: the model's own cannot be had, and is busy."""
 
-    def __init__(self, *, n_threads: int, gpu: bool = False) -> None:
-        """The first GPU llama.cpp knows with `gpu`, else the CPU with `n_threads`. LlamaError where there is none."""
-        self.device = _device((_GPU, _IGPU) if gpu else (_CPU,))
+    def __init__(self, *, n_threads: int, device: int = 0) -> None:
+        """`device`: 0 is the CPU, which computes with `n_threads`. LlamaError where it does not start."""
+        self.device = device or cpu_device()
         self.name = device_name(self.device).decode()
         self.handle = _dev_init(self.device, None)
         if not self.handle:
             raise LlamaError(f"llama.cpp's device {self.name} does not start a second time")
         weakref.finalize(self, _backend_free, self.handle)
-        self.is_cpu = device_type(self.device) == _CPU
+        self.is_cpu = is_cpu(self.device)
         self.default_buffers = _default_buft(self.handle)
         set_threads = _proc(_dev_reg(self.device), b"ggml_backend_set_n_threads")
         if set_threads:
@@ -109,14 +106,6 @@ class Backend:
 
 def buffer_type_name(buffer_type: int) -> str:
     return _buft_name(buffer_type).decode()
-
-
-def _device(kinds: Sequence[int]) -> int:
-    for kind in kinds:
-        for i in range(device_count()):
-            if device_type(device_at(i)) == kind:
-                return device_at(i)
-    raise LlamaError(f"llama.cpp knows no device of type {kinds[0]} (0 CPU, 1 GPU)")
 
 
 @contextmanager
@@ -182,7 +171,7 @@ def rearranged_for(backend: Backend, kind: int, D: int, F: int) -> int:
 
 
 class Affine:
-    """pre_NF = x_ND W_FD^T + b_F on a backend, W in the type it is stored in; the k largest too where asked for.
+    """pre_NF = x_ND W_FD^T + b_F on a backend, W in the type it is stored in.
 
     `raw` are the bytes of W (F rows of D values of ggml type `kind`), or pieces of them one after the other. They are
     copied once, into the layout the device multiplies fastest.
@@ -196,23 +185,19 @@ class Affine:
         D: int,
         bias_F: np.ndarray,
         *,
-        k: int = 0,
         place: int = 0,
     ) -> None:
-        """`k` > 0: the device selects, where it can (`selects`). `place`: the kind of memory, 0: the best one."""
-        self.backend, self.D, self.F, self.k = backend, D, len(bias_F), k
-        self._matrix, self._bias = Tensors(), Tensors()
+        """`place`: the kind of memory, 0: the best one."""
+        self.backend, self.D, self.F = backend, D, len(bias_F)
+        self._matrix = Tensors()
         self._weight = new_2d(self._matrix.context, kind, D, self.F)
         self.buffer_type = place or rearranged_for(backend, kind, D, self.F)
         self._matrix.allocate(self.buffer_type, weights=True, in_memory=backend.is_cpu)
         self._fill([raw] if isinstance(raw, np.ndarray) else raw, self.F * row_bytes(kind, D))
-        self._b = new_1d(self._bias.context, TYPE_F32, self.F)
-        self._bias.allocate(backend.default_buffers, weights=True)
-        bias_F = np.ascontiguousarray(bias_F, np.float32)
-        tensor_set(self._b, bias_F.ctypes.data, 0, bias_F.nbytes)
-        self.on_host = bool(_buft_host(backend.default_buffers))
-        self.selects = k > 0 and self._device_selects()
-        self._graphs: dict[int, _Graph] = {}
+        self._bias = Constants(backend, {"b": bias_F})
+        if missing := unsupported(backend, D, self._product_alone):
+            raise _cannot(backend, missing)
+        self._graphs = Graphs(backend, D, self._product_alone)
 
     def _fill(self, pieces: Iterable[np.ndarray], n_bytes: int) -> None:
         """Copy the weights in; a rearranged layout takes all of them at once only."""
@@ -238,86 +223,127 @@ class Affine:
 
     def pre_acts(self, x_ND: np.ndarray) -> np.ndarray:
         """pre_NF float32; on the CPU a view that the next call overwrites."""
-        return self._run(x_ND).values(0)
+        return self._graphs.run(x_ND).values(0)
 
-    def largest(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(idx_NK int32 in no order, pre_NK) of the k largest of each row, chosen on the device."""
-        assert self.selects
-        graph = self._run(x_ND)
-        return graph.values(1), graph.values(2)
+    def product(self, context: int, x: int) -> int:
+        """The node W x + b, for x of any number of rows."""
+        return add_inplace(context, mul_mat(context, self._weight, x), self._bias["b"])
 
-    def _run(self, x_ND: np.ndarray) -> _Graph:
+    def _product_alone(self, context: int, x: int) -> list[int]:
+        return [self.product(context, x)]
+
+
+class Constants:
+    """Named float32 vectors in a backend's memory."""
+
+    def __init__(self, backend: Backend, values: Mapping[str, np.ndarray]) -> None:
+        self._tensors = Tensors()
+        self._by_name = {name: new_1d(self._tensors.context, TYPE_F32, len(v)) for name, v in values.items()}
+        if values:
+            self._tensors.allocate(backend.default_buffers, weights=True)
+        for name, value_M in values.items():
+            value_M = np.ascontiguousarray(value_M, np.float32)
+            tensor_set(self._by_name[name], value_M.ctypes.data, 0, value_M.nbytes)
+
+    def __getitem__(self, name: str) -> int:
+        return self._by_name[name]
+
+
+Nodes = Callable[[int, int], list[int]]  # (context, x) -> the outputs computed from x
+
+
+class Graphs:
+    """What is computed from rows of `D` values: a graph for each number of rows, the last three of which are kept."""
+
+    def __init__(self, backend: Backend, D: int, nodes: Nodes) -> None:
+        self._backend, self._D, self._nodes = backend, D, nodes
+        self._kept: dict[int, Graph] = {}
+
+    def run(self, x_ND: np.ndarray) -> Graph:
+        """The graph of so many rows, computed. LlamaError where the device fails."""
         rows = len(x_ND)
-        graph = self._graphs.get(rows)
+        graph = self._kept.get(rows)
         if graph is None:
-            if len(self._graphs) > 2:  # one token, a whole block, a rest: no more are worth their memory
-                del self._graphs[next(iter(self._graphs))]
-            graph = self._graphs[rows] = _Graph(self.backend, rows, self._outputs, (TYPE_F32, self.D), self.on_host)
-        graph.run(x_ND)
+            if len(self._kept) > 2:  # one token, a whole block, a rest: no more are worth their memory
+                del self._kept[next(iter(self._kept))]
+            graph = self._kept[rows] = Graph(self._backend, rows, self._D, self._nodes)
+        graph.put(x_ND)
+        graph.compute()
         return graph
 
-    def _outputs(self, context: int, x: int) -> list[int]:
-        pre = add_inplace(context, mul_mat(context, self._weight, x), self._b)
-        if not self.selects:
-            return [pre]
-        rows = tensor_at(x).ne[1]
-        idx = top_k(context, pre, self.k)
-        vals = get_rows(context, reshape_3d(context, pre, 1, self.F, rows), idx)
-        return [pre, idx, vals]
 
-    def _device_selects(self) -> bool:
-        with _context() as context:
-            pre = new_2d(context, TYPE_F32, self.F, 1)
-            idx = top_k(context, pre, self.k)
-            vals = get_rows(context, reshape_3d(context, pre, 1, self.F, 1), idx)
-            return self.backend.supports(idx) and self.backend.supports(vals)
-
-
-class _Graph:
+class Graph:
     """One graph for a number of rows, with its own memory."""
 
-    def __init__(
-        self, backend: Backend, rows: int, outputs: Callable[[int, int], list[int]], given: tuple[int, int], host: bool
-    ) -> None:
+    def __init__(self, backend: Backend, rows: int, D: int, nodes: Nodes) -> None:
+        """LlamaError where the device cannot compute one of the nodes, or has no memory for them."""
         self.backend = backend
         self._tensors = Tensors()
         context = self._tensors.context
-        self._x = new_2d(context, given[0], given[1], rows)
-        self._outputs = outputs(context, self._x)
-        self._graph = _new_graph(context)
-        for tensor in self._outputs:
-            _expand(self._graph, tensor)
-        for tensor in self._outputs:
-            if not backend.supports(tensor):
-                raise LlamaError(f"{backend.name} cannot compute a node of the encoder")
+        self.x = new_2d(context, TYPE_F32, D, rows)
+        self._outputs = nodes(context, self.x)
+        self._graph = _graph_of(context, self._outputs)
+        if missing := _unsupported(backend, self._graph):
+            raise _cannot(backend, missing)
         self._tensors.allocate(backend.default_buffers)
-        self._views = [_host_view(tensor) for tensor in (self._x, *self._outputs)] if host else []
+        host = bool(_buft_host(backend.default_buffers))
+        self._views = [_host_view(tensor) for tensor in (self.x, *self._outputs)] if host else []
 
-    def run(self, x_ND: np.ndarray) -> None:
+    @property
+    def x_ND(self) -> np.ndarray | None:
+        """The rows' own memory, where it is the host's."""
+        return self._views[0] if self._views else None
+
+    def put(self, x_ND: np.ndarray) -> None:
         if self._views:
             self._views[0][:] = x_ND
         else:
             x_ND = np.ascontiguousarray(x_ND, np.float32)
-            tensor_set(self._x, x_ND.ctypes.data, 0, x_ND.nbytes)
+            tensor_set(self.x, x_ND.ctypes.data, 0, x_ND.nbytes)
+
+    def compute(self) -> None:
         if code := _compute(self.backend.handle, self._graph):
             raise LlamaError(f"{self.backend.name} failed to compute the encoder (code {code})")
 
     def values(self, number: int) -> np.ndarray:
-        """(N, width) of an output."""
-        if self._views:
-            return self._views[number + 1]
-        address = self._outputs[number]
-        out = np.empty(*_shape(address))
-        tensor_get(address, out.ctypes.data, 0, out.nbytes)
-        return out
+        """(N, width) of an output; on the host's memory a view that the next call overwrites."""
+        return self._views[number + 1] if self._views else to_host(self._outputs[number])
+
+
+def unsupported(backend: Backend, D: int, nodes: Nodes) -> str:
+    """The first operation of a graph over one row that the device cannot compute, "" where it can all."""
+    with _context() as context:
+        return _unsupported(backend, _graph_of(context, nodes(context, new_2d(context, TYPE_F32, D, 1))))
+
+
+def _cannot(backend: Backend, operation: str) -> LlamaError:
+    return LlamaError(f"{backend.name} cannot compute {operation}, a node of the encoder")
+
+
+def _graph_of(context: int, outputs: Iterable[int]) -> int:
+    graph = _new_graph(context)
+    for tensor in outputs:
+        _expand(graph, tensor)
+    return graph
+
+
+def _unsupported(backend: Backend, graph: int) -> str:
+    for i in range(_node_count(graph)):
+        if not backend.supports(node := _node(graph, i)):
+            return op_name(tensor_at(node).op).decode()
+    return ""
+
+
+def to_host(address: int) -> np.ndarray:
+    """(N, width) of a tensor, copied to the host."""
+    out = np.empty(*_shape(address))
+    tensor_get(address, out.ctypes.data, 0, out.nbytes)
+    return out
 
 
 def _shape(address: int) -> tuple[tuple[int, int], type]:
     tensor = tensor_at(address)
-    width, rows = tensor.ne[0], tensor.ne[1] * tensor.ne[2]
-    if width == 1 and tensor.ne[2]:  # rows of one value each: (1, K, N)
-        width, rows = tensor.ne[1], tensor.ne[2]
-    return (rows, width), np.float32 if tensor.type == TYPE_F32 else np.int32
+    return (tensor.ne[1], tensor.ne[0]), np.float32 if tensor.type == TYPE_F32 else np.int32
 
 
 def _host_view(address: int) -> np.ndarray:

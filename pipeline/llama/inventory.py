@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from .symbols import MAX_SRC, buffer_name, op_name, tensor_at, type_name
+from .symbols import MAX_SRC, buffer_name, device_of, op_name, tensor_at, type_name
 
 _SHAPE_ONLY = frozenset({"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "CONT", "CPY", "DUP"})
 _COPY = re.compile(r"[^#]+#(.+)#\d+")  # an input the scheduler copied to another device: BACKEND#NAME#N
@@ -22,6 +22,7 @@ class Node:
     ne: tuple[int, ...]
     type: str = ""  # ggml's name of the number format
     buffer: str = ""  # the backend buffer its values lie in, as far as it is known when llama.cpp asks
+    device: int = 0  # whose memory that is: symbols.device_of
     index: int = -1
     occurrence: int = 0  # how many nodes of this name came before
     op_params: tuple[int, ...] = ()
@@ -71,6 +72,7 @@ class Inventory:
             ne,
             type_name(tensor.type).decode(),
             buffer_name(tensor.buffer).decode("utf-8", "replace") if tensor.buffer else "",
+            device_of(tensor.buffer),
             is_dense=all(ne[i] == 1 or nb[i] == nb[0] * math.prod(ne[:i]) for i in range(4)),
         )
 

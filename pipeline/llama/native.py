@@ -15,7 +15,7 @@ from typing import Any
 
 from sae.native.build import BuildError, build
 
-from .symbols import TYPE_F32, GgmlTensor, op_name, tensor_get
+from .symbols import TYPE_F32, GgmlTensor, op_name, tensor_copy, tensor_get
 
 SOURCE = Path(__file__).with_name("ask.c")
 NAME_BYTES, MAX_NAMES, MAX_READS = 64, 256, 64  # as in ask.c
@@ -31,6 +31,7 @@ class RowRead(ctypes.Structure):
         ("op", ctypes.c_char * NAME_BYTES),
         ("width", ctypes.c_int64),
         ("into", _P),
+        ("tensor", _P),
         ("occurrence", ctypes.c_int),
         ("seen", ctypes.c_int),
         ("done", ctypes.c_int),
@@ -41,15 +42,17 @@ class _Layout(ctypes.Structure):
     _fields_ = (
         *((field, ctypes.c_size_t) for field in ("name", "op", "type", "ne", "nb")),
         ("f32", ctypes.c_int),
+        ("size", ctypes.c_size_t),
         ("op_name", _P),
         ("get", _P),
+        ("copy", _P),
     )
 
     def __init__(self) -> None:
         offsets = {field: getattr(GgmlTensor, field).offset for field in ("name", "op", "type", "ne", "nb")}
-        named: dict[str, Any] = {"op_name": op_name, "get": tensor_get}
+        named: dict[str, Any] = {"op_name": op_name, "get": tensor_get, "copy": tensor_copy}
         functions = {name: ctypes.cast(found, _P).value for name, found in named.items()}
-        super().__init__(f32=TYPE_F32, **offsets, **functions)
+        super().__init__(f32=TYPE_F32, size=ctypes.sizeof(GgmlTensor), **offsets, **functions)
 
 
 class AskFilter(ctypes.Structure):

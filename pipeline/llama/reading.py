@@ -122,7 +122,7 @@ class CompiledRow(RowReading):
         limit: float, threads: int,
     ) -> None:  # fmt: skip
         self._kept = w, decoder, kept
-        self.x_D = np.zeros(w.d_in, np.float32)
+        self._x_D, self.width = np.zeros(w.d_in, np.float32), w.d_in
         k, kind = (w.k if w.variant == "topk" else 0), _KINDS[type_name]
         room = kernels.room(w.num_latents, k, threads)
         slots = k or w.num_latents
@@ -130,7 +130,7 @@ class CompiledRow(RowReading):
             "b_enc_F": w.b_enc_F,
             "subtracted_D": w.b_dec_D if w.b_dec_subtracted else None,
             "threshold_F": w.threshold_F,
-            "x_D": self.x_D,
+            "x_D": self._x_D,
             "u_D": np.empty(w.d_in, np.float32),
             "input": np.empty(-(-kernels.input_bytes(kind, w.d_in) // 4), np.int32),
             "items": np.empty(threads * room, np.uint64),
@@ -147,6 +147,10 @@ class CompiledRow(RowReading):
         )  # fmt: skip
         large = w.num_latents * w.d_in * np.dtype(np.float32).itemsize > 4 * KEEP_BYTES
         self._call, self._argument = kernels.read_large_row if large else kernels.read_row, ctypes.byref(self._c)
+
+    @property
+    def x_D(self) -> np.ndarray:
+        return self._x_D
 
     def read(self, top: int) -> tuple[bytes, int, float] | None:
         if self._call(self._argument):

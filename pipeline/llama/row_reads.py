@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from sae.errors import LlamaError
 
 from .callback import EvalCallback, Hook
@@ -20,14 +18,16 @@ from .native import MAX_READS, NAME_BYTES, RowRead
 class RowPlace(Protocol):
     """Where a hook takes single rows instead of being called: `Hook.place`."""
 
-    row_D: np.ndarray  # float32, contiguous
+    width: int
+    address: int  # of memory for a float32 row, or 0 and ...
+    tensor: int  # ... of a ggml tensor of one row, which may lie on another device
 
     def is_free(self) -> bool:
         """Whether the row may be written over; if not, the hook's `read` is called."""
         ...
 
     def written(self, seq: int, pos: int) -> None:
-        """After a decode that ended well: `row_D` is this token's."""
+        """After a decode that ended well: the row is this token's."""
         ...
 
 
@@ -72,9 +72,9 @@ class RowReads:
         places: list[RowPlace] = []
         for hook in hooks:
             target = self._graph.find(hook.point)
-            if hook.place is None or hook.edit is not None or not self._is_plain(target, hook.place.row_D.size):
+            if hook.place is None or hook.edit is not None or not self._is_plain(target, hook.place.width):
                 return
-            reads.append(_read(target, hook.place.row_D))
+            reads.append(_read(target, hook.place))
             places.append(hook.place)
             self._outputs_only |= target.outputs_only
         self._reads, self._places = reads, places
@@ -86,11 +86,12 @@ class RowReads:
         return plain and not target.heads and target.cells is None and len(target.name.encode()) < NAME_BYTES
 
 
-def _read(target: Target, row_D: np.ndarray) -> RowRead:
+def _read(target: Target, place: RowPlace) -> RowRead:
     return RowRead(
         name=target.name.encode(),
         op=target.op.encode(),
-        width=row_D.size,
-        into=row_D.ctypes.data,
+        width=place.width,
+        into=place.address,
+        tensor=place.tensor,
         occurrence=target.occurrence,
     )

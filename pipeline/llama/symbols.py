@@ -77,6 +77,7 @@ buffer_name = function("ggml_backend_buffer_name", ctypes.c_char_p, _P)
 tensor_nbytes = function("ggml_nbytes", ctypes.c_size_t, _P)
 tensor_get = function("ggml_backend_tensor_get", None, _P, _P, ctypes.c_size_t, ctypes.c_size_t)
 tensor_set = function("ggml_backend_tensor_set", None, _P, _P, ctypes.c_size_t, ctypes.c_size_t)
+tensor_copy = function("ggml_backend_tensor_copy", None, _P, _P)  # within a device, or between two
 device_count = function("ggml_backend_dev_count", ctypes.c_size_t)
 device_at = function("ggml_backend_dev_get", _P, ctypes.c_size_t)
 device_name = function("ggml_backend_dev_name", ctypes.c_char_p, _P)
@@ -85,8 +86,31 @@ device_type = function("ggml_backend_dev_type", ctypes.c_int, _P)
 device_memory = function(
     "ggml_backend_dev_memory", None, _P, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)
 )
+_buffer_type = function("ggml_backend_buffer_get_type", _P, _P)
+_buffer_is_host = function("ggml_backend_buffer_is_host", ctypes.c_bool, _P)
+_device_of_type = function("ggml_backend_buft_get_device", _P, _P)
 ggml_version = function("ggml_version", ctypes.c_char_p)
 ggml_commit = function("ggml_commit", ctypes.c_char_p)
+
+
+def is_cpu(device: int) -> bool:
+    return device_type(device) == 0  # GGML_BACKEND_DEVICE_TYPE_CPU
+
+
+def cpu_device() -> int:
+    """LlamaError for a llama.cpp without one."""
+    for i in range(device_count()):
+        if is_cpu(device_at(i)):
+            return device_at(i)
+    raise LlamaError("llama.cpp knows no CPU; reinstall llama-cpp-python")
+
+
+def device_of(buffer: int | None) -> int:
+    """The device whose memory this is; 0 for the host's (also that which a GPU can read), or where it is not known."""
+    if not buffer or _buffer_is_host(buffer):
+        return 0
+    device = _device_of_type(_buffer_type(buffer)) or 0
+    return 0 if device and is_cpu(device) else device
 
 
 def tensor_at(address: int) -> Any:

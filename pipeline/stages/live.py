@@ -18,6 +18,7 @@ from ..interventions.replace import Reconstruct
 from ..interventions.steer import Steer
 from ..llama.hooks import HookPoint
 from ..llama.model import Model
+from ..llama.placement import device_at
 from ..run import RunContext
 from .inputs import check_host, check_one_point, load_sae, sae_sha256, threads
 from .sae_files import located
@@ -64,8 +65,9 @@ class LiveSAEs:
         from ..llama.encoder import open_encoder
 
         encoder = open_encoder(
-            weights, choice, n_threads=threads(self.context.config.model.n_threads), gpu=self.model.offloads
-        )
+            weights, choice, n_threads=threads(self.context.config.model.n_threads),
+            device=device_at(self.model, HookPoint.parse(weights.hook)),
+        )  # fmt: skip
         return LiveSAE(path=path, weights=weights if encoder else load_sae(path), encoder=encoder)
 
 

@@ -256,7 +256,7 @@ def test_a_point_seen_both_ways_has_the_same_values():
     assert reader._place.held == (0, 0)
     s.clear()
     decode(s, 5, 0, [Hook(point, read=lambda rows: seen.append(rows.values_ND.copy()))])
-    np.testing.assert_array_equal(reader._place.row_D, seen[0][0])
+    np.testing.assert_array_equal(reader._place.row.x_D, seen[0][0])
 
 
 def test_without_the_processors_own_instructions_the_parts_are_the_same():
