@@ -1,5 +1,6 @@
 # make demo | test | test-long | lint | clean     (all of them install what they need into .venv first)
-# make bench-env     (what `python -m bench.capture` and `bench.train` compare with, in .venv-bench and .venv-bench-train)
+# make bench-env     (what `python -m bench.capture` and `bench.train` compare with, in .venv-bench and .venv-bench-train;
+#                    what importers are tested against, in .venv-bench-interop)
 PYTHON ?= python3
 # Where torch comes from. Empty: the package index (on Linux the CUDA build, 3 GB). Without an NVIDIA GPU
 # give the CPU index that pytorch.org's install page names: make demo TORCH_INDEX=URL
@@ -53,7 +54,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[train,dev]'
 	@touch $@
 
-bench-env: .venv-bench/.installed .venv-bench-train/.installed
+bench-env: .venv-bench/.installed .venv-bench-train/.installed .venv-bench-interop/.installed
 
 .venv-bench/.installed: bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench
@@ -67,6 +68,12 @@ bench-env: .venv-bench/.installed .venv-bench-train/.installed
 	.venv-bench-train/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== $<)"
 	.venv-bench-train/bin/python -m pip install --disable-pip-version-check -r $<
 	.venv-bench-train/bin/python -m pip uninstall -y torchvision
+	@touch $@
+
+.venv-bench-interop/.installed: bench/requirements-interop.txt
+	$(PYTHON) -m venv .venv-bench-interop
+	.venv-bench-interop/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep ^torch== $<)"
+	.venv-bench-interop/bin/python -m pip install --disable-pip-version-check -r $<
 	@touch $@
 
 clean:
