@@ -38,7 +38,7 @@ def train(
     options: dict[str, Any],
     rows: str,
     statistics: dict[str, float],
-    shape: dict[str, int],
+    shape: dict[str, Any],
     steps: int,
     lr: float,
     warmup_steps: int,

@@ -2,7 +2,8 @@
 
 A random Llama of the 1B shape in Q8_0 (of fewer blocks with `--quick`) and the demo model. Beside each added time
 stands the byte floor: the encoder's bytes at the speed of a read-only sum over 1 GiB, taken in turns with the rest. Where
-`make bench-env` was run: a token with a reading beside HF transformers with SAELens on the same weights.
+`make bench-env` was run: a token with a reading beside HF transformers with SAELens on the same weights. `--gpu`: an 8B
+shape with all blocks on the GPU instead.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import live_beside
+from bench import live_beside, live_gpu
 from bench import live_cases as cases
 from bench.common import Row, cache_folder, machine, report, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    settings = cases.Settings.quick() if options.quick else cases.Settings()
-    settings = replace(
-        settings,
-        threads=options.threads,
-        tokens=options.tokens or settings.tokens,
-        latents=tuple(options.latents or settings.latents),
-    )
+    if options.gpu and not live_gpu.device_name():
+        _say("bench.live: --gpu needs a llama.cpp built for a GPU, and one that it finds; see `ggscope doctor`")
+        return 2
+    settings = _settings(options)
     folder = Path(options.folder) if options.folder else cache_folder()
     facts: dict[str, Any] = machine() | {"threads": settings.threads, "tokens": settings.tokens}
     started = time.monotonic()
     rows: list[Row] = []
+    if options.gpu:
+        rows, more = live_gpu.measure(cases.prepare(live_gpu.NAME, folder, settings, _say), settings, _say)
+        facts |= more | {"gpu": live_gpu.device_name(), "seconds": round(time.monotonic() - started)}
+        report(rows, facts, title="live, GPU", json_path=options.json)
+        return 0
     for name in options.models:
         own = settings.for_demo() if name == "demo" else settings
         found, more = cases.measure(name, cases.prepare(name, folder, own, _say), own, _say)
@@ -47,9 +50,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _settings(options: argparse.Namespace) -> cases.Settings:
+    quick = live_gpu.QUICK if options.gpu else cases.Settings.quick()
+    whole = live_gpu.SETTINGS if options.gpu else cases.Settings()
+    found = quick if options.quick else whole
+    return replace(
+        found,
+        threads=options.threads,
+        tokens=options.tokens or found.tokens,
+        latents=tuple(options.latents or found.latents),
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.live", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a model of 4 blocks, fewer tokens and sizes")
+    parser.add_argument("--gpu", action="store_true", help="an 8B shape on the GPU instead (writes 8 GB once)")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     parser.add_argument("--models", nargs="+", choices=("llama1b", "demo"), default=["llama1b", "demo"])
     parser.add_argument(

@@ -27,7 +27,9 @@ from bench.ours import beside
 from convert.sae_gguf import StoredMatrix
 from pipeline.llama.batches import Batch
 from pipeline.llama.encoder import GgmlEncoder
+from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
+from pipeline.llama.placement import device_at
 from pipeline.llama.session import Session
 from pipeline.llama.symbols import lc
 from pipeline.readout import Reader, Reading
@@ -149,7 +151,7 @@ def _sides(
         sides["sum"] = _sum_step(settings)
         for latents in settings.latents:
             say(f"encoders of {model.n_embd} x {latents}")
-            for label, reader, n_bytes in _readers(model, latents, settings):
+            for label, reader, n_bytes in readers(model, latents, settings):
                 key = f"{latents} {label}"
                 sides[key] = session_step(session, reader, goes_on=True)
                 sizes[key] = (latents, label, n_bytes)
@@ -179,15 +181,15 @@ def timed(step: Step, token_T: Sequence[int], start: int) -> list[float]:
     return seconds
 
 
-def _readers(model: Model, latents: int, settings: Settings) -> Iterator[tuple[str, Reader, int]]:
+def readers(model: Model, latents: int, settings: Settings) -> Iterator[tuple[str, Reader, int]]:
     """A random SAE's reader for every type of its encoder, and numpy's for one size."""
     weights = random_sae(model, latents, settings)
-    W_FD = weights.W_enc_FD
+    W_FD, device = weights.W_enc_FD, device_at(model, HookPoint.parse(weights.hook))
     for label in settings.types:
         kind = gguf.GGMLQuantizationType[label]
         raw = np.ascontiguousarray(gguf.quants.quantize(W_FD, kind)).view(np.uint8).reshape(-1)
         stored = StoredMatrix(dtype=label, shape=(latents, model.n_embd), raw=raw)
-        encoder = GgmlEncoder(weights, n_threads=settings.threads, stored=stored)
+        encoder = GgmlEncoder(weights, n_threads=settings.threads, stored=stored, device=device)
         yield label, Reader(weights, top=settings.k, encoder=encoder), raw.nbytes
     if latents == settings.numpy_latents:
         yield NUMPY, Reader(weights, top=settings.k, encoder=NumpyEncoder(weights)), W_FD.nbytes

@@ -2,7 +2,8 @@
 
 Same toy rows, same threads, sides in turns, each in a process of its own. The peers live in an environment of their
 own (`make bench-env`); without it only our own parts and the floor are measured and the table says so. `--curves`:
-FVU over tokens and seconds instead of speed.
+FVU over tokens and seconds instead of speed. On a machine with CUDA also our Triton step beside sparsify's fused one there
+(`--only gpu`: nothing else).
 """
 
 from __future__ import annotations
@@ -16,16 +17,23 @@ from typing import Any
 
 from bench import train_cases as cases
 from bench import train_curves as curves
+from bench import train_gpu as gpu
 from bench import train_together as together
 from bench.common import TRAIN_PEER_PYTHON, BenchError, Row, machine, report, write_json
 
 SHAPES = {"main": cases.MAIN, "small": cases.SMALL, "large": cases.LARGE}
 GROUPS = ("peers", "parts", "together")
+GPU = "gpu"
 STORE_ROWS = {False: 250_000, True: 24_576}  # of `together`; the second with --quick
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    cuda = gpu.device_name()
+    options.only = groups(options.only or [], cuda)
+    if GPU in options.only and not cuda:
+        _say(f"bench.train: --only {GPU} needs a GPU that torch can use, and torch {gpu.torch_build()} finds none")
+        return 2
     facts: dict[str, Any] = machine()
     rows: list[Row] = []
     rounds: dict[str, dict[str, list[float]]] = {}
@@ -43,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = cases.Settings.quick() if options.quick else cases.Settings()
     shapes = tuple(SHAPES[name] for name in options.shapes)
     settings = settings.changed(threads=options.threads, rounds=options.rounds, shapes=shapes, keep=keep)
-    facts["threads"] = settings.threads
+    facts |= {"threads": settings.threads} | ({"gpu": cuda} if cuda else {})
     with_peers = TRAIN_PEER_PYTHON.exists()
     if not with_peers:
         facts["left out"] = "other trainers: run `make bench-env` first"
@@ -57,6 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
     save()
     report(rows, facts, title="training")
     return 3 if "failed" in facts else 0
+
+
+def groups(asked: list[str], cuda: str) -> list[str]:
+    """What was asked for, or all that the machine can do; `cuda`: its GPU's name."""
+    return asked or [*GROUPS, *([GPU] if cuda else [])]
 
 
 def _groups(
@@ -74,6 +87,8 @@ def _groups(
             yield f"{shape.name} parts", cases.own_parts(shape, settings, _say)
     if "together" in options.only:
         yield "together", together.rows(settings, _say, STORE_ROWS[settings.short])
+    if GPU in options.only:
+        yield GPU, gpu.rows(gpu.SHAPE, settings, _say, with_peers=with_peers)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="shorter rounds and fewer peers, under five minutes")
     parser.add_argument("--json", type=Path, help="write the rows there too, after every one")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--only", nargs="+", choices=(*GROUPS, GPU), help=f"all; {GPU} where there is one")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--curves", action="store_true", help="FVU over tokens instead of speed; hours for all of it")

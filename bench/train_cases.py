@@ -87,6 +87,7 @@ class Settings:
     shapes: tuple[Shape, ...] = (MAIN, SMALL, LARGE)
     seed: int = 0
     short: bool = False
+    device: str = "cpu"  # or cuda: bench.train_gpu
     keep: Keep = lambda case, speeds: None  # after every round, so that a timeout loses nothing
 
     @classmethod
@@ -148,6 +149,7 @@ class Turns:
             "threads": settings.threads,
             "steps": self.steps,
             "seed": settings.seed,
+            "device": settings.device,
         }
         answer = worker.ask("load", side=side, lr=self.lr, options=options, **request)
         self._checksum = self._checksum or answer["checksum"]
@@ -179,7 +181,7 @@ def against_peers(shape: Shape, settings: Settings, say: Say, *, with_peers: boo
         kernels = _add_ours(turns, settings, say)
         turns.add("floor", ours_worker(settings.threads), "floor", {})
         peers = settings.peers(shape) if with_peers else ()
-        labels = dict(_add_peers(turns, peers, settings))
+        labels = dict(add_peers(turns, peers, settings))
         speeds = turns.speeds()
         for kernel in kernels:
             case = f"{shape.name}_{kernel}"
@@ -218,7 +220,7 @@ def _add_ours(turns: Turns, settings: Settings, say: Say) -> list[str]:
     return kernels
 
 
-def _add_peers(turns: Turns, peers: tuple[Peer, ...], settings: Settings) -> Iterator[tuple[str, Peer]]:
+def add_peers(turns: Turns, peers: tuple[Peer, ...], settings: Settings) -> Iterator[tuple[str, Peer]]:
     for peer in peers:
         worker = library_worker(peer.library, settings.threads)
         label = peer.label(worker.ask("version", library=peer.library)["version"])

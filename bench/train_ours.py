@@ -45,6 +45,7 @@ def train_config(problem: Problem, **settings: Any) -> TrainConfig:
         tokens=problem.steps * problem.batch,
         seed=problem.seed,
         dead_after_tokens=DEAD_AFTER,
+        device=problem.device,
         **settings,
     )
 
@@ -92,9 +93,9 @@ class Ours(TrainSide):
         trainer = trainer_of(problem, nothing, "unused", **settings)
         self.config, self.model, self.stepper = trainer.config, trainer.model, trainer.learner.stepper
         self.dead = dead
-        self.idle_F = torch.zeros(problem.num_latents, dtype=torch.int64)
+        self.idle_F = torch.zeros(problem.num_latents, dtype=torch.int64, device=problem.device)
         generator = torch.Generator().manual_seed(problem.seed)
-        self.forced_F = torch.rand(problem.num_latents, generator=generator) < (dead or 0.0)
+        self.forced_F = (torch.rand(problem.num_latents, generator=generator) < (dead or 0.0)).to(problem.device)
         self.done = 0
 
     def step(self, x_ND: torch.Tensor) -> None:
@@ -155,7 +156,7 @@ class Floor(TrainSide):
         raise BenchError("the floor reconstructs nothing")
 
 
-def fit(shape: dict[str, int], threads: int, steps: int, options: dict[str, Any]) -> dict[str, Any]:
+def fit(shape: dict[str, Any], threads: int, steps: int, options: dict[str, Any]) -> dict[str, Any]:
     """The whole trainer on rows in memory: tokens/s between the end of its first and of its last step."""
     torch.set_num_threads(threads)
     rows = Superposition(shape["d_in"], shape["num_latents"])

@@ -31,8 +31,8 @@ class Sparsify(TrainSide):
         self.auxk_alpha, self.dead_after_tokens = auxk_alpha, problem.dead_after_tokens
         config = importlib.import_module("sparsify").SparseCoderConfig(num_latents=problem.num_latents, k=problem.k)
         coder = importlib.import_module("sparsify.sparse_coder").SparseCoder
-        self.coder = coder(problem.d_in, config, "cpu", dtype=torch.float32)
-        self.coder.b_dec.data = problem.mean_D.clone()
+        self.coder = coder(problem.d_in, config, problem.device, dtype=torch.float32)
+        self.coder.b_dec.data = problem.mean_D.to(problem.device, copy=True)
         relative = (problem.num_latents / 2**14) ** 0.5
         self.signum = optimizer == "signum"
         if self.signum:
@@ -46,8 +46,8 @@ class Sparsify(TrainSide):
         if problem.warmup_steps and not self.signum:
             linear = importlib.import_module("transformers").get_linear_schedule_with_warmup
             self.schedule = linear(self.optimizer, problem.warmup_steps, problem.steps)
-        self.idle_F = torch.zeros(problem.num_latents, dtype=torch.long)
-        self.fired_F = torch.zeros(problem.num_latents, dtype=torch.bool)
+        self.idle_F = torch.zeros(problem.num_latents, dtype=torch.long, device=problem.device)
+        self.fired_F = torch.zeros(problem.num_latents, dtype=torch.bool, device=problem.device)
 
     def step(self, x_ND: torch.Tensor) -> None:
         coder = self.coder

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.common import BenchError, forget_peak, peak_bytes, resident_bytes, serve
@@ -40,6 +41,7 @@ class Problem:
     warmup_steps: int = 0
     decay_steps: int = 0  # the last ones, linear to zero
     dead_after_tokens: int = 10_000_000  # for AuxK, where the side has it on
+    device: str = "cpu"  # or cuda; mean_D is on the CPU
 
 
 class TrainSide(ABC):
@@ -67,11 +69,12 @@ class Served:
     def load(
         self,
         side: str,
-        shape: dict[str, int],
+        shape: dict[str, Any],
         threads: int,
         steps: int,
         lr: float | None = None,
         seed: int = 0,
+        device: str = "cpu",
         options: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Build a side; the one before is dropped. `shape`: d_in, num_latents, k, batch."""
@@ -79,25 +82,30 @@ class Served:
         torch.manual_seed(seed)
         self._side = None
         gc.collect()
-        forget_peak()
+        self._device = torch.device(device)
+        self._forget_peak()
         self._rows = Superposition(shape["d_in"], int(shape["num_latents"] * TRUTHS_PER_LATENT), seed=seed)
         statistics_ND = torch.from_numpy(self._rows.batch(HELD_OUT + 1, STATISTICS_ROWS))
         mean_D = statistics_ND.double().mean(0)
         variance = float((statistics_ND - mean_D).pow(2).sum(1).mean())
-        problem = Problem(**shape, steps=steps, lr=lr, seed=seed, mean_D=mean_D.float(), variance=variance)
+        problem = Problem(
+            **shape, steps=steps, lr=lr, seed=seed, mean_D=mean_D.float(), variance=variance, device=device
+        )  # fmt: skip
         self.batch, self.done = shape["batch"], 0
-        self._ring = [torch.from_numpy(self._rows.batch(number, self.batch)) for number in range(RING)]
+        self._ring = [self._on_device(self._rows.batch(number, self.batch)) for number in range(RING)]
         self._side = self._builders[side](problem, **options or {})
-        return {"checksum": zlib.crc32(self._ring[0].numpy().tobytes())}
+        return {"checksum": zlib.crc32(self._ring[0].cpu().numpy().tobytes())}
 
     def run(self, steps: int) -> dict[str, Any]:
         """Steps on the batches in memory, one after the other, after a quarter as many that are not timed."""
         side = self.loaded()
         for number in range(steps // 4):  # caches and clocks have been another side's: fast steps show it
             side.step(self._ring[number % RING])
+        self._wait()
         started = time.perf_counter()
         for number in range(steps):
             side.step(self._ring[number % RING])
+        self._wait()
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "tokens_per_s": steps * self.batch / seconds}
 
@@ -105,9 +113,11 @@ class Served:
         """Steps on new batches up to this number of them; making the batches is not timed."""
         side, seconds = self.loaded(), 0.0
         for number in range(self.done, to_step):
-            x_ND = torch.from_numpy(self._rows.batch(number, self.batch))
+            x_ND = self._on_device(self._rows.batch(number, self.batch))
+            self._wait()
             started = time.perf_counter()
             side.step(x_ND)
+            self._wait()
             seconds += time.perf_counter() - started
         self.done = max(self.done, to_step)
         return {"seconds": seconds}
@@ -124,11 +134,27 @@ class Served:
 
     def held_out(self, rows: int) -> torch.Tensor:
         """x_ND of rows that no batch has."""
-        return torch.from_numpy(self._rows.held_out(rows))
+        return self._on_device(self._rows.held_out(rows))
 
     def memory(self) -> dict[str, Any]:
-        """Peak resident bytes since `load`, less those of the imports. The batches held are in it, on every side."""
+        """Peak bytes since `load`: resident ones less those of the imports, or what torch held on the GPU. The batches
+        held are in it, on every side."""
+        if self._device.type == "cuda":
+            return {"bytes": torch.cuda.max_memory_allocated()}
         return {"bytes": peak_bytes() - self._imports}
+
+    def _forget_peak(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        forget_peak()
+
+    def _on_device(self, x_ND: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x_ND).to(self._device)
+
+    def _wait(self) -> None:
+        """Until the device has done what it was given: a clock read before that shows the queueing only."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     def loaded(self) -> TrainSide:
         if self._side is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from bench import live, live_beside, live_cases, models
+from bench import live, live_beside, live_cases, live_gpu, models
 
 SHAPE = models.Shape(d=64, blocks=2, heads=4, kv_heads=2, ff=96, vocab=512, context=256)
 SMALL = live_cases.Settings(
@@ -75,3 +76,28 @@ def test_a_row_beside_the_peer_is_the_ratio_of_the_medians():
     row = live_beside._row("case", "peer", turns)
     assert (row.ours, row.theirs, row.ratio) == pytest.approx((20.0, 50.0, 2.5))
     assert "50 % of the latents" in row.note
+
+
+def test_a_token_with_a_reading_stands_beside_one_without_on_the_model_where_it_lies(tmp_path):
+    settings = replace(live_gpu.QUICK, **{name: getattr(SMALL, name) for name in ("shape", "threads", "prompt", "tokens", "latents", "k")})  # fmt: skip
+    path = live_cases.prepare(live_gpu.NAME, tmp_path, settings, lambda text: None)
+    rows, facts = live_gpu.measure(path, settings, lambda text: None)
+    assert [row.case for row in rows] == [f"llama8b token with n256 k8 {label}, 0 MB" for label in ("F16", "Q8_0")]
+    assert all(row.ours > 0 and row.ratio == pytest.approx(row.theirs / row.ours) for row in rows)
+    assert facts["model_mb"] == round(path.stat().st_size / 1e6)
+
+
+def test_the_share_of_a_token_is_the_median_of_the_differences():
+    (row,) = live_gpu.token_rows({live_cases.SAME: [0.010, 0.030, 0.020], "x": [0.011, 0.0305, 0.022]})
+    assert (row.theirs, row.ours) == pytest.approx((20.0, 21.0))
+    assert (row.ratio, row.target) == pytest.approx((20 / 21, 1 / 1.05))
+    assert row.note == "+5.0%"
+
+
+@pytest.mark.skipif(live_gpu.device_name() != "", reason="there is a GPU")
+def test_without_a_gpu_its_side_is_refused_in_one_line(capsys):
+    assert live.main(["--gpu"]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("bench.live: --gpu needs a llama.cpp built for a GPU")
+    assert said.out == ""

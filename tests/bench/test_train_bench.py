@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import toy_dictionary, train
+from bench import toy_dictionary, train, train_gpu
 from bench import train_cases as cases
 from bench import train_curves as curves
 from bench.common import TRAIN_PEER_PYTHON, BenchError, Row
@@ -124,6 +124,32 @@ def test_a_curve_has_a_row_at_each_mark_and_its_fvu_falls():
     found = list(curves.rows(TINY, SMALL, wanted, quiet, with_peers=False))
     assert [row.case.split("_")[-2] for row in found] == [f"{128 * step // 1000}k" for step in range(6, 49, 6)]
     assert found[-1].ours < found[0].ours
+
+
+def test_the_gpu_s_case_stands_beside_its_goal_and_in_memory_of_its_device():
+    """With the kernel and the device that every machine has."""
+    found = list(train_gpu.rows(TINY, SMALL, quiet, with_peers=False, kernels=("torch",), device="cpu"))
+    assert [(row.case, row.peer) for row in found] == [("d32_n256_k4_b128_cpu_torch", "goal")]
+    assert found[0].theirs == 1e6
+    assert found[0].ratio == pytest.approx(found[0].ours / 1e6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_group_is_left_out_and_refused_in_one_line_where_it_is_asked_for(capsys):
+    assert train.groups([], "") == list(train.GROUPS)
+    assert train.groups([], "H100") == [*train.GROUPS, "gpu"]
+    assert train.main(["--only", "gpu"]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert said.err.startswith(f"bench.train: --only gpu needs a GPU that torch can use, and torch {torch.__version__}")
+
+
+@pytest.mark.skipif(not TRAIN_PEER_PYTHON.exists(), reason="the peers' environment is not there: make bench-env")
+@pytest.mark.long
+def test_sparsify_stands_beside_ours_in_speed_and_memory():
+    found = list(train_gpu.rows(TINY, SMALL, quiet, with_peers=True, kernels=("torch",), device="cpu"))
+    assert [row.unit for row in found] == ["tokens/s", "tokens/s", "MB peak"]
+    assert {row.peer for row in found} == {"sparsify-1.3.3-adam-autocast-bf16", "goal"}
 
 
 def test_seconds_to_an_fvu_are_read_between_marks():

@@ -1,0 +1,64 @@
+"""`python -m bench.live --gpu`: what reading an SAE adds to a token of an 8B shape with all of its blocks on the GPU.
+
+The sides of `live_cases` on the model where it lies; the encoder is on the device of its hook point. The floor of the
+CPU's memory says nothing there, so each reading stands beside the token without it. No GPU has run this yet.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import models
+from bench.common import Row
+from bench.live_cases import SAME, Say, Settings, Step, in_step, readers, session_of, session_step
+from pipeline.llama.doctor import backends
+from pipeline.llama.model import Model
+from pipeline.llama.symbols import lc
+
+NAME = "llama8b"
+SHAPE_8B = models.Shape(d=4096, blocks=32, heads=32, kv_heads=8, ff=14336)
+TOKEN_SHARE = 0.05
+SETTINGS = Settings(shape=SHAPE_8B, latents=(32768, 131072), types=("F16", "Q8_0"), numpy_latents=0)
+QUICK = replace(SETTINGS, tokens=64, latents=(32768,))
+SHARED_TOKENS = 512
+
+
+def device_name() -> str:
+    """llama.cpp's first GPU; "" where it has none."""
+    if not lc.llama_supports_gpu_offload():
+        return ""
+    return next((device["description"] for device in backends() if device["type"] == "gpu"), "")
+
+
+def measure(path: Path, settings: Settings, say: Say) -> tuple[list[Row], dict[str, Any]]:
+    """The rows, and what they rest on."""
+    with Model(path, n_gpu_layers=-1) as model:
+        session = session_of(model, SHARED_TOKENS, settings)
+        sides: dict[str, Step] = {SAME: session_step(session, None, goes_on=True)}
+        for latents in settings.latents:
+            say(f"encoders of {model.n_embd} x {latents}")
+            for label, reader, n_bytes in readers(model, latents, settings):
+                key = f"n{latents} k{settings.k} {label}, {n_bytes / 1e6:.0f} MB"
+                sides[key] = session_step(session, reader, goes_on=True)
+        say(f"{settings.tokens} tokens, {len(sides)} sides in turns")
+        seconds = in_step(sides, settings, settings.tokens)
+    return token_rows(seconds), {"model_mb": round(path.stat().st_size / 1e6)}
+
+
+def token_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
+    """A token with each reading against one without: the median of the differences, turn by turn."""
+    token_ms = 1e3 * statistics.median(seconds[SAME])
+    found = []
+    for key in seconds.keys() - {SAME}:
+        added = 1e3 * statistics.median(a - b for a, b in zip(seconds[key], seconds[SAME], strict=True))
+        found.append(
+            Row(
+                case=f"{NAME} token with {key}", peer="without", unit="ms/token", ours=token_ms + added, theirs=token_ms,
+                ratio=token_ms / (token_ms + added), target=1 / (1 + TOKEN_SHARE), note=f"{added / token_ms:+.1%}",
+            )
+        )  # fmt: skip
+    return sorted(found, key=lambda row: row.case)
