@@ -93,8 +93,7 @@ def evaluate(
     together = JointRuns(weights, also) if also else None
     result = _reconstruction(model, weights, windows, chosen_W, statistics, outlier_norm, session or {}, progress)
 
-    all_windows = split_windows(windows)
-    spliced = [all_windows[i] for i in take_windows(windows, order_W, config.splice_tokens)]
+    spliced = spliced_windows(windows, order_W, config.splice_tokens)
     width = weights.d_in
     runs: dict[str, Replacement] = {
         SAE: SAEReplacement(weights),
@@ -103,15 +102,6 @@ def evaluate(
         ZERO: ConstantReplacement(np.zeros(width)),
     }
     metrics = {name: ReconstructionMetrics(width, max(1, run.num_latents)) for name, run in runs.items()}
-    total = sum(len(w.tokens) for w in spliced)
-    done = 0
-
-    def advance(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress is not None:
-            progress("splice", done, total)
-
     losses = splice(
         model,
         spliced,
@@ -123,9 +113,13 @@ def evaluate(
             outlier_norms=together.outlier_norms if together else {},
             session=session or {},
         ),
-        progress=advance,
+        progress=counted(progress, "splice", sum(len(w.tokens) for w in spliced)),
     )
-    return json_safe(result | _losses(losses, metrics, together))
+    result |= spliced_numbers(losses, metrics)
+    if together:
+        own = {key: result[key] for key in RUN_KEYS} | result["same_rows"]
+        result["joint"] = together.result(losses, clusters_of(losses)[0], own)
+    return json_safe(result)
 
 
 def take_windows(table: WindowTable, order_W: np.ndarray, rows: int) -> np.ndarray:
@@ -133,6 +127,25 @@ def take_windows(table: WindowTable, order_W: np.ndarray, rows: int) -> np.ndarr
     lengths_W = np.diff(table.window_starts)[order_W]
     n = len(order_W) if rows <= 0 else int(np.searchsorted(np.cumsum(lengths_W), rows, side="left")) + 1
     return np.sort(order_W[:n])
+
+
+def spliced_windows(table: WindowTable, order_W: np.ndarray, rows: int) -> list[TokenWindow]:
+    """The windows that CE is measured on."""
+    every = split_windows(table)
+    return [every[i] for i in take_windows(table, order_W, rows)]
+
+
+def counted(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    """Calls `progress` with the sum of the rows it is given."""
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(what, done, total)
+
+    return advance
 
 
 def captured_rows(
@@ -205,7 +218,7 @@ def _reconstruction(
 ) -> dict[str, Any]:
     metrics = ReconstructionMetrics(weights.d_in, weights.num_latents)
     hook = HookPoint.parse(weights.hook)
-    total, done = int(np.diff(table.window_starts)[chosen_W].sum()), 0
+    done, advance = 0, counted(progress, "reconstruct", int(np.diff(table.window_starts)[chosen_W].sum()))
     for part in captured_rows(model, table, chosen_W, hook, outlier_norm=outlier_norm, session=session):
         if len(part.x_ND):
             idx_NK, vals_NK = runtime.encode(weights, part.x_ND)
@@ -214,24 +227,24 @@ def _reconstruction(
             if statistics is not None:
                 statistics.update(part.x_ND, x_hat_ND, idx_NK, vals_NK, runtime.sigma(weights, part.x_ND))
         done += part.rows
-        if progress is not None:
-            progress("reconstruct", done, total)
+        advance(part.rows)
     if metrics.rows == 0:
         raise ConfigError(
             "every held-out row is flagged (BOS, special, first, outlier, not finite); give a longer corpus"
         )
     result = metrics.result()
-    counts_B, edges_B1, dead = density_histogram(result.pop("density_F"))
-    return result | {
-        "num_latents": weights.num_latents,
-        "scatter": metrics.moments.scatter,
-        "captured_rows": done,
-        "flagged_share": 1 - metrics.rows / done,
-        "density_histogram": {
-            "log10_edges": np.log10(edges_B1).tolist(),
-            "counts": counts_B.tolist(),
-            "dead": dead,
-        },
+    return split_numbers(result, weights.num_latents, done) | {"scatter": metrics.moments.scatter}
+
+
+def split_numbers(result: Mapping[str, Any], num_latents: int, captured: int) -> dict[str, Any]:
+    """Reconstruction metrics as they are reported; `captured`: rows, flagged ones included."""
+    counts_B, edges_B1, dead = density_histogram(result["density_F"])
+    histogram = {"log10_edges": np.log10(edges_B1).tolist(), "counts": counts_B.tolist(), "dead": dead}
+    return {key: value for key, value in result.items() if key != "density_F"} | {
+        "num_latents": num_latents,
+        "captured_rows": captured,
+        "flagged_share": 1 - result["rows"] / captured,
+        "density_histogram": histogram,
     }
 
 
@@ -241,13 +254,11 @@ def clusters_of(losses: SpliceResult) -> tuple[np.ndarray, str]:
     return (losses.document_N, "document") if by_document else (losses.window_N, "window")
 
 
-def _losses(
-    losses: SpliceResult, metrics: Mapping[str, ReconstructionMetrics], together: JointRuns | None
-) -> dict[str, Any]:
+def spliced_numbers(losses: SpliceResult, metrics: Mapping[str, ReconstructionMetrics]) -> dict[str, Any]:
+    """What the model loses in the runs of `metrics`, SAE, MEAN and ZERO among them, beside the clean run."""
     cluster_N, kind = clusters_of(losses)
     ce = {name: float(values.mean()) if len(values) else math.nan for name, values in losses.ce.items()}
     rows = {name: run_losses(losses, name, cluster_N) | quality(metrics[name]) for name in metrics}
-    joint = {"joint": together.result(losses, cluster_N, rows[SAE])} if together else {}
     return {
         **{key: rows[SAE][key] for key in RUN_KEYS},
         **{f"ce_{name}": ce[name] for name in (CLEAN, SAE, MEAN, ZERO)},
@@ -258,5 +269,4 @@ def _losses(
         "clusters": len(np.unique(cluster_N)),
         "cluster_kind": kind,
         "baselines": {name: row for name, row in rows.items() if name != SAE},
-        **joint,
     }

@@ -33,8 +33,9 @@ def draw_evaluation(path: Path, result: Mapping[str, Any], title: str) -> None:
     panels: list[Callable[[Any], None]] = [
         lambda ax: _density(ax, result),
         lambda ax: _nearest(ax, result),
-        lambda ax: _encoder_decoder(ax, result),
     ]
+    if "encoder_decoder_cosine" in result["dictionary"]:
+        panels.append(lambda ax: _encoder_decoder(ax, result))
     further: list[Callable[[Any], None]] = [lambda ax: _table(ax, result, len(further) > 1)]
     if result.get("stability"):
         further.append(lambda ax: _stability(ax, result["stability"]))

@@ -1,4 +1,4 @@
-"""What the model loses when its activations at one hook point are replaced inside llama.cpp's forward pass.
+"""What the model loses when its activations at hook points are replaced inside llama.cpp's forward pass.
 
 The clean run of a batch is decoded once; it gives the logits to compare with, the activations x at the
 hook and the flagged rows. Every other run decodes the same batch again while the hook writes
@@ -6,8 +6,9 @@ x + (x_hat - x), so a replacement that returns x is bit-identical to the clean r
 special, first, outlier, not finite) are never changed and never counted. A row is counted where it is
 unflagged and the window holds the token it predicts.
 
-A joint run replaces the activations at several hook points in the same forward pass. Each replacement sees the
-activations as the earlier ones have left them.
+Several hook points are replaced in the same forward pass by
+    a wired run: all that stands there is made of the clean run's rows, at these or at other hook points
+    a joint run: each replacement sees the activations as the earlier ones have left them
 
 N rows of a batch, D width, V vocabulary.
 """
@@ -35,7 +36,16 @@ MAX_SEQUENCES = 64  # windows decoded together; llama.cpp allows 256
 
 Reconstruct = Callable[[np.ndarray], np.ndarray]  # x_ND of unflagged rows -> x_hat_ND
 Joint = Mapping[HookPoint, Reconstruct]  # what stands at each hook point of one run
+RowsAt = Mapping[HookPoint, np.ndarray]
 Observe = Callable[[str, np.ndarray, np.ndarray], None]  # run, logits_NV and log_z_N of counted rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wired:
+    """A run in which `reconstruct` gives what stands at some of `points`, of the clean run's unflagged rows at all."""
+
+    points: tuple[HookPoint, ...]
+    reconstruct: Callable[[RowsAt], RowsAt]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +64,7 @@ class SpliceConfig:
     batch_tokens: int = 512
     logits_bytes: int = 64 << 20
     outlier_norm: float = 0.0  # rows of a larger norm are flagged; 0: none
-    outlier_norms: Mapping[HookPoint, float] = field(default_factory=dict)  # the same at further hook points
+    outlier_norms: Mapping[HookPoint, float] = field(default_factory=dict)  # the same at the hook points named
     session: Mapping[str, Any] | None = None  # further arguments of Session: n_threads, kv_type, flash_attn
 
 
@@ -117,6 +127,7 @@ def splice(
     hook: HookPoint,
     *,
     config: SpliceConfig | None = None,
+    wired: Mapping[str, Wired] | None = None,
     joint: Mapping[str, Joint] | None = None,
     observe: Observe | None = None,
     progress: Callable[[int], None] | None = None,
@@ -124,13 +135,14 @@ def splice(
     """Cross entropy and KL per token of the clean run and of every replacement at `hook`.
 
     `replacements` maps a run's name to x_ND -> x_hat_ND; it is called once per batch, with the unflagged
-    rows only. `joint` maps the names of further runs to what they put at each hook point; these are called with
-    the rows as llama.cpp computes them, one or more times per batch. A row that is an outlier or not finite at any
-    of the hook points is flagged in every run. `observe` sees the logits of every run's counted rows, piece by piece; `progress` receives the
-    rows of each finished batch. Raises ShapeError without windows, or where a reconstruction has another shape
-    than its input.
+    rows only, and so are the runs of `wired`. `joint` maps the names of further runs to what they put at each hook
+    point; these are called with the rows as llama.cpp computes them, one or more times per batch. A row that is an
+    outlier or not finite at any of the hook points is flagged in every run. `observe` sees the logits of every run's
+    counted rows, piece by piece; `progress` receives the rows of each finished batch. Raises ShapeError without
+    windows, or where what replaces rows has another shape than they.
     """
     config = config or SpliceConfig()
+    before = {name: _alone(hook, reconstruct) for name, reconstruct in replacements.items()} | dict(wired or {})
     if not windows:
         raise ShapeError("expected held-out windows to splice into, got none; widen the corpus or its held-out split")
     piece = max(1, min(config.batch_tokens, config.logits_bytes // (4 * model.n_vocab)))
@@ -149,7 +161,7 @@ def splice(
         done = flagged = first_window = 0
         for group in groups:
             batch = _lay_out(group)
-            counted_N, values = _measure(session, batch, replacements, hook, joint or {}, piece, config, observe)
+            counted_N, values = _measure(session, batch, hook, before, joint or {}, piece, config, observe)
             done, flagged = done + len(batch.tokens_N), flagged + int((batch.flags_N != 0).sum())
             values["document"] = batch.document_N[counted_N]
             values["window"] = batch.seq_N[counted_N] + first_window
@@ -162,13 +174,17 @@ def splice(
         session.close()
     joined = {key: np.concatenate(arrays) for key, arrays in parts.items()}
     return SpliceResult(
-        ce={name: joined[f"ce/{name}"] for name in (CLEAN, *replacements, *(joint or {}))},
-        kl={name: joined[f"kl/{name}"] for name in (*replacements, *(joint or {}))},
+        ce={name: joined[f"ce/{name}"] for name in (CLEAN, *before, *(joint or {}))},
+        kl={name: joined[f"kl/{name}"] for name in (*before, *(joint or {}))},
         document_N=joined["document"],
         window_N=joined["window"],
         rows=done,
         flagged_rows=flagged,
     )
+
+
+def _alone(hook: HookPoint, reconstruct: Reconstruct) -> Wired:
+    return Wired(points=(hook,), reconstruct=lambda acts: {hook: reconstruct(acts[hook])})
 
 
 def _lay_out(group: list[TokenWindow]) -> _Batch:
@@ -188,18 +204,19 @@ def _lay_out(group: list[TokenWindow]) -> _Batch:
 def _measure(
     session: Session,
     batch: _Batch,
-    replacements: Mapping[str, Reconstruct],
     hook: HookPoint,
+    before: Mapping[str, Wired],
     joint: Mapping[str, Joint],
     piece: int,
     config: SpliceConfig,
     observe: Observe | None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(rows counted, `ce/<run>` and `kl/<run>` of them). Flags the rows that are outliers or not finite, at a hook or at the end."""
-    points = list(dict.fromkeys([hook, *(point for run in joint.values() for point in run)]))
+    further = [*(run.points for run in before.values()), *joint.values()]
+    points = list(dict.fromkeys([hook, *(point for run in further for point in run)]))
     acts, clean = _clean_run(session, batch, points, piece, config)
-    _flag(batch, acts, clean, {**config.outlier_norms, hook: config.outlier_norm})
-    x_ND, active_N = acts[hook], batch.flags_N == 0
+    _flag(batch, acts, clean, {hook: config.outlier_norm, **config.outlier_norms})
+    active_N = batch.flags_N == 0
     n = len(batch.tokens_N)
     has_next_N = np.r_[batch.seq_N[1:] == batch.seq_N[:-1], False]
     is_counted_N = active_N & has_next_N
@@ -220,11 +237,11 @@ def _measure(
                 observe(name, logits_NV[is_counted_N[rows]], log_z_N[is_counted_N[rows]])
         values[f"ce/{name}"], values[f"kl/{name}"] = ce_N[counted_N], kl_N[counted_N]
 
-    for name, reconstruct in replacements.items():
-        delta_ND = np.zeros_like(x_ND)
-        if active_N.any():
-            delta_ND[active_N] = _checked(name, reconstruct(x_ND[active_N]), x_ND[active_N]) - x_ND[active_N]
-        compare(name, [Hook(point=hook, edit=_writer(batch, delta_ND))])
+    active = {point: x_ND[active_N] for point, x_ND in acts.items()}
+    for name, run in before.items():
+        found = run.reconstruct({point: active[point] for point in run.points}) if active_N.any() else {}
+        stands = {point: _checked(name, y_ND, active[point]) for point, y_ND in found.items()}
+        compare(name, [Hook(point=point, edit=_standing(batch, active_N, y_ND)) for point, y_ND in stands.items()])
     for name, run in joint.items():
         compare(name, [Hook(point=point, edit=_live(name, batch, active_N, run[point])) for point in run])
     return counted_N, values
@@ -296,25 +313,32 @@ def _decode(
         yield rows, logits_NV
 
 
-def _writer(batch: _Batch, delta_ND: np.ndarray) -> Callable[[Rows], np.ndarray]:
-    def edit(rows: Rows) -> np.ndarray:
-        return delta_ND[batch.start_B[rows.seq_N] + rows.pos_N]
-
-    return edit
+def _standing(batch: _Batch, active_N: np.ndarray, y_ND: np.ndarray) -> Callable[[Rows], np.ndarray | None]:
+    """Puts `y_ND`, the rows of the active ones in the batch's order, in place of what they are in this run."""
+    place_N = np.cumsum(active_N) - 1
+    return _edit(batch, active_N, lambda x_ND, at_N: y_ND[place_N[at_N]])
 
 
 def _live(
     name: str, batch: _Batch, active_N: np.ndarray, reconstruct: Reconstruct
 ) -> Callable[[Rows], np.ndarray | None]:
     """Replaces the unflagged rows by the reconstruction of what they are in this very run."""
+    return _edit(batch, active_N, lambda x_ND, at_N: _checked(name, reconstruct(x_ND), x_ND))
+
+
+def _edit(
+    batch: _Batch, active_N: np.ndarray, replaced: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> Callable[[Rows], np.ndarray | None]:
+    """`replaced` gets the unflagged rows and their places in the batch."""
 
     def edit(rows: Rows) -> np.ndarray | None:
-        free_N = active_N[batch.start_B[rows.seq_N] + rows.pos_N]
+        at_N = batch.start_B[rows.seq_N] + rows.pos_N
+        free_N = active_N[at_N]
         if not free_N.any():
             return None
         x_ND = rows.values_ND[free_N]
         delta_ND = np.zeros_like(rows.values_ND)
-        delta_ND[free_N] = _checked(name, reconstruct(x_ND), x_ND) - x_ND
+        delta_ND[free_N] = replaced(x_ND, at_N[free_N]) - x_ND
         return delta_ND
 
     return edit

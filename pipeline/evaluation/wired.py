@@ -1,126 +1,151 @@
-"""The reconstruction by SAEs over several hook points: transcoders and crosscoders, on held-out windows.
+"""The evaluation of SAEs over several hook points: transcoders, crosscoders, cross-layer transcoders.
 
-N rows, I columns read, O columns reconstructed, F latents, K active.
+CE and KL are of the model in which every output hook point is replaced by its part of y_hat = decode(encode(x)), all
+in one forward pass. x are the rows of the undisturbed run at every input, also where an input lies behind an output or
+is one: so the second pass only writes, and the latents are those that FVU and L0 are of. In a model that ran on
+its own replacements a later input would differ.
+
+N rows, I columns read, O columns reconstructed, P hook points of these, F latents, K active.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from pipeline.config import EvaluateConfig
 from sae import runtime
 from sae.errors import ConfigError
-from sae.metrics import Moments, ReconstructionMetrics
+from sae.latent_statistics import LatentStatistics
 from sae.weights import SAEWeights
 
 from ..corpus.windows import WindowTable
 from ..llama.hooks import HookPoint
 from ..llama.model import Model
-from .evaluate import Progress, captured_rows
-from .measure import json_safe
-
-LEAST_SCALE = 1e-37  # what is divided by less is no float32
-
-Ports = tuple[tuple[str, int], ...]  # (hook point, width), in the order of the columns
-
-
-def ports_of(weights: SAEWeights) -> tuple[Ports, Ports]:
-    """What is read, and what is reconstructed: of a crosscoder the same."""
-    if not weights.ports:
-        return ((weights.hook, weights.d_in),), ((weights.hook_out, weights.d_out),)
-    if not weights.hook_out:
-        return weights.ports, weights.ports
-    ends = np.cumsum([width for _, width in weights.ports])
-    read = int(np.searchsorted(ends, weights.d_in)) + 1
-    return weights.ports[:read], weights.ports[read:]
+from .baselines import ConstantReplacement, Replacement, SAEReplacement
+from .evaluate import (
+    Progress,
+    captured_rows,
+    counted,
+    spliced_numbers,
+    spliced_windows,
+    split_numbers,
+    take_windows,
+)
+from .measure import MEAN, SAE, ZERO, json_safe
+from .ports import OutputMetrics, Ports, output_scales, ports_of
+from .splice import RowsAt, SpliceConfig, Wired, splice
 
 
 def evaluate_wired(
     model: Model,
     weights: SAEWeights,
-    table: WindowTable,
-    chosen_W: np.ndarray,
+    windows: WindowTable,
     *,
-    session: Mapping[str, Any],
+    config: EvaluateConfig,
+    statistics: LatentStatistics | None = None,
+    session: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """`fvu`, `l0`, `dead_share` and the other reconstruction metrics of all that is reconstructed, on the chosen windows.
+    """The numbers of `evaluate` for what is reconstructed, without its fitted baselines and further SAEs.
 
     `fvu_of` has FVU = sum ||y - y_hat||^2 / sum ||y - mean||^2 of each output p by itself. `fvu` is that of all, each
     divided by its scale s_p, as in training: sum_p (sum ||y - y_hat||^2)_p / s_p^2 over sum_p (sum ||y - mean||^2)_p / s_p^2.
-    `scale_of` has the s_p (`output_scales`). The other metrics are those of the raw columns side by side.
+    `scale_of` has the s_p (`output_scales`), `scatter` the sum ||y - mean||^2 of each. The other reconstruction metrics
+    are those of the raw columns side by side.
+
+    `ce_recovered`, `delta_ce_nats`, `kl` are of the model with all outputs replaced (see above); `baselines` has all of
+    them on zero and on their means, and CE recovered is on the scale of these.
 
     Rows that the table flags, that are not finite, or whose norm at a hook point exceeds the outlier threshold of the
-    training there are left out; `flagged_share` says how many.
+    training there are left out; `flagged_share` says how many. `statistics` (its parts: the outputs) is filled.
 
     Raises:
         ConfigError: every row is left out.
     """
     inputs, outputs = ports_of(weights)
-    names = list(dict.fromkeys(name for name, _ in (*inputs, *outputs)))
-    whole = ReconstructionMetrics(weights.d_out, weights.num_latents)
-    each = [ReconstructionMetrics(width, weights.num_latents) for _, width in outputs]
-    total, done = int(np.diff(table.window_starts)[chosen_W].sum()), 0
+    order_W = np.random.default_rng(config.seed).permutation(windows.n_windows)
+    chosen_W = take_windows(windows, order_W, config.tokens)
+    whole = OutputMetrics(outputs, weights.num_latents)
+    captured = _reconstruct(model, weights, windows, chosen_W, whole, statistics, session or {}, progress)
+    whole.scale_P = output_scales(weights, [metrics.moments for metrics in whole.each])
+    result = split_numbers(whole.result(), weights.num_latents, captured)
+
+    runs: dict[str, Replacement] = {
+        SAE: SAEReplacement(weights),
+        MEAN: ConstantReplacement(weights.mean_D),
+        ZERO: ConstantReplacement(np.zeros(weights.d_out)),
+    }
+    metrics = {name: OutputMetrics(outputs, max(1, run.num_latents)) for name, run in runs.items()}
+    for measured in metrics.values():
+        measured.scale_P = whole.scale_P
+    spliced = spliced_windows(windows, order_W, config.splice_tokens)
+    losses = splice(
+        model,
+        spliced,
+        {},
+        HookPoint.parse(outputs[0][0]),
+        wired={name: wired_run(run, metrics[name], inputs, outputs) for name, run in runs.items()},
+        config=SpliceConfig(
+            outlier_norms={HookPoint.parse(name): limit for name, limit in limits_of(weights).items()},
+            session=session or {},
+        ),
+        progress=counted(progress, "splice", sum(len(w.tokens) for w in spliced)),
+    )
+    of = {"scale_of": dict(zip(whole.names, whole.scale_P, strict=True)), "scatter": whole.scatter_P}
+    found = result | {"inputs": [name for name, _ in inputs]} | of
+    return json_safe(found | spliced_numbers(losses, metrics))
+
+
+def limits_of(weights: SAEWeights) -> dict[str, float]:
+    """Above which norm a row was outside the training, for the hook points of which that is known."""
     limits = weights.training.get("outlier_thresholds", {})
-    for rows, found in rows_at(model, table, chosen_W, names, limits, session):
+    return {name: float(limits[name]) for ports in ports_of(weights) for name, _ in ports if limits.get(name)}
+
+
+def wired_run(run: Replacement, metrics: OutputMetrics, inputs: Ports, outputs: Ports) -> Wired:
+    """`run` reads all inputs side by side and gives all outputs so; every reconstruction is counted in `metrics`."""
+    read, written = ([HookPoint.parse(name) for name, _ in ports] for ports in (inputs, outputs))
+
+    def reconstruct(acts: RowsAt) -> RowsAt:
+        x_NI, y_NO = (np.concatenate([acts[point] for point in points], axis=1) for points in (read, written))
+        idx_NK, vals_NK = run.code(x_NI)
+        y_hat_NO = run.decode(idx_NK, vals_NK, x_NI)
+        metrics.update(y_NO, y_hat_NO, idx_NK, vals_NK)
+        return {point: y_hat_NO[:, part] for point, part in zip(written, metrics.parts, strict=True)}
+
+    return Wired(points=tuple(dict.fromkeys([*read, *written])), reconstruct=reconstruct)
+
+
+def _reconstruct(
+    model: Model,
+    weights: SAEWeights,
+    table: WindowTable,
+    chosen_W: np.ndarray,
+    metrics: OutputMetrics,
+    statistics: LatentStatistics | None,
+    session: Mapping[str, Any],
+    progress: Progress | None,
+) -> int:
+    """Fill `metrics` and `statistics`; gives the rows captured, flagged ones included."""
+    inputs, outputs = ports_of(weights)
+    names = list(dict.fromkeys(name for name, _ in (*inputs, *outputs)))
+    done, advance = 0, counted(progress, "reconstruct", int(np.diff(table.window_starts)[chosen_W].sum()))
+    for rows, found in rows_at(model, table, chosen_W, names, limits_of(weights), session):
         x_NI, y_NO = (np.concatenate([found[name] for name, _ in ports], axis=1) for ports in (inputs, outputs))
         if len(x_NI):
             idx_NK, vals_NK = runtime.encode(weights, x_NI)
             y_hat_NO = runtime.decode(weights, idx_NK, vals_NK, x_NI)
-            whole.update(y_NO, y_hat_NO, idx_NK, vals_NK)
-            start = 0
-            for metrics, (_, width) in zip(each, outputs, strict=True):
-                part = slice(start, start := start + width)
-                metrics.update(y_NO[:, part], y_hat_NO[:, part], idx_NK, vals_NK)
+            metrics.update(y_NO, y_hat_NO, idx_NK, vals_NK)
+            if statistics is not None:
+                statistics.update(y_NO, y_hat_NO, idx_NK, vals_NK, runtime.sigma(weights, x_NI))
         done += rows
-        if progress is not None:
-            progress("reconstruct", done, total)
-    if not whole.rows:
+        advance(rows)
+    if not metrics.rows:
         raise ConfigError("every held-out row is flagged or not finite; give a longer corpus")
-    fvu_P = [metrics.result()["fvu"] for metrics in each]
-    scale_P = output_scales(weights, [metrics.moments for metrics in each])
-    result = {key: value for key, value in whole.result().items() if key != "density_F"}
-    result["fvu"] = scaled_fvu(fvu_P, [metrics.moments.scatter for metrics in each], scale_P)
-    of = {
-        key: {name: value for value, (name, _) in zip(values, outputs, strict=True)}
-        for key, values in (("fvu_of", fvu_P), ("scale_of", scale_P))
-    }
-    shares = {"num_latents": weights.num_latents, "captured_rows": done, "flagged_share": 1 - whole.rows / done}
-    return json_safe(result | shares | {"inputs": [name for name, _ in inputs]} | of)
-
-
-def scaled_fvu(fvu_P: Sequence[float], scatter_P: Sequence[float], scale_P: Sequence[float]) -> float:
-    """FVU of P outputs together, each divided by its scale: the mean of theirs, weighted by scatter / scale^2."""
-    weight_P = np.asarray(scatter_P) / np.square(scale_P)
-    return float(np.average(fvu_P, weights=weight_P))
-
-
-def output_scales(weights: SAEWeights, moments_P: Sequence[Moments]) -> list[float]:
-    """What the training divided each output by.
-
-    Files that do not say: 1 each where one number served all (or there is one output), else by the rule of the
-    training on the rows seen, the power of two nearest to sqrt(E||y - mean||^2 / width).
-
-    Raises:
-        ConfigError: `training["scales"]` is not a positive number for each hook point.
-    """
-    found, outputs = weights.training.get("scales"), len(moments_P)
-    if found is not None:
-        points = len(weights.ports) or 2
-        if not (
-            isinstance(found, list)
-            and len(found) == points
-            and all(isinstance(scale, float) and LEAST_SCALE < scale < 1 / LEAST_SCALE for scale in found)
-        ):
-            raise ConfigError(f"expected training['scales'] of {points} positive numbers, got {str(found)[:60]}")
-        return found[-outputs:]
-    one = weights.training.get("scale")
-    if outputs == 1 or (isinstance(one, list) and len(one) == 1):
-        return [1.0] * outputs
-    return [2.0 ** round(math.log2(math.sqrt(m.variance / len(m.mean_D)))) if m.scatter else 1.0 for m in moments_P]
+    return done
 
 
 def rows_at(

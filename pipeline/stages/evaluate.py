@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from sae.latent_statistics import LatentStatistics
 
 from ..evaluation.evaluate import evaluate, json_safe
 from ..evaluation.fitted import fitted_baselines
-from ..evaluation.latents import dictionary_summary, latent_columns, save_columns
-from ..evaluation.picture import draw_evaluation
+from ..evaluation.latents import dictionary_summary, latent_columns
 from ..evaluation.saebench import core_metrics, sparse_probing_metrics
-from ..run import RunContext, write_json
+from ..run import RunContext
 from .corpora import window_table
 from .evaluate_extras import measure_extras, open_extras, pool_texts
+from .evaluate_files import EVALUATION_NAME, write
 from .evaluate_rows import documents_of_training, own_quality, seen_in_training, training_rows
 from .evaluate_text import numbers
 from .evaluate_wired import evaluate_several
@@ -33,17 +30,12 @@ from .inputs import (
     session_options,
 )
 
-EVALUATION_NAME = "evaluation.json"
-LATENTS_NAME = "latents.npz"
-PICTURE_NAME = "evaluation.png"
-NOT_IN_MANIFEST = ("density_histogram", "dictionary", "saebench")
-
 
 def run(context: RunContext) -> None:
     config = context.config.evaluate
     path, weights = open_sae(context, several=True)
     if weights.is_wired:
-        evaluate_several(context, path, weights, EVALUATION_NAME)
+        evaluate_several(context, path, weights)
         return
     extras = open_extras(context, weights)
     statistics = LatentStatistics(weights.W_dec_FD)
@@ -82,13 +74,3 @@ def run(context: RunContext) -> None:
         result["saebench"]["sparse_probing"] = sparse_probing_metrics(result["probing"])
     write(context, result, columns, f"{weights.hook}, {counted(weights.num_latents, 'latent')}")
     context.three_lines(given, numbers(result), relative(context.folder / EVALUATION_NAME))
-
-
-def write(context: RunContext, result: dict[str, Any], columns: dict[str, np.ndarray], title: str) -> None:
-    """The numbers as JSON, the latents as arrays, and a picture of both."""
-    names = {"evaluation": EVALUATION_NAME, "latents": LATENTS_NAME, "picture": PICTURE_NAME}
-    write_json(context.folder / EVALUATION_NAME, result)
-    save_columns(context.folder / LATENTS_NAME, columns)
-    draw_evaluation(context.folder / PICTURE_NAME, result, title)
-    context.outputs |= {output: str(context.folder / name) for output, name in names.items()}
-    context.metrics = {key: value for key, value in result.items() if key not in NOT_IN_MANIFEST}

@@ -12,7 +12,7 @@ def numbers(result: dict[str, Any]) -> str:
     """The line of numbers."""
     return "; ".join(
         [
-            f"FVU {number(result['fvu'])}, L0 {result['l0']:.1f}, dead {result['dead_share']:.2%} and dense {result['dense_share']:.2%} of "
+            f"FVU {number(result['fvu'])}{at_each(result)}, L0 {result['l0']:.1f}, dead {result['dead_share']:.2%} and dense {result['dense_share']:.2%} of "
             f"{result['num_latents']} over {result['rows']:,} held-out rows ({result['flagged_share']:.2%} flagged, left out)",
             f"CE recovered {number(result['ce_recovered'])} {interval(result['ce_recovered_ci95'])}, delta CE "
             f"{number(result['delta_ce_nats'])} nats {interval(result['delta_ce_ci95'])}, "
@@ -21,6 +21,12 @@ def numbers(result: dict[str, Any]) -> str:
             *numbers_of_extras(result),
         ]
     )
+
+
+def at_each(result: dict[str, Any]) -> str:
+    """FVU at each hook point that is reconstructed, where that is another or several."""
+    parts = ", ".join(f"{hook} {number(fvu)}" for hook, fvu in result.get("fvu_of", {}).items())
+    return f" ({parts})" if parts else ""
 
 
 def beside(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`ggscope evaluate` of transcoders and crosscoders: how well they reconstruct held-out activations."""
+"""`ggscope evaluate` of transcoders, crosscoders and cross-layer transcoders, on held-out text inside llama.cpp."""
 
 from __future__ import annotations
 
@@ -7,46 +7,65 @@ from pathlib import Path
 import numpy as np
 
 from sae.errors import ConfigError
+from sae.latent_statistics import LatentStatistics
 from sae.weights import SAEWeights
+from sae.wiring import spans
 
-from ..evaluation.evaluate import take_windows
-from ..evaluation.wired import evaluate_wired, ports_of
-from ..run import RunContext, write_json
+from ..evaluation.latents import dictionary_summary, wired_columns
+from ..evaluation.measure import json_safe
+from ..evaluation.ports import Ports, ports_of
+from ..evaluation.wired import evaluate_wired
+from ..run import RunContext
+from ..store.reader import ActivationStore
 from .corpora import window_table
-from .inputs import check_host, counted, describe_model, number, open_model, relative, session_options
+from .evaluate_files import EVALUATION_NAME, write
+from .evaluate_rows import seen_in_training
+from .evaluate_text import numbers
+from .inputs import check_host, counted, describe_model, open_model, own_store, relative, session_options
 
-SPLICED = ("also", "against", "probe", "random_sae")  # settings of what is not measured here
+AT_ONE_POINT = ("also", "against", "probe", "random_sae")  # settings of what is not measured here
+NAMED = 2  # hook points in a title
 
 
-def evaluate_several(context: RunContext, path: Path, weights: SAEWeights, name: str) -> None:
-    """Write the numbers to `name` in the run folder. ConfigError for settings of what only plain SAEs have."""
+def evaluate_several(context: RunContext, path: Path, weights: SAEWeights) -> None:
+    """ConfigError for settings of what is measured of plain SAEs only."""
     config = context.config.evaluate
-    for key in SPLICED:
+    for key in AT_ONE_POINT:
         if getattr(config, key):
-            raise ConfigError(
-                f"evaluate.{key} is for SAEs at one hook point; of this one FVU, L0 and dead share are measured"
-            )
+            raise ConfigError(f"evaluate.{key} is for SAEs at one hook point; leave it out for this one")
+    inputs, outputs = ports_of(weights)
+    statistics = LatentStatistics(weights.W_dec_FD, spans(outputs))
     with open_model(context) as model:
         check_host(context, weights, model)
         table = window_table(context, model, split="held_out", max_tokens=0)
-        order_W = np.random.default_rng(config.seed).permutation(table.n_windows)
         with context.progress("evaluating", config.tokens) as progress:
             result = evaluate_wired(
-                model, weights, table, take_windows(table, order_W, config.tokens),
+                model, weights, table, config=config, statistics=statistics,
                 session=session_options(context.config.model),
                 progress=lambda what, done, total: progress(done, total, note=what),
             )  # fmt: skip
         given = f"{relative(path)} in {describe_model(model)}, {counted(len(table.documents), 'held-out document')}"
     result["sae_id"] = weights.training.get("id")
-    write_json(context.folder / name, result)
-    context.outputs["evaluation"] = str(context.folder / name)
-    context.metrics = result
-    inputs, _ = ports_of(weights)
-    parts = ", ".join(f"{hook} {number(fvu)}" for hook, fvu in result["fvu_of"].items())
+    place = own_store(weights.training.get("store_sha256", ""))
+    seen = seen_in_training(context, ActivationStore(place).iter_documents(), table) if place is not None else None
+    result["documents_trained_on"] = seen
+    columns = wired_columns(
+        weights, statistics, result.pop("scatter"), list(result["scale_of"].values()),
+        searched=config.structure_latents, seed=config.seed,
+    )  # fmt: skip
+    columns["outputs"] = np.array([name for name, _ in outputs])
+    result["dictionary"] = json_safe(dictionary_summary(columns))
+    between = named(outputs) if inputs == outputs else f"{named(inputs)} to {named(outputs)}"
+    write(context, result, columns, f"{between}, {counted(weights.num_latents, 'latent')}")
     context.three_lines(
         given,
-        f"from {', '.join(hook for hook, _ in inputs)}: FVU {number(result['fvu'])} ({parts}), L0 {result['l0']:.1f}, dead "
-        f"{result['dead_share']:.2%} of {result['num_latents']} over {result['rows']:,} rows ({result['flagged_share']:.2%} "
-        "flagged, left out); CE is measured for SAEs at one hook point only",
-        relative(context.folder / name),
+        f"from {', '.join(name for name, _ in inputs)}: {numbers(result)}",
+        relative(context.folder / EVALUATION_NAME),
     )
+
+
+def named(ports: Ports) -> str:
+    """`a`, `a and b`, `a, b and 4 more`."""
+    names = [name for name, _ in ports]
+    first, more = names[:NAMED], len(names) - NAMED
+    return f"{', '.join(first)} and {more} more" if more > 0 else " and ".join(first)

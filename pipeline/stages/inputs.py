@@ -196,7 +196,7 @@ def check_one_point(context: RunContext, weights: SAEWeights, *, several: bool =
         points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
         raise ConfigError(
             f"expected an SAE at one hook point, this one is over {points}: "
-            "`ggscope evaluate` measures its FVU and L0, train and convert know it too"
+            "train, evaluate, compare and convert know it too"
         )
 
 

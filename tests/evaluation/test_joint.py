@@ -12,7 +12,7 @@ from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.joint import Further
-from pipeline.evaluation.splice import CLEAN, SpliceConfig, splice, split_windows
+from pipeline.evaluation.splice import CLEAN, SpliceConfig, Wired, splice, split_windows
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
@@ -74,6 +74,27 @@ def test_one_hook_point_as_a_joint_run_equals_the_run_with_changes_made_beforeha
     )
     np.testing.assert_allclose(result.ce["live"], result.ce["before"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(result.kl["live"], result.kl["before"], rtol=0, atol=1e-6)
+
+
+def test_a_wired_run_equals_transformers_with_what_the_undisturbed_rows_give(tiny, rows):
+    """Both points are replaced; the second by something made of the first's and its own undisturbed rows."""
+    model, weights, _, cut = tiny
+    flagged = [w.flags != 0 for w in cut]
+    ends = np.cumsum([(~f).sum() for f in flagged])[:-1]
+    mixed_ND = halve(rows[3]) + squash(rows[1])
+    given = iter(np.split(mixed_ND, ends))
+    ce, _ = hf_run(weights, cut, {1: squash, 3: lambda x_ND: next(given)}, flagged)
+
+    def reconstruct(acts):
+        return {HOOKS[3]: halve(acts[HOOKS[3]]) + squash(acts[HOOKS[1]]), HOOKS[1]: squash(acts[HOOKS[1]])}
+
+    both = Wired(points=(HOOKS[3], HOOKS[1]), reconstruct=reconstruct)
+    for batch_tokens in (16, 100):
+        config = SpliceConfig(batch_tokens=batch_tokens, session=EXACT)
+        result = splice(model, cut, {}, HOOKS[1], wired={"both": both}, config=config)
+        np.testing.assert_allclose(result.ce["both"], ce, rtol=0, atol=3e-5)
+    live, _ = hf_run(weights, cut, {1: squash, 3: lambda x_ND: halve(x_ND) + squash(x_ND)}, flagged)
+    assert abs(ce - live).max() > 0.05  # rows that the first replacement has changed would give another
 
 
 def test_returning_the_input_everywhere_is_the_clean_run_bit_for_bit(tiny):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config import EvaluateConfig
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
-from pipeline.evaluation.wired import evaluate_wired, ports_of
+from pipeline.evaluation.ports import ports_of
+from pipeline.evaluation.wired import evaluate_wired
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
@@ -25,6 +27,7 @@ from tests.sae.toy import random_weights
 from tests.tiny_llama import write_tiny_llama
 
 ONE = {"n_threads": 1, "kv_type": "f32", "flash_attn": "off"}
+ALL = EvaluateConfig(tokens=0, splice_tokens=0)
 D, F, K = 64, 128, 6
 MID, OUT, POST = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"
 EARLY = "blocks.0.hook_resid_mid"
@@ -61,7 +64,7 @@ def fvu(y_ND, y_hat_ND):
 
 def evaluated(tiny, weights):
     model, table, _ = tiny
-    return evaluate_wired(model, weights, table, np.arange(table.n_windows), session=ONE)
+    return evaluate_wired(model, weights, table, config=ALL, session=ONE)
 
 
 def transcoder(**extra):
@@ -135,9 +138,7 @@ def test_fvu_is_that_of_the_training_on_the_same_rows(tiny, tmp_path, kind, inpu
     save_weights(tmp_path / "sae", learner.weights())  # the report is of the step that starts from these
     learner.train(*learner.prepare(x_NW.astype(np.float32)))
     logged = learner.report(1.0, 0.0)
-    found = evaluate_wired(
-        model, load_weights(tmp_path / "sae"), table, np.arange(table.n_windows), session=ONE
-    )  # fmt: skip
+    found = evaluate_wired(model, load_weights(tmp_path / "sae"), table, config=ALL, session=ONE)
     assert found["fvu"] == pytest.approx(logged["fvu"], rel=2e-6)
     assert found["l0"] == logged["l0"]
     outputs = [name for name, _ in wiring.outputs or wiring.inputs]
