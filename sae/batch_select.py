@@ -7,6 +7,9 @@ depend on it. Equal values at the edge: the earlier row, then the lower latent.
 Where bfloat16 chooses, it only names candidates: every entry of at least (1 - MARGIN) times the bfloat16 edge. The
 k N largest of these by their float32 values are taken.
 
+Where ranks share the rows of a batch the edge is that of all: each offers its entries of at least the lowest of the
+ranks' own edges, and every rank takes its own above the edge. The rows of a rank come before those of the next.
+
 Shape letters: N rows, F latents, P entries, H groups that hold an entry, G latents of a group.
 """
 
@@ -16,8 +19,11 @@ from typing import NamedTuple
 
 import torch
 
+from .ranks import Ranks
+
 MARGIN = 2.0**-6  # twice the rounding of a bfloat16 number
 LEAST_SLACK, MOST_SLACK = 0.03, 0.5
+ALONE = Ranks()
 
 
 class Entries(NamedTuple):
@@ -28,17 +34,39 @@ class Entries(NamedTuple):
     value_P: torch.Tensor
 
 
-def select_batch(values_NF: torch.Tensor, count: int, by_NF: torch.Tensor | None = None) -> torch.Tensor:
-    """True for the `count` largest positive entries: the general path, by a stable sort. `by_NF` in bfloat16 names
-    candidates as the module says."""
+class Edge(NamedTuple):
+    """The smallest chosen value of a batch, and how many of the entries that equal it are chosen on this rank."""
+
+    value: float
+    tied: int
+
+
+@torch.no_grad()
+def select_batch(
+    values_NF: torch.Tensor, count: int, by_NF: torch.Tensor | None = None, ranks: Ranks = ALONE
+) -> torch.Tensor:
+    """True for the `count` largest positive entries, of W ranks the W `count` largest of all: the general path. `by_NF`
+    in bfloat16 names candidates as the module says."""
     values_NF = values_NF.clamp_min(0)
     if by_NF is not None:
         by_NF = by_NF.float()
-        values_NF = values_NF * (by_NF >= edge_of(by_NF[by_NF > 0], count) * (1 - MARGIN))
-    order_P = values_NF.flatten().argsort(descending=True, stable=True)[:count]
-    chosen_NF = torch.zeros(values_NF.numel(), dtype=torch.bool, device=values_NF.device)
-    chosen_NF[order_P] = True
-    return chosen_NF.view(values_NF.shape) & (values_NF > 0)
+        values_NF = values_NF * (by_NF >= batch_edge(by_NF[by_NF > 0], count, ranks).value * (1 - MARGIN))
+    edge = batch_edge(values_NF[values_NF > 0], count, ranks)
+    chosen_NF = values_NF > edge.value
+    chosen_NF.view(-1)[(values_NF.flatten() == edge.value).nonzero().squeeze(1)[: edge.tied]] = True
+    return chosen_NF
+
+
+def batch_edge(positive_P: torch.Tensor, count: int, ranks: Ranks = ALONE) -> Edge:
+    """The edge of the `count` largest of these positive entries, of W ranks of the W `count` largest of all."""
+    if ranks.world > 1:
+        own = torch.tensor(edge_of(positive_P, count), dtype=torch.float64, device=positive_P.device)
+        positive_P = positive_P[positive_P >= float(ranks.least(own))]  # at least `count` of each rank: enough
+    parts = ranks.parts(positive_P)
+    all_P, wanted = torch.cat(parts), count * ranks.world
+    value = edge_of(all_P, wanted)
+    earlier = sum(int((part_P == value).sum()) for part_P in parts[: ranks.rank])
+    return Edge(value, max(0, wanted - int((all_P > value).sum()) - earlier))
 
 
 def edge_of(positive_P: torch.Tensor, count: int) -> float:
@@ -66,14 +94,13 @@ def entries_from(pre_NF: torch.Tensor, least: float, k: int, first_row: int = 0)
     return Entries(flat_P // latents + first_row, flat_P % latents, value_HG[kept_P])
 
 
-def largest(entries: Entries, count: int, num_latents: int, edge: float) -> torch.Tensor:
-    """Mask of the `count` largest positive entries, of which `edge` is the least."""
-    chosen_P = entries.value_P > edge
-    tied_P = (entries.value_P == edge).nonzero().squeeze(1)
-    wanted = count - int(chosen_P.sum())
-    if len(tied_P) > wanted:
+def largest(entries: Entries, edge: Edge, num_latents: int) -> torch.Tensor:
+    """Mask of the entries above the edge, and of the first of those that equal it."""
+    chosen_P = entries.value_P > edge.value
+    tied_P = (entries.value_P == edge.value).nonzero().squeeze(1)
+    if len(tied_P) > edge.tied:
         place_P = entries.row_P[tied_P] * num_latents + entries.latent_P[tied_P]
-        tied_P = tied_P[place_P.argsort()[:wanted]]
+        tied_P = tied_P[place_P.argsort()[: edge.tied]]
     chosen_P[tied_P] = True
     return chosen_P
 
@@ -98,11 +125,12 @@ class Guess:
     def load(self, state: list[float]) -> None:
         self.least, self._slack = map(float, state)
 
-    def first(self, sample_NF: torch.Tensor, share: float) -> None:
-        """Start from a few rows: the value that 1.5 times the wanted share of their entries reaches."""
+    def first(self, sample_NF: torch.Tensor, share: float, ranks: Ranks = ALONE) -> None:
+        """Start from a few rows: the value that 1.5 times the wanted share of their entries reaches, of several ranks
+        the least of theirs."""
         wanted = max(1, min(sample_NF.numel(), round(1.5 * share * sample_NF.numel())))
         values_P = sample_NF.flatten().float()
-        found = float(values_P.kthvalue(len(values_P) - wanted + 1).values)
+        found = float(ranks.least(values_P.kthvalue(len(values_P) - wanted + 1).values))
         self.least = found if found > 0 else torch.finfo(torch.float32).tiny
 
     def good(self, seen: int, count: int, lowest: float) -> bool:

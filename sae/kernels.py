@@ -25,10 +25,11 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from .batch_select import MARGIN, Entries, Guess, edge_of, entries_from, largest, take
+from .batch_select import MARGIN, Entries, Guess, batch_edge, entries_from, largest, take
 from .errors import ConfigError
 from .losses import LossSettings, StepResult, auxk_denominator
 from .model import SparseCoder, named_count, select_topk
+from .ranks import Ranks
 from .variants.groupmax import group_candidates, group_leaders, group_winners
 
 BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
@@ -125,7 +126,8 @@ class PreActs:
 
 
 class BatchPairs:
-    """BatchTopK's pairs: the k N largest pre-activations of a batch, row after row, all above zero."""
+    """BatchTopK's pairs: the k largest pre-activations of a batch times its rows, those of this rank's rows row after
+    row, all above zero."""
 
     def __init__(self, model: SparseCoder, dtype: torch.dtype) -> None:
         self.model, self.guess = model, Guess()
@@ -133,24 +135,25 @@ class BatchPairs:
 
     def __call__(self, centred_ND: torch.Tensor) -> Entries:
         model, rows, low = self.model, len(centred_ND), self._pre_acts.dtype == torch.bfloat16
-        count, margin = model.k * rows, MARGIN if low else 0.0
+        count, margin, ranks = model.k * rows, MARGIN if low else 0.0, model.ranks
         while True:
             parts = []
             for part, pre_NF in self._pre_acts(centred_ND):
                 if not self.guess.least:
-                    self.guess.first(pre_NF[:: max(1, len(pre_NF) // 32)], model.k / model.num_latents)
+                    self.guess.first(pre_NF[:: max(1, len(pre_NF) // 32)], model.k / model.num_latents, ranks)
                 parts.append(entries_from(pre_NF, self.guess.least, model.k, part.start))
             found = Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-            edge = edge_of(found.value_P.float(), count)
-            if self.guess.good(len(found.value_P), count, edge * (1 - margin)):
+            edge = batch_edge(found.value_P.float(), count, ranks)
+            seen = int(ranks.sum(torch.tensor(len(found.value_P), device=centred_ND.device)))
+            if self.guess.good(seen, count * ranks.world, edge.value * (1 - margin)):
                 break
         if low:
-            found = take(found, found.value_P.float() >= edge * (1 - margin))
+            found = take(found, found.value_P.float() >= edge.value * (1 - margin))
             latent_P, offsets_N = found.latent_P, offsets_of(found.row_P, rows)
             exact_P = sampled_products(centred_ND, model.W_enc_FD, latent_P, offsets_N) + model.b_enc_F[latent_P]
             found = found._replace(value_P=exact_P)
-            edge = edge_of(exact_P[exact_P > 0], count)
-        return take(found, largest(found, count, model.num_latents, edge))
+            edge = batch_edge(exact_P[exact_P > 0], count, ranks)
+        return take(found, largest(found, edge, model.num_latents))
 
 
 class FastStep:
@@ -159,7 +162,6 @@ class FastStep:
     def __init__(self, model: SparseCoder, settings: LossSettings) -> None:
         self.model = model
         self.settings = settings
-        self.denominator = auxk_denominator  # of AuxK; ranks that share a batch put theirs
         self._pre_acts = PreActs(model, settings.encoder_dtype)
         self._batch = BatchPairs(model, settings.encoder_dtype) if model.selects == "batchtopk" else None
         self._sums: tuple[torch.Tensor, torch.Tensor] | None = None  # the gradients' memory, on a CPU
@@ -208,9 +210,7 @@ class FastStep:
         return fired_F.scatter_add_(0, chosen.idx.flatten(), (vals > 0).flatten().long())
 
     def _auxk(self, centred_ND: torch.Tensor, minus_error_ND: torch.Tensor, dead_F: torch.Tensor) -> AuxKGradients:
-        return auxk_gradients(
-            self.model, self.settings, centred_ND, minus_error_ND, dead_F, denominator=self.denominator
-        )
+        return auxk_gradients(self.model, self.settings, centred_ND, minus_error_ND, dead_F)
 
     def encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
         """The latents of the rows and their values after ReLU."""
@@ -279,7 +279,7 @@ def auxk_gradients(
     select: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]] = select_topk,
     keep_: Callable[[torch.Tensor, int], torch.Tensor] = keep_largest_,
     rest_: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = rest_,
-    denominator: Callable[[torch.Tensor], torch.Tensor] = auxk_denominator,
+    denominator: Callable[[torch.Tensor, Ranks], torch.Tensor] = auxk_denominator,
 ) -> AuxKGradients:
     """Gradients of auxk_coef * v * L_aux (losses.py); u_hat - u is `unit` times `minus_error_ND`, of which `denominator`
     gives the scatter. At least one latent is dead.
@@ -289,7 +289,7 @@ def auxk_gradients(
     """
     dead_M = dead_F.nonzero().flatten()
     count = min(settings.auxk_k, len(dead_M))
-    scatter = denominator(minus_error_ND) * unit**2
+    scatter = denominator(minus_error_ND, model.ranks) * unit**2
     scale = 2.0 * settings.auxk_coef * settings.variance / scatter
     low = settings.auxk_dtype == torch.bfloat16
     input_ND = centred_ND.bfloat16() if low else centred_ND

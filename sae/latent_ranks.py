@@ -20,7 +20,7 @@ from torch import nn
 
 from .errors import ConfigError
 from .kernels import AuxKGradients, Chosen, FastStep, decode_with_pull, has_fast_step, offsets_of, sparse_sums
-from .losses import LossSettings
+from .losses import LossSettings, auxk_denominator
 from .model import SparseCoder, select_topk
 from .ranks import Ranks
 from .steppers import TorchStepper
@@ -91,7 +91,7 @@ class LatentParallelStep(FastStep):
         dead_M = own_rows(dead_F, ranks).nonzero().flatten()
         count = min(settings.auxk_k, int(dead_F.sum()))
         width = min(count, int(dead_F.view(ranks.world, -1).sum(1).max()))  # offers of the rank with most dead
-        scatter = self.denominator(minus_error_ND)
+        scatter = auxk_denominator(minus_error_ND, model.ranks)
         scale = 2.0 * settings.auxk_coef * settings.variance / scatter
         pre_NM = torch.addmm(model.b_enc_F[dead_M], centred_ND, model.W_enc_FD[dead_M].t())
         best_NC, at_NC = select_topk(pre_NM, min(width, len(dead_M)))

@@ -18,7 +18,7 @@ import torch
 from .errors import ConfigError, DivergedError
 from .latent_ranks import LatentParallelStepper, shard_
 from .losses import StepResult
-from .ranks import DataParallelStepper, Ranks, with_ranks_kernel
+from .ranks import Ranks, with_ranks_kernel
 from .steppers import Stepper, make_stepper, pick_kernel
 from .train_config import FREE_KEYS, TrainConfig
 from .variants.build import build
@@ -65,8 +65,9 @@ class Learner:
         )
         self.best: dict[str, Any] | None = None  # step and FVU of the best of them
         self._generator = torch.Generator().manual_seed(config.seed)
+        ours = with_ranks_kernel(config, ranks)
         self.model, settings = build(
-            with_ranks_kernel(config, ranks),
+            ours,
             width=subject.d_in,
             mean_D=subject.mean_D,
             variance=subject.variance,
@@ -82,12 +83,12 @@ class Learner:
             settings = dataclasses.replace(settings, auxk_dtype=torch.float32)
         self.scale = self.model.scale  # one for all columns, or one for each
         self.encoder_dtype, self.auxk_dtype = settings.encoder_dtype, settings.auxk_dtype
+        self.model.ranks = self._ranks
         self._stepper: Stepper
-        if ranks.world == 1:
-            self._stepper = make_stepper(self.model, settings, config, pick_kernel(self.model, config, device))
+        if split:
+            self._stepper = LatentParallelStepper(self.model, settings, config, ranks)
         else:
-            kind = LatentParallelStepper if split else DataParallelStepper
-            self._stepper = kind(self.model, settings, config, ranks)
+            self._stepper = make_stepper(self.model, settings, config, pick_kernel(self.model, ours, device))
         self._exported: SAEWeights | None = None
         self._target = subject.wiring.target
         mean_u_W = (subject.mean_D / self.scale)[self._target].astype(np.float32)

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from .model import Forward, SparseCoder, keep_entries, select_topk
+from .ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,7 @@ def dense_step(
 ) -> StepResult:
     """Gradients of L by autograd over all latents, written to .grad. `dead_F` (bool) turns AuxK on where any is true.
 
+    Where `model.ranks` share a batch, `u_NW` are the rows of this one, and L of the batch is the mean of what they give.
     Works in the dtype of the model and u: float64 gives the oracle.
     """
     model.zero_grad(set_to_none=True)
@@ -80,9 +82,14 @@ def _rounded_pre_acts(model: SparseCoder, input_ND: torch.Tensor, settings: Loss
         return functional.linear(centred_ND, model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16())
 
 
-def auxk_denominator(error_ND: torch.Tensor) -> torch.Tensor:
-    """sum_n ||e - mean(e)||^2, kept above zero for a perfect reconstruction."""
-    return (error_ND - error_ND.mean(0)).pow(2).sum().clamp_min(torch.finfo(error_ND.dtype).tiny)
+def auxk_denominator(error_ND: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """sum_n ||e - mean(e)||^2, kept above zero for a perfect reconstruction.
+
+    Of W ranks a W-th of that of all rows: the mean over the ranks of what it divides is then L_aux of the batch.
+    """
+    mean_D = ranks.mean(error_ND.mean(0))
+    scatter = ranks.mean((error_ND - mean_D).pow(2).sum())
+    return scatter.clamp_min(torch.finfo(error_ND.dtype).tiny)
 
 
 def _dense_auxk(
@@ -92,4 +99,4 @@ def _dense_auxk(
     count = min(settings.auxk_k, int(dead_F.sum()))
     _, idx_NA = select_topk(model.ranking(pre_NF.detach()).masked_fill(~dead_F, -torch.inf), count)
     error_hat_NO = keep_entries(dead_NF, idx_NA) @ model.W_dec_FD
-    return (error_NO - error_hat_NO).pow(2).sum() / auxk_denominator(error_NO)
+    return (error_NO - error_hat_NO).pow(2).sum() / auxk_denominator(error_NO, model.ranks)

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from .errors import ConfigError, ShapeError
 from .options import SAEOptions
+from .ranks import Ranks
 from .weights import LAYER_NORM_EPS, SAEWeights
 from .wiring import SAME, Wiring
 
@@ -137,6 +138,7 @@ class SparseCoder(nn.Module, ABC):
         self.unit_rows = self.options.decoder_rows == "unit"
         self.layer_norm = self.options.input_norm == "layer"
         self.final_k, self.sparsity_weight = k, 1.0  # changed by `schedule_`
+        self.ranks = Ranks()  # that share the rows of a batch while it trains: the learner's
         mean_W = torch.from_numpy(mean_D.astype(np.float32)) / torch.as_tensor(scale, dtype=torch.float32)
         target_O = mean_W[wiring.target]
         rows_FD = torch.randn(num_latents, len(target_O), generator=generator)
@@ -252,7 +254,7 @@ class SparseCoder(nn.Module, ABC):
 
     @torch.no_grad()
     def observe_(self, chosen_P: torch.Tensor) -> None:
-        """After a step: the positive activations of the batch as they are ranked, for running estimates."""
+        """After a step: the positive activations of this rank's rows as they are ranked, for running estimates."""
 
     @torch.no_grad()
     def project_decoder_grad_(self) -> None:

@@ -1,10 +1,11 @@
 """Data-parallel training on the processes that torchrun starts: each takes its part of every batch.
 
-Gradients are averaged and the counts of fired latents summed, so every rank makes the same update, and W ranks on
-B / W rows each are one process on B rows, up to the order of sums. All ranks read all rows of a batch (reading is not
-shared out); rank 0 alone writes checkpoints and logs. gloo on CPUs, NCCL on GPUs.
+Gradients are averaged and the counts of fired latents summed (`steppers.OptimizerStepper`), and what belongs to a batch
+(BatchTopK's edge and threshold, AuxK's scatter) is asked of all ranks, so every rank makes the same update, and W ranks
+on B / W rows each are one process on B rows, up to the order of sums. Rank r has the r-th part of the rows. All ranks
+read all rows of a batch (reading is not shared out); rank 0 alone writes checkpoints and logs. gloo on CPUs, NCCL on GPUs.
 
-Shape letters: N rows of this rank, B of all ranks, D d_in, F latents.
+Shape letters: N rows of this rank, B of all ranks, P entries of this rank.
 """
 
 from __future__ import annotations
@@ -18,13 +19,7 @@ import torch
 from torch import distributed
 
 from .errors import ConfigError
-from .kernels import has_fast_step
-from .losses import LossSettings, StepResult
-from .model import SparseCoder
-from .steppers import TorchStepper
 from .train_config import TrainConfig
-
-PER_ROW = ("topk", "groupmax")  # a batch-wide choice would need the rows of every rank
 
 
 class Ranks:
@@ -61,6 +56,14 @@ class Ranks:
         """The mean over the ranks."""
         return tensor if self.world == 1 else self.sum(tensor) / self.world
 
+    def least(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The smallest over the ranks, entry by entry."""
+        if self.world == 1:
+            return tensor
+        found = tensor.clone()
+        distributed.all_reduce(found, distributed.ReduceOp.MIN)
+        return found
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on some rank."""
         return flag if self.world == 1 else bool(self.sum(torch.tensor(int(flag), device=device)))
@@ -72,6 +75,14 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
         distributed.all_gather(parts, tensor.contiguous())
         return torch.cat(parts, dim)
+
+    def parts(self, mine_P: torch.Tensor) -> list[torch.Tensor]:
+        """The vectors of all ranks, of any lengths, in the order of the ranks."""
+        if self.world == 1:
+            return [mine_P]
+        sizes = self.gather(torch.tensor([len(mine_P)], device=mine_P.device)).tolist()
+        padded = torch.nn.functional.pad(mine_P, (0, max(sizes) - len(mine_P)))
+        return [part[:size] for part, size in zip(self.gather(padded).chunk(self.world), sizes, strict=True)]
 
     def gather_to_cpu(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same along the first dimension, on the CPU; the device holds the part of one other rank at a time."""
@@ -119,37 +130,3 @@ def with_ranks_kernel(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             "use kernel=auto or torch"
         )
     return replace(config, kernel="torch")
-
-
-class DataParallelStepper(TorchStepper):
-    """The gradients of `kernels.FastStep` on this rank's rows, averaged over the ranks, then Adam on every rank."""
-
-    def __init__(self, model: SparseCoder, settings: LossSettings, config: TrainConfig, ranks: Ranks) -> None:
-        if not has_fast_step(model) or config.variant not in PER_ROW:
-            raise ConfigError(
-                f"training on several ranks is for variants that choose row by row ({', '.join(PER_ROW)}) with unit decoder "
-                f"rows, got {config.variant}; train it in one process"
-            )
-        super().__init__(model, settings, config)
-        self.ranks = ranks
-        self.name = f"torch-{ranks.world}-ranks"
-        self._gradients.denominator = self._denominator
-
-    def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
-        result, ranks = self._gradients(u_ND, dead_F), self.ranks
-        for parameter in self.model.parameters():
-            assert parameter.grad is not None, "the gradients were just made"
-            parameter.grad = ranks.mean(parameter.grad)
-        self._optimizer.update_(lr)
-        return StepResult(
-            error=ranks.sum(result.error),
-            auxk_loss=ranks.mean(result.auxk_loss),
-            loss=ranks.mean(result.loss),
-            fired_F=ranks.sum(result.fired_F),
-        )
-
-    def _denominator(self, error_ND: torch.Tensor) -> torch.Tensor:
-        """AuxK's sum_n ||e - mean(e)||^2 of the whole batch, a W-th of it: the mean over the ranks is then the whole's."""
-        mean_D = self.ranks.mean(error_ND.mean(0))
-        scatter = self.ranks.mean((error_ND - mean_D).pow(2).sum())
-        return scatter.clamp_min(torch.finfo(error_ND.dtype).tiny)

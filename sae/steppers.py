@@ -52,20 +52,33 @@ class Stepper(ABC):
 
 
 class OptimizerStepper(Stepper):
-    """Gradients from a subclass's `gradients`, left in .grad, then an optimizer of `optimizers.py`, whose state it is."""
+    """Gradients from a subclass's `gradients`, left in .grad, then an optimizer of `optimizers.py`, whose state it is.
+
+    Where `model.ranks` share the rows of a batch each has gradients and numbers of its own; every rank takes those of all.
+    """
 
     def __init__(self, model: SparseCoder, config: TrainConfig) -> None:
         self.model = model
         self._optimizer = make_optimizer(model, config)
+        if model.ranks.world > 1:
+            self.name = f"{self.name}-{model.ranks.world}-ranks"
 
     @abstractmethod
     def gradients(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None) -> StepResult:
-        """Write the gradients of the loss to .grad and return the batch's numbers."""
+        """Write the gradients of the loss to .grad and return the numbers, of this rank's rows."""
 
     def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
-        result = self.gradients(u_ND, dead_F)
+        result, ranks = self.gradients(u_ND, dead_F), self.model.ranks
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = ranks.mean(parameter.grad)
         self._optimizer.update_(lr)
-        return result
+        return StepResult(
+            error=ranks.sum(result.error),
+            auxk_loss=ranks.mean(result.auxk_loss),
+            loss=ranks.mean(result.loss),
+            fired_F=ranks.sum(result.fired_F),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return self._optimizer.state_dict()

@@ -29,6 +29,7 @@ from ..batch_select import Guess
 from ..kernels import BatchPairs, auxk_gradients, offsets_of
 from ..losses import LossSettings, StepResult
 from ..model import SparseCoder, named_count
+from ..ranks import Ranks
 from ..steppers import Stepper
 from ..train_config import TrainConfig
 from . import pages
@@ -243,7 +244,7 @@ class NativeStepper(Stepper):
         idx_NK = idx_NK.long()
         return pre_NF.gather(1, idx_NK), idx_NK
 
-    def _scatter(self, grad_ND: torch.Tensor) -> torch.Tensor:
+    def _scatter(self, grad_ND: torch.Tensor, _ranks: Ranks) -> torch.Tensor:
         """`losses.auxk_denominator` of 2/N times the error, whose squares the pass over the rows has summed."""
         rows = len(grad_ND)
         squares = self._batch["error_N"].sum() * (2 / rows) ** 2

@@ -39,15 +39,16 @@ class BatchSelecting(SparseCoder, ABC):
         ranked_NF = self.ranking(pre_NF.detach())
         if not self.training:
             return functional.relu(pre_NF) * (ranked_NF > self.theta)
-        chosen_NF = select_batch(ranked_NF, self.k * len(pre_NF), by_NF)
+        chosen_NF = select_batch(ranked_NF, self.k * len(pre_NF), by_NF, self.ranks)
         return functional.relu(pre_NF) * chosen_NF
 
     @torch.no_grad()
     def observe_(self, chosen_P: torch.Tensor) -> None:
-        if not len(chosen_P):
+        least = self.ranks.least(chosen_P.min() if len(chosen_P) else chosen_P.new_tensor(torch.inf))
+        if least.isinf():
             return
         weight = max(1 / (int(self.batches) + 1), LEAST_WEIGHT)
-        self.theta += weight * (chosen_P.min() - self.theta)
+        self.theta += weight * (least - self.theta)
         self.batches += 1
 
     def form(self) -> ExportForm:

@@ -79,8 +79,6 @@ def test_ranks_of_which_one_is_stopped_all_stop_and_resume_to_the_same_bits(both
 @pytest.mark.parametrize(
     ("kind", "settings", "most"),
     [
-        ("data", ["variant=groupmax", "num_latents=252"], 1e-3),
-        ("data", ["encoder_dtype=bfloat16", "kernel=torch"], 1e-3),
         ("latent", ["encoder_dtype=bfloat16", "kernel=torch"], 1e-3),
         ("latent", ["optimizer=signum", "lr=1e-3"], 1e-3),
     ],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.batch_select import Guess, edge_of, entries_from, largest, select_batch
+from sae.batch_select import Guess, batch_edge, edge_of, entries_from, largest, select_batch
 from sae.errors import ConfigError
 from sae.kernels import FastStep, has_fast_step
 from sae.losses import dense_step
@@ -182,11 +182,12 @@ def test_the_choice_over_a_batch_does_not_depend_on_the_guess():
         torch.randn(50, 512, generator=generator),
         torch.randint(-4, 5, (50, 512), generator=generator).float(),
     ):
-        wanted_NF = select_batch(pre_NF, 300)
+        wanted_NF = torch.from_numpy(batch_topk(pre_NF.numpy(), 6))  # equal values: the earlier row, the lower latent
         assert int(wanted_NF.sum()) == 300
+        assert torch.equal(select_batch(pre_NF, 300), wanted_NF)
         for least in (1e-30, 0.5, float(pre_NF[wanted_NF].min())):
             found = entries_from(pre_NF, least, 6)
-            chosen_P = largest(found, 300, 512, edge_of(found.value_P, 300))
+            chosen_P = largest(found, batch_edge(found.value_P, 300), 512)
             chosen_NF = torch.zeros_like(wanted_NF)
             chosen_NF[found.row_P[chosen_P], found.latent_P[chosen_P]] = True
             assert torch.equal(chosen_NF, wanted_NF)

@@ -31,7 +31,7 @@ CONFIG = TrainConfig(
     checkpoint_steps=8, log_steps=4, encoder_dtype="float32", auxk_dtype="float32",
 )  # fmt: skip
 CONFIGS = {"a": CONFIG, "b": dataclasses.replace(CONFIG, k=3, seed=1, auxk_coef=0.0)}
-KINDS = {"num_latents": int, "lr": float}  # of the settings that are no words
+KINDS = {"lr": float}  # of the settings that are no words
 FIELDS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D", "freq_F")
 
 
