@@ -131,8 +131,11 @@ def test_rows_beyond_the_type_are_encoded_by_numpy(changes, value, device):
     x_ND[1, 4] = value
     encoder = GgmlEncoder(w, n_threads=1, stored=stored, device=device)
     found = encoder.encode(x_ND)
-    for ours, numpys in zip(found, encode(w, x_ND), strict=True):
-        np.testing.assert_array_equal(ours, numpys)
+    if np.isfinite(value):
+        check_equal(found, encode(w, x_ND))  # a GPU may hold more than a half does
+    else:
+        for ours, numpys in zip(found, encode(w, x_ND), strict=True):
+            np.testing.assert_array_equal(ours, numpys)
     row = encoder.row_reading()
     if not row.tensor:
         row.x_D[:] = x_ND[1]
