@@ -25,6 +25,7 @@ SMALL = [
     "sae.num_latents=128", "sae.k=8", "trainer.tokens=40960", "trainer.batch_tokens=1024", "trainer.n_threads=1", "trainer.log_steps=1",
     "trainer.warmup_steps=5", "trainer.lr=5e-3",
 ]  # fmt: skip
+FEW = ["corpus.max_documents=3", "evaluate.tokens=500", "evaluate.splice_tokens=300", "model.n_threads=1"]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,17 @@ def the_store(folder):
 def trained(folder, name, *settings):
     ggscope("train", *SMALL, *settings, f"run_dir={name}", cwd=folder)
     return load_weights(folder / name / "sae"), json.loads((folder / name / "manifest.json").read_text())["metrics"]
+
+
+def evaluated(folder, name):
+    """What the command printed, the numbers, the columns of the latents."""
+    done = ggscope("evaluate", f"sae.path={name}/sae", *FEW, f"run_dir=runs/evaluate/{name}", cwd=folder)
+    assert (folder / "runs" / "evaluate" / name / "evaluation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    result = json.loads((folder / "runs" / "evaluate" / name / "evaluation.json").read_text())
+    counts = result["density_histogram"]
+    assert sum(counts["counts"]) + counts["dead"] == result["num_latents"]
+    with np.load(folder / "runs" / "evaluate" / name / "latents.npz") as latents:
+        return done, result, dict(latents)
 
 
 def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
@@ -66,11 +78,20 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
     assert "apply: expected an SAE at one hook point, this one is over blocks.1.hook_resid_mid and" in last_line(
         refused
     )
-    few = ["corpus.max_documents=3", "evaluate.tokens=500", "model.n_threads=1"]
-    done = ggscope("evaluate", "sae.path=skip/sae", *few, "run_dir=held_out", cwd=folder)
-    result = json.loads((folder / "held_out" / "evaluation.json").read_text())
+    done, result, latents = evaluated(folder, "skip")
+    low, high = result["ce_recovered_ci95"]
     assert f"from {POINTS[0]}: FVU {result['fvu']:.4f} ({POINTS[1]} {result['fvu']:.4f}), L0 8.0" in done.stdout
-    refused = ggscope("evaluate", "sae.path=skip/sae", "evaluate.against=skip/sae", *few, cwd=folder, code=2)
+    assert f"CE recovered {result['ce_recovered']:.4f} [{low:.4f}, {high:.4f}], delta CE" in done.stdout
+    assert "SAE FVU" in done.stdout
+    assert set(result["baselines"]) == {"mean", "zero"}
+    clean, sae, zero = (result[f"ce_{name}"] for name in ("clean", "sae", "zero"))
+    assert result["ce_recovered"] == pytest.approx((zero - sae) / (zero - clean), rel=1e-9)
+    assert len({clean, sae, zero}) == 3
+    assert "encoder_decoder_cosine" not in latents
+    assert latents["density"].sum() == pytest.approx(result["l0"], rel=1e-9)
+    assert latents["explained_of"].shape == (128, 1)
+    assert result["documents_trained_on"] == 0
+    refused = ggscope("evaluate", "sae.path=skip/sae", "evaluate.against=skip/sae", *FEW, cwd=folder, code=2)
     assert "evaluate.against is for SAEs at one hook point" in last_line(refused)
 
 
@@ -88,12 +109,18 @@ def test_a_crosscoder_reconstructs_both_of_its_hook_points(folder):
     scaled = np.asarray(weights.training["scale"])  # the logged FVU is of what each point is divided by
     assert 0 < metrics["fvu"] < 1
     assert len(scaled) in (1, 2)
-    few = ["corpus.max_documents=3", "evaluate.tokens=500", "model.n_threads=1"]
-    ggscope("evaluate", "sae.path=cross/sae", *few, "run_dir=cross_held_out", cwd=folder)
-    result = json.loads((folder / "cross_held_out" / "evaluation.json").read_text())
+    _, result, latents = evaluated(folder, "cross")
     assert set(result["fvu_of"]) == set(POINTS)
     assert max(result["fvu_of"].values()) < 1
     assert result["l0"] == pytest.approx(8, abs=1e-6)
+    assert latents["outputs"].tolist() == POINTS
+    assert latents["explained_of"].shape == latents["decoder_norm_of"].shape == (128, 2)
+    np.testing.assert_allclose(latents["decoder_norm"], 1, rtol=1e-5)  # at the scales it was trained at
+    assert sum(result["dictionary"]["encoder_decoder_cosine"]["counts"]) == 128
+    (row,) = json.loads(ggscope("compare", "cross", "format=json", cwd=folder).stdout)
+    assert row["hook"] == " ".join(POINTS)
+    compared = ("held_out_fvu", "ce_recovered", "delta_ce_nats")
+    assert tuple(row[key] for key in compared) == (result["fvu"], result["ce_recovered"], result["delta_ce_nats"])
 
 
 def test_a_variant_is_trained_and_another_one_goes_on_from_it(folder):
