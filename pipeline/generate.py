@@ -13,6 +13,7 @@ import numpy as np
 from sae.errors import ConfigError
 
 from .interventions.base import Intervention, Sequences, edit_hooks, edits_key
+from .interventions.inputs import check_order
 from .llama.model import Model
 from .llama.session import Session
 from .readout import Reader, Reading, ReadoutEvent, TextPieces
@@ -37,11 +38,12 @@ def generate(
     Temperature 0 takes the most probable token (the lowest id among equals), above 0 samples from softmax(logits / T)
     with numpy's generator of this seed. An end-of-generation token ends it and gives no event. The session is cleared
     first: nothing of an earlier run with other interventions can leak in. Readers see a hook point's value before an
-    edit at the same point (the model's own value there), and after all edits at points before it. A generated token is
-    decoded, and so read and edited, even when it is the last.
+    edit at the same point (the model's own value there), and after all edits at points before it (a transcoder's input:
+    after the edits at that point too, since its output is computed from them). A generated token is decoded, and so read
+    and edited, even when it is the last.
 
-    Raises ConfigError for an empty prompt, token ids the model lacks, a temperature below 0, or more tokens than the
-    context holds.
+    Raises ConfigError for an empty prompt, token ids the model lacks, a temperature below 0, more tokens than the
+    context holds, or a transcoder whose input is not before its output in the model.
     """
     tokens = np.asarray(prompt_tokens, dtype=np.int32).reshape(-1)
     if len(tokens) == 0:
@@ -100,7 +102,11 @@ class _Run:
         self.session, self.model, self.readers = session, model, readers
         self.interventions, self.temperature, self.rng = interventions, temperature, rng
         self.sequences, self.pieces = Sequences(), TextPieces()
-        self.hooks = [reader.hook() for reader in readers] + edit_hooks(interventions, self.sequences)
+        for source, point in [(r.source, r.point) for r in readers] + [(i.reads, i.point) for i in interventions]:
+            if source is not None:
+                check_order(session.graph, source, point)
+        inputs = [hook for reader in readers if (hook := reader.input_hook()) is not None]
+        self.hooks = [reader.hook() for reader in readers] + edit_hooks(interventions, self.sequences) + inputs
         self.edits_key = ""
 
     def events(self, prompt: np.ndarray, max_tokens: int) -> Iterator[ReadoutEvent]:

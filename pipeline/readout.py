@@ -12,10 +12,13 @@ from typing import Any, final
 
 import numpy as np
 
-from sae.encoders import PAIR, Encoder, RowReading, encoder_of
+from sae.encoders import PAIR, Encoder, RowReading, encoder_of, squared_gap
 from sae.errors import ConfigError
+from sae.runtime import decode
 from sae.weights import SAEWeights
 
+from .interventions.base import check_width
+from .interventions.inputs import input_point, output_point
 from .llama.hooks import HookPoint
 from .llama.session import Hook, Rows
 
@@ -24,19 +27,26 @@ from .llama.session import Hook, Rows
 class Reading:
     """One SAE's view of one token.
 
-    l0: latents above zero. fvu: ||x - x_hat||^2 / variance of the SAE.
+    hook: where it reads; hook_out: where a transcoder's reconstruction is compared, "" of an SAE. l0: latents above
+    zero. fvu: ||x - x_hat||^2 / variance of the SAE; of a transcoder ||y - y_hat||^2 / variance of y.
     """
 
-    __slots__ = ("_pairs", "fvu", "hook", "l0")
+    __slots__ = ("_pairs", "fvu", "hook", "hook_out", "l0")
 
-    def __init__(self, hook: str, pairs: bytes, l0: int, fvu: float) -> None:
+    def __init__(self, hook: str, pairs: bytes, l0: int, fvu: float, hook_out: str = "") -> None:
         """`pairs`: the latents listed and their activations (`sae.encoders.PAIR`), strongest first."""
-        self.hook, self._pairs, self.l0, self.fvu = hook, pairs, l0, fvu
+        self.hook, self._pairs, self.l0, self.fvu, self.hook_out = hook, pairs, l0, fvu, hook_out
 
     @property
     def latents(self) -> tuple[tuple[int, float], ...]:
         """(latent, activation a), strongest first; made when it is asked for."""
         return tuple(PAIR.iter_unpack(self._pairs))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `hook_out` of transcoders only."""
+        across = {"hook_out": self.hook_out} if self.hook_out else {}
+        latents = [list(pair) for pair in self.latents]
+        return {"hook": self.hook} | across | {"latents": latents, "l0": self.l0, "fvu": self.fvu}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +93,7 @@ class ReadoutEvent:
             "latents": [list(pair) for pair in self.latents],
             "l0": self.l0,
             "fvu": self.fvu,
-            "readings": [
-                {"hook": r.hook, "latents": [list(pair) for pair in r.latents], "l0": r.l0, "fvu": r.fvu}
-                for r in self.readings
-            ],
+            "readings": [reading.to_dict() for reading in self.readings],
         }
 
     def to_json(self) -> str:
@@ -95,28 +102,39 @@ class ReadoutEvent:
 
 
 class Reader:
-    """Reads an SAE's latents at a hook point, the value before any edit of that point: the model's own."""
+    """Reads an SAE's latents at a hook point, the value before any edit of that point: the model's own.
+
+    Of a transcoder `point` is the output, which is compared with what the latents make of the input. The input is what
+    the model goes on with there, after the edits at that point: the output is computed from it.
+    """
 
     def __init__(
         self, weights: SAEWeights, *, point: HookPoint | None = None, top: int = 3, encoder: Encoder | None = None
     ) -> None:
-        """`point` defaults to the SAE's own hook; `top` is how many latents a reading lists; `encoder`: numpy if None."""
+        """`point` defaults to the one the SAE reconstructs; `top` is how many latents a reading lists; `encoder`: numpy if None."""
         if top < 0:
             raise ConfigError(f"top latents: expected a number of at least 0, got {top}")
         self.weights, self.top, self.encoder = weights, top, encoder_of(weights, encoder)
-        self.point = point if point is not None else HookPoint.parse(weights.hook)
-        self._name = str(self.point)
+        self.point = point if point is not None else output_point(weights)
+        self.source = input_point(weights)
+        self._name = str(self.source or self.point)
         self._rows: dict[tuple[int, int], np.ndarray] = {}
-        row = self.encoder.row_reading()
+        self._inputs: dict[tuple[int, int], np.ndarray] = {}  # a transcoder's
+        row = self.encoder.row_reading() if self.source is None else None
         self._place = None if row is None else _Place(row)
 
     def hook(self) -> Hook:
         return Hook(point=self.point, read=self._read, place=self._place)
 
+    def input_hook(self) -> Hook | None:
+        """To be put behind the edits; None of an SAE."""
+        return None if self.source is None else Hook(point=self.source, read=self._read_input)
+
     def _read(self, rows: Rows) -> None:
-        values_ND = rows.values_ND.copy()  # the view ends with the callback
-        for row_D, seq, pos in zip(values_ND, rows.seq_N.tolist(), rows.pos_N.tolist(), strict=True):
-            self._rows[seq, pos] = row_D
+        _keep(rows, self._rows)
+
+    def _read_input(self, rows: Rows) -> None:
+        _keep(rows, self._inputs)
 
     def take(self, seq: int, positions: list[int]) -> list[Reading]:
         """Readings of the positions just decoded, in that order; forgets all captured rows."""
@@ -129,19 +147,35 @@ class Reader:
                     return [Reading(self._name, pairs, l0, error / self.weights.variance)]
             self._rows[held] = self._place.row.x_D.copy()
         rows = [self._rows[seq, pos] for pos in positions]
+        inputs = [] if self.source is None else [self._inputs[seq, pos] for pos in positions]
         self._rows.clear()
+        self._inputs.clear()
         if not rows:
             return []
         x_ND = np.array(rows)
-        idx_NK, vals_NK = self.encoder.encode(x_ND)
-        fvu_N = self.encoder.squared_error(x_ND, idx_NK, vals_NK) / self.weights.variance
+        if self.source is None:
+            idx_NK, vals_NK = self.encoder.encode(x_ND)
+            error_N = self.encoder.squared_error(x_ND, idx_NK, vals_NK)
+        else:
+            check_width(x_ND, self.weights.d_out, "the transcoder's output")
+            input_ND = np.array(inputs)
+            idx_NK, vals_NK = self.encoder.encode(input_ND)
+            error_N = squared_gap(x_ND, decode(self.weights, idx_NK, vals_NK, input_ND))
+        fvu_N = error_N / self.weights.variance
         l0_N = np.count_nonzero(vals_NK > 0, axis=1)  # sorted: these come first
         return [self._reading(*row) for row in zip(idx_NK, vals_NK, l0_N.tolist(), fvu_N.tolist(), strict=True)]
 
     def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, l0: int, fvu: float) -> Reading:
         shown = min(l0, self.top)
         listed = zip(idx_K[:shown].tolist(), vals_K[:shown].tolist(), strict=True)
-        return Reading(self._name, b"".join(PAIR.pack(*pair) for pair in listed), l0, fvu)
+        across = "" if self.source is None else str(self.point)
+        return Reading(self._name, b"".join(PAIR.pack(*pair) for pair in listed), l0, fvu, across)
+
+
+def _keep(rows: Rows, into: dict[tuple[int, int], np.ndarray]) -> None:
+    values_ND = rows.values_ND.copy()  # the view ends with the callback
+    for row_D, seq, pos in zip(values_ND, rows.seq_N.tolist(), rows.pos_N.tolist(), strict=True):
+        into[seq, pos] = row_D
 
 
 class _Place:

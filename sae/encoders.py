@@ -68,8 +68,7 @@ class Encoder(ABC):
 
     def squared_error(self, x_ND: np.ndarray, idx_NK: np.ndarray, vals_NK: np.ndarray) -> np.ndarray:
         """||x - x_hat||^2 of each row, float64 (N,), for latents that `encode` gave."""
-        gap_ND = np.subtract(x_ND, decode(self.weights, idx_NK, vals_NK, x_ND), dtype=np.float64)
-        return np.einsum("nd,nd->n", gap_ND, gap_ND)
+        return squared_gap(x_ND, decode(self.weights, idx_NK, vals_NK, x_ND))
 
 
 @final
@@ -82,6 +81,12 @@ class NumpyEncoder(Encoder):
 
     def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return encode(self.weights, x_ND)
+
+
+def squared_gap(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
+    """||a - b||^2 of each row, float64 (N,)."""
+    gap_ND = np.subtract(a_ND, b_ND, dtype=np.float64)
+    return np.einsum("nd,nd->n", gap_ND, gap_ND)
 
 
 def encoder_of(w: SAEWeights, encoder: Encoder | None) -> Encoder:

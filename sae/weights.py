@@ -141,6 +141,11 @@ class SAEWeights:
         return bool(self.hook_out or self.ports)
 
     @property
+    def is_transcoder(self) -> bool:
+        """Whether it reads one hook point and reconstructs one other."""
+        return bool(self.hook_out) and len(self.ports) in (0, 2)
+
+    @property
     def d_in(self) -> int:
         """Width of the activations this SAE reads."""
         return self.W_enc_FD.shape[1]

@@ -31,7 +31,7 @@ def export_folder(folder: Path, weights: SAEWeights, target: str) -> Path:
     """
     if target not in TARGETS:
         raise ConfigError(f"convert.export={target!r}; expected one of {', '.join(TARGETS)}")
-    if len(weights.ports) > 2 or (weights.ports and not weights.hook_out):
+    if weights.is_wired and not weights.is_transcoder:
         raise ConfigError(f"{target} has no SAEs over several hook points")
     config, arrays = (_saelens if target == "saelens" else _sparsify)(weights)
     module = saelens if target == "saelens" else sparsify

@@ -19,6 +19,7 @@ from sae.weights import SAEWeights
 
 from ..llama.hooks import HookPoint
 from ..llama.session import Hook, Rows
+from .inputs import InputRows
 
 LARGEST = float(np.finfo(np.float32).max)
 PHASES = ("all", "prompt", "response")
@@ -105,6 +106,12 @@ class Intervention(ABC):
     point: HookPoint
     where: Where = Where()
     sets_value: ClassVar[bool] = False  # x' is a given value whatever x is: acting twice is acting once
+    source: InputRows | None = field(init=False, default=None)  # rows of another hook point that the change depends on
+
+    @property
+    def reads(self) -> HookPoint | None:
+        """The hook point of `source`."""
+        return None if self.source is None else self.source.point
 
     @abstractmethod
     def key(self) -> str:
@@ -129,13 +136,14 @@ class Intervention(ABC):
 
 def edit_hooks(interventions: Sequence[Intervention], sequences: Sequences) -> list[Hook]:
     """The interventions as editing hooks. At one point they act in the order given, each on the result of the one
-    before; across points they act in the order of the graph, each on what the edits before it led to."""
+    before; across points they act in the order of the graph, each on what the edits before it led to. A transcoder's
+    input is read after all edits there."""
     hooks = []
     for intervention in interventions:
         hook = Hook(point=intervention.point, edit=_edit(intervention, sequences))
         # float32 x + (target - x) can miss the target by a rounding; the second pass adds what is left
         hooks += [hook, hook] if intervention.sets_value else [hook]
-    return hooks
+    return hooks + [i.source.hook() for i in interventions if i.source is not None]
 
 
 def _edit(intervention: Intervention, sequences: Sequences) -> Callable[[Rows], np.ndarray | None]:
@@ -167,9 +175,10 @@ def digest(*arrays: np.ndarray | RowMatrix | None) -> str:
 
 def sae_digest(w: SAEWeights) -> str:
     """Names everything of an SAE that changes its activations or its reconstruction."""
-    arrays = digest(w.W_enc_FD, w.b_enc_F, w.W_dec_FD, w.b_dec_D, w.threshold_F)
+    arrays = digest(w.W_enc_FD, w.b_enc_F, w.W_dec_FD, w.b_dec_D, w.threshold_F, w.W_skip_OD)
     norm = "" if w.norm_mode == "none" else f"/{w.norm_mode}/{w.norm_eps}/{w.norm_correction}"
-    return f"{arrays}/{w.variant}/{w.k}/{w.b_dec_subtracted}{norm}"
+    across = f"/{w.hook}" if w.hook_out else ""  # an SAE reads the point that is changed
+    return f"{arrays}/{w.variant}/{w.k}/{w.b_dec_subtracted}{norm}{across}"
 
 
 def check_latents(w: SAEWeights, latents: Sequence[int], values: Sequence[float], word: str) -> None:

@@ -7,29 +7,27 @@ from typing import ClassVar, final
 
 import numpy as np
 
-from sae.encoders import Encoder, encoder_name, encoder_of
+from sae.encoders import encoder_of
 from sae.runtime import decode
-from sae.weights import SAEWeights
 
-from .base import Intervention, check_width, digest, sae_digest
+from .base import Intervention, check_width, digest
+from .latents import LatentEdit
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Reconstruct(Intervention):
-    """x' = x_hat = decode(encode(x)); with `keep_error` x' = x_hat + (x - x_hat), the clean run up to rounding."""
+class Reconstruct(LatentEdit):
+    """x' = x_hat = decode(encode(x)), of a transcoder what it makes of its input; with `keep_error`
+    x' = x_hat + (x - x_hat), the clean run up to rounding."""
 
-    weights: SAEWeights
     keep_error: bool = False
-    encoder: Encoder | None = None  # None: numpy
 
     def key(self) -> str:
-        sae = sae_digest(self.weights) + encoder_name(self.encoder)
-        return f"reconstruct({self.point};{sae};error={self.keep_error};{self.where.key()})"
+        return f"reconstruct({self.point};{self.sae_key()};error={self.keep_error};{self.where.key()})"
 
     def change(self, x_ND: np.ndarray, seq_N: np.ndarray, pos_N: np.ndarray) -> np.ndarray:
-        check_width(x_ND, self.weights.d_in, "the SAE")
-        x_hat_ND = decode(self.weights, *encoder_of(self.weights, self.encoder).encode(x_ND), x_ND)
+        rows_ND = self.encoded_rows(x_ND, seq_N, pos_N)
+        x_hat_ND = decode(self.weights, *encoder_of(self.weights, self.encoder).encode(rows_ND), rows_ND)
         if self.keep_error:
             x_hat_ND = x_hat_ND + (x_ND - x_hat_ND)
         return x_hat_ND - x_ND

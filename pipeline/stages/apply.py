@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sae.errors import ConfigError
+from sae.weights import SAEWeights
 
 from ..config import ApplyConfig
 from ..generate import generate
@@ -51,12 +52,12 @@ def run(context: RunContext) -> None:
             labels=[sae.weights.labels for sae in read],
         )
         session.close()
-        places = ", ".join(f"{relative(sae.path)} at {sae.weights.hook}" for sae in read)
+        places = ", ".join(f"{relative(sae.path)} at {place_of(sae.weights)}" for sae in read)
         given = f"{describe_model(model)} and {places}"
     made = [e for e in events if e.phase == "response"]
     context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made)}
     context.metrics |= means(events, 0)
-    context.metrics["also"] = [{"hook": str(r.point)} | means(events, i) for i, r in enumerate(readers) if i]
+    context.metrics["also"] = [points_of(r.weights) | means(events, i) for i, r in enumerate(readers) if i]
     context.metrics["text"] = "".join(e.text for e in made)
     context.metrics["encoder"] = readers[0].encoder.name
     context.metrics["interventions"] = [intervention.key() for intervention in chosen]
@@ -68,6 +69,15 @@ def run(context: RunContext) -> None:
         relative(context.folder / READOUT_NAME),
         stderr=config.format == "jsonl",
     )
+
+
+def points_of(weights: SAEWeights) -> dict[str, str]:
+    """`hook` and, of a transcoder, `hook_out`."""
+    return {"hook": weights.hook} | ({"hook_out": weights.hook_out} if weights.hook_out else {})
+
+
+def place_of(weights: SAEWeights) -> str:
+    return " -> ".join(points_of(weights).values())
 
 
 def means(events: list[ReadoutEvent], reader: int) -> dict[str, float]:
@@ -109,7 +119,8 @@ def show(
                 out.print(line(event, top, labels[0]))
                 for reading, own in zip(event.readings[1:], labels[1:], strict=False):
                     found = strongest(reading.latents, top, own)
-                    out.print(f"{'':>4} {reading.hook} {reading.l0} {reading.fvu:.3f}  {found}")
+                    at = " -> ".join(filter(None, (reading.hook, reading.hook_out)))
+                    out.print(f"{'':>4} {at} {reading.l0} {reading.fvu:.3f}  {found}")
     if not as_json:
         prompt = "".join(e.text for e in events if e.phase == "prompt" and not (e.pos == 0 and e.token == bos))
         made = "".join(e.text for e in events if e.phase == "response")

@@ -185,19 +185,22 @@ def open_sae(context: RunContext, *, several: bool = False) -> tuple[Path, SAEWe
     """The SAE of the settings, noted as an input. ConfigError for one over several hook points, unless `several`."""
     path = sae_path(context)
     weights = load_sae(path)
-    check_one_point(context, weights, several=several)
+    if not several:
+        check_one_point(weights)
     context.add_input("sae", path, sae_sha256(path))
     return path, weights
 
 
-def check_one_point(context: RunContext, weights: SAEWeights, *, several: bool = False) -> None:
-    """Refuse transcoders and SAEs over several hook points, unless `several`."""
-    if weights.is_wired and not several:
-        points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
-        raise ConfigError(
-            f"expected an SAE at one hook point, this one is over {points}: "
-            "train, evaluate, compare and convert know it too"
-        )
+def check_one_point(weights: SAEWeights, *, transcoders: bool = False) -> None:
+    """ConfigError for SAEs over several hook points; for those with one input and one output unless `transcoders`."""
+    if not weights.is_wired or (transcoders and weights.is_transcoder):
+        return
+    points = " and ".join([name for name, _ in weights.ports] or [weights.hook, weights.hook_out])
+    wanted = " or a transcoder of one input and one output" if transcoders else ""
+    possible = "`ggscope evaluate` measures it, `compare` shows it beside others"
+    if weights.is_transcoder:
+        possible += ", `ggscope apply` reads and edits with it, `ggscope convert` makes it a GGUF"
+    raise ConfigError(f"expected an SAE at one hook point{wanted}, this one is over {points}: {possible}")
 
 
 def sae_sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ from ..config import InterventionConfig
 from ..interventions.ablate import Ablate
 from ..interventions.base import Intervention, Where
 from ..interventions.clamp import Clamp
+from ..interventions.inputs import output_point
 from ..interventions.replace import Reconstruct
 from ..interventions.steer import Steer
 from ..llama.hooks import HookPoint
@@ -56,7 +57,7 @@ class LiveSAEs:
     def _opened(self, path: Path, *, first: bool) -> LiveSAE:
         choice = self.context.config.apply.encoder
         weights = load_sae(path, stored=choice != "numpy")
-        check_one_point(self.context, weights)
+        check_one_point(weights, transcoders=True)
         check_host(self.context, weights, self.model)
         label = "sae" if first else f"sae:{len({sae.path for sae in self._open.values()})}"
         self.context.add_input(label, path, sae_sha256(path))
@@ -82,7 +83,7 @@ def intervention(config: InterventionConfig, saes: LiveSAEs) -> Intervention:
         raise ConfigError(f"intervention.kind: expected one of {', '.join(KINDS)}, got {config.kind!r}")
     _check_settings(config)
     sae = saes.get(config.sae)
-    point = HookPoint.parse(config.hook or sae.weights.hook)
+    point = HookPoint.parse(config.hook) if config.hook else output_point(sae.weights)
     where, latents = Where(phase=config.phase, positions=positions_of(config)), tuple(config.latents)
     w, encoder = sae.weights, sae.encoder
     if config.kind == "steer":

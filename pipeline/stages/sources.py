@@ -66,8 +66,7 @@ def open_source(context: RunContext, name: str, config: ConvertConfig) -> Source
     else:
         path = located(name) if name else sae_path(context)
         source = Source(path=path, sha256=sae_sha256(path), weights=load_sae(path))
-    ports = source.weights.ports
-    if len(ports) > 2 or (ports and not source.weights.hook_out):
+    if source.weights.is_wired and not source.weights.is_transcoder:
         raise ConfigError(f"convert verifies on rows of one hook point, {relative(path)} reads several")
     return source
 

@@ -90,6 +90,9 @@ def test_a_transcoder_is_measured_on_what_it_reconstructs(tmp_path):
     at_out = read_sae_gguf(tmp_path / "out2" / "sae.gguf")  # its own rows are the transcoder's targets
     np.testing.assert_array_equal(transcoder.mean_D, at_out.mean_D)
     assert transcoder.variance == at_out.variance > 0
+    ablate = ["intervention=ablate", "intervention.latents=[3]", "apply.max_tokens=2", "model.n_threads=1"]
+    done = ggscope("apply", "sae.path=out/sae.gguf", *ablate, "--prompt", "import os", cwd=tmp_path)
+    assert "out/sae.gguf at blocks.1.hook_resid_mid -> blocks.1.hook_mlp_out" in done.stdout
 
 
 def test_an_sae_proves_itself_beside_what_its_publisher_says(tmp_path):

@@ -74,10 +74,11 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
     back = read_sae_gguf(folder / "gguf" / "sae.gguf")
     np.testing.assert_array_equal(back.W_skip_OD, weights.W_skip_OD)
     assert back.variant == "threshold"
-    refused = ggscope("apply", "sae.path=skip/sae", "--prompt", "x", cwd=folder, code=2)
-    assert "apply: expected an SAE at one hook point, this one is over blocks.1.hook_resid_mid and" in last_line(
+    refused = ggscope("drift", "sae.path=skip/sae", cwd=folder, code=2)
+    assert "drift: expected an SAE at one hook point, this one is over blocks.1.hook_resid_mid and" in last_line(
         refused
     )
+    assert "`ggscope apply` reads and edits with it" in last_line(refused)
     done, result, latents = evaluated(folder, "skip")
     low, high = result["ce_recovered_ci95"]
     assert f"from {POINTS[0]}: FVU {result['fvu']:.4f} ({POINTS[1]} {result['fvu']:.4f}), L0 8.0" in done.stdout
@@ -121,6 +122,9 @@ def test_a_crosscoder_reconstructs_both_of_its_hook_points(folder):
     assert row["hook"] == " ".join(POINTS)
     compared = ("held_out_fvu", "ce_recovered", "delta_ce_nats")
     assert tuple(row[key] for key in compared) == (result["fvu"], result["ce_recovered"], result["delta_ce_nats"])
+    refused = last_line(ggscope("apply", "sae.path=cross/sae", "--prompt", "x", cwd=folder, code=2))
+    assert "or a transcoder of one input and one output, this one is over blocks.1.hook_resid_mid and" in refused
+    assert refused.endswith("`ggscope evaluate` measures it, `compare` shows it beside others")
 
 
 def test_a_variant_is_trained_and_another_one_goes_on_from_it(folder):
