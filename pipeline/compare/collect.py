@@ -19,7 +19,8 @@ TRAIN_RUNS = Path("runs/train")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One SAE. None: not known, for the last three because it was not evaluated on held-out text."""
+    """One SAE. None: not known; held-out FVU and CE because it was not evaluated, CE recovered alone because zero
+    ablation costs nothing there."""
 
     name: str
     variant: str

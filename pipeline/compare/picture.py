@@ -35,7 +35,7 @@ def draw_pareto(grouped: Mapping[str, Sequence[Row]], path: Path) -> None:
             named.append((ax, plot(ax, rows, key, lower_is_better=lower_is_better)))
             titled(ax, f"{start}{title}", "L0")
         if all(row.ce_recovered is None for row in rows):
-            right.text(0.5, 0.5, "no SAE was evaluated", transform=right.transAxes, ha="center", color=INK)
+            right.text(0.5, 0.5, "CE recovered of no SAE is known", transform=right.transAxes, ha="center", color=INK)
             right.set(xticks=[], yticks=[])
         left.legend(fontsize=7.5, frameon=False)
     figure.draw_without_rendering()  # the layout is made, so that it is known where text ends

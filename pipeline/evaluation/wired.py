@@ -38,6 +38,8 @@ from .measure import MEAN, SAE, ZERO, json_safe
 from .ports import OutputMetrics, Ports, output_scales, ports_of
 from .splice import RowsAt, SpliceConfig, Wired, splice
 
+LARGEST = 1e38  # of a norm in float32
+
 
 def evaluate_wired(
     model: Model,
@@ -100,9 +102,16 @@ def evaluate_wired(
 
 
 def limits_of(weights: SAEWeights) -> dict[str, float]:
-    """Above which norm a row was outside the training, for the hook points of which that is known."""
+    """Above which norm a row was outside the training at a hook point (0: none is known).
+
+    Raises:
+        ConfigError: `training["outlier_thresholds"]` holds anything but numbers from 0 on.
+    """
     limits = weights.training.get("outlier_thresholds", {})
-    return {name: float(limits[name]) for ports in ports_of(weights) for name, _ in ports if limits.get(name)}
+    numbers = list(limits.values()) if isinstance(limits, dict) else [None]
+    if not all(isinstance(limit, (int, float)) and 0 <= limit < LARGEST for limit in numbers):
+        raise ConfigError(f"expected training['outlier_thresholds'] of numbers from 0 on, got {str(limits)[:60]}")
+    return {name: float(limits.get(name, 0.0)) for ports in ports_of(weights) for name, _ in ports}
 
 
 def wired_run(run: Replacement, metrics: OutputMetrics, inputs: Ports, outputs: Ports) -> Wired:

@@ -42,7 +42,7 @@ def run(context: RunContext) -> None:
     else:
         for name, members in grouped.items():
             print_wide(table(members, name if len(grouped) > 1 else ""))
-    evaluated = sum(row.ce_recovered is not None for row in rows)
+    evaluated = sum(row.held_out_fvu is not None for row in rows)
     context.metrics = {"saes": len(rows), "evaluated": evaluated}
     context.three_lines(
         f"{counted(len(rows), 'SAE')}, {evaluated} of them evaluated{apart(grouped)}",

@@ -91,6 +91,13 @@ def test_table_json_and_picture(runs):
     assert "expected a train run" in last_line(ggscope("compare", "nowhere", cwd=runs, code=2))
 
 
+def test_an_sae_without_a_scale_for_ce_recovered_counts_as_evaluated(tmp_path):
+    make_run(tmp_path, "g", evaluated={"fvu": 0.35, "ce_recovered": None, "delta_ce_nats": 0.01})
+    done = ggscope("compare", cwd=tmp_path)
+    assert "1 SAE, 1 of them evaluated" in done.stdout
+    assert "0.0100" in done.stdout
+
+
 def test_points_are_named_by_what_differs(runs, tmp_path):
     rows, _ = collect(["runs/train/b"])
     assert [short(row, rows) for row in rows] == ["k8", "k9"]

@@ -161,6 +161,12 @@ def test_scales_that_cannot_be_are_refused(tiny, scales):
         evaluated(tiny, w)
 
 
+@pytest.mark.parametrize("limits", [{OUT: "9"}, {MID: -1.0}, {MID: float("nan")}, {OUT: 10**400}, [1.0], 3])
+def test_outlier_thresholds_that_cannot_be_are_refused(tiny, limits):
+    with pytest.raises(ConfigError, match=r"training\['outlier_thresholds'\] of numbers from 0 on"):
+        evaluated(tiny, transcoder(training={"outlier_thresholds": limits}))
+
+
 def test_a_row_that_one_hook_point_leaves_out_is_left_out_at_all(tiny):
     _, table, rows = tiny
     norm_N = np.linalg.norm(rows[OUT], axis=1)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,10 +12,8 @@ from sae.native.library import native_library
 from sae.native.stepper import NativeStepper, balance
 from sae.steppers import TorchStepper
 from sae.train_config import TrainConfig
-from sae.trainer import Trainer
 
 from .test_model_and_kernels import NAMES, batch, loss_settings, make, relative
-from .toy import Toy
 
 BF16 = torch.bfloat16
 
@@ -294,51 +291,3 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(lib):
     if not lib.has_int8:
         pytest.skip("without 8-bit products torch's matrix product decides")
     assert bits(lib, 1, dead=0) == bits(lib, 2, dead=0) == bits(lib, 3, dead=0)  # AuxK is torch's matrix products
-
-
-# ---- a whole training ----
-
-
-def curve_config(tokens, kernel="native", dtype="float32"):
-    return TrainConfig(
-        num_latents=256, k=4, batch_tokens=512, tokens=tokens, lr=3e-3, kernel=kernel, encoder_dtype=dtype,
-        log_steps=20, checkpoint_steps=0,
-    )  # fmt: skip
-
-
-def native_curve(config, toy, folder):
-    """FVU over 20 steps each."""
-    rows = []
-    Trainer(config, toy, **toy.statistics(), folder=folder, log=rows.append).fit()
-    return [row["fvu"] for row in rows]
-
-
-def dense_curve(config, toy):
-    """The same by autograd over all latents and torch's default Adam."""
-    statistics = toy.statistics()
-    trainer = Trainer(config, toy, **statistics, folder="unused")
-    model = trainer.model
-    settings = loss_settings(encoder_dtype=trainer.learner.encoder_dtype)  # no latent is dead so soon
-    mean_u_D = torch.from_numpy((statistics["mean_D"] / model.scale).astype(np.float32))
-    adam = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps)
-    curve, error, scatter = [], 0.0, 0.0
-    for step in range(config.steps):
-        u_ND = torch.from_numpy(toy.next() / np.float32(model.scale))
-        for group in adam.param_groups:
-            group["lr"] = config.lr_at(step)
-        error += float(dense_step(model, u_ND, settings).error)
-        apply_update_(model, adam)
-        scatter += float((u_ND - mean_u_D).pow(2).sum())
-        if (step + 1) % 20 == 0:
-            curve.append(error / scatter)
-            error = scatter = 0.0
-    return curve
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tokens", [40_960, pytest.param(410_000 // 512 // 20 * 20 * 512, marks=pytest.mark.long)])
-def test_the_loss_curve_is_that_of_dense_autograd(lib, tmp_path, tokens, dtype):
-    native = native_curve(curve_config(tokens, dtype=dtype), Toy(batch=512), tmp_path)
-    dense = dense_curve(curve_config(tokens, kernel="torch"), Toy(batch=512))
-    np.testing.assert_allclose(native, dense, atol=0.005)
-    assert native[-1] < 0.9 * native[0]
