@@ -87,6 +87,16 @@ def test_a_joint_run_a_matching_and_a_probe_get_their_place(result, drawn):
     assert "40 texts" in probing.get_title(loc="left")
 
 
+def test_a_panel_of_what_was_not_measured_is_left_out(result, drawn):
+    whole = drawn(result)
+    del result["dictionary"]["encoder_decoder_cosine"]  # as of a transcoder
+    titles = [ax.get_title(loc="left") for ax in drawn(result)]
+    assert [ax.get_title(loc="left") for ax in whole if ax.get_title(loc="left") not in titles] == [
+        "encoder against decoder, each latent"
+    ]
+    assert len(titles) == len(whole) - 1
+
+
 def test_a_distribution_counts_what_is_there_and_says_nothing_of_nothing():
     values = np.array([-1, -0.99, 0.21, 0.95, 1.0000001, np.nan])
     found = distribution(values)
