@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ BLOCKS = {0: (1, 4), 1: (1, 2), 30: (1, 2), 8: (32, 34), 7: (32, 24), 3: (32, 20
 
 
 def parse(data):
-    """(keys, tensors): {name: value}, {name: float64 array in numpy order}."""
+    """(keys, tensors): {name: value}, {name: (first byte, type, ne)}."""
     at = 4
 
     def take(code):
@@ -53,13 +54,28 @@ def parse(data):
         table[name] = ne, take("I"), take("Q")
     alignment = keys.get("general.alignment", 32)
     start = -(-at // alignment) * alignment
-    return keys, {name: values(data, start + offset, kind, ne) for name, (ne, kind, offset) in table.items()}
+    return keys, {name: (start + offset, kind, ne) for name, (ne, kind, offset) in table.items()}
 
 
-def values(data, start, kind, ne):
-    items, size = BLOCKS[kind]
-    raw = np.frombuffer(data, np.uint8, int(np.prod(ne)) // items * size, start).reshape(-1, size)
-    return decoded(kind, raw).astype(np.float64).reshape(ne[::-1])
+class Tensors(Mapping):
+    """{name: float64 array in numpy order}. A type the specification does not name matters only of a tensor that is read."""
+
+    def __init__(self, data, table):
+        self.data, self.table = data, table
+
+    def __iter__(self):
+        return iter(self.table)
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, name):
+        start, kind, ne = self.table[name]
+        if kind not in BLOCKS:
+            raise ValueError(f"tensor {name} is of type {kind}, which the specification does not name")
+        items, size = BLOCKS[kind]
+        raw = np.frombuffer(self.data, np.uint8, int(np.prod(ne)) // items * size, start).reshape(-1, size)
+        return decoded(kind, raw).astype(np.float64).reshape(ne[::-1])
 
 
 def decoded(kind, raw):
@@ -90,12 +106,14 @@ class SpecSAE:
     """The equations of the specification for one entry."""
 
     def __init__(self, path: Path, entry: int = 0):
-        keys, tensors = parse(path.read_bytes())
+        data = path.read_bytes()
+        keys, tensors = parse(data)
         assert keys["general.architecture"] == keys["general.type"] == "sae"
         assert entry < keys["sae.count"]
         start = f"sae.{entry}."
         self.keys = {name.removeprefix(start): value for name, value in keys.items() if name.startswith(start)}
-        self.tensors = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        own = {name.removeprefix(start): place for name, place in tensors.items() if name.startswith(start)}
+        self.tensors = Tensors(data, own)
         self.training = json.loads(self.keys.get("training", "{}"))
         self.labels = {i: text for i, text in enumerate(self.keys.get("labels", [])) if text}
 

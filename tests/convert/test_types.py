@@ -22,7 +22,7 @@ from sae.errors import CheckFailedError, ConfigError, FormatError
 from sae.runtime import decode, encode
 
 from .spec_reader import SpecSAE
-from .test_sae_gguf import FURTHER, HOST, random_sae
+from .test_sae_gguf import FURTHER, HOST, random_sae, rewrite
 from .test_verify import sparse_rows
 
 LIB = llama_cpp._lib
@@ -127,6 +127,32 @@ def check_against_specification(path, x_ND, entry=0):
         decode(back, idx_NK, vals_NK, x_ND), spec.reconstruct(x_ND.astype(np.float64)), atol=1e-3
     )
     assert (spec.keys["hook.point"], spec.keys["k"], spec.labels) == (back.hook, back.k, back.labels)
+
+
+def test_types_the_specification_does_not_name_matter_only_of_tensors_that_are_read(tmp_path):
+    transcoder = FURTHER["skip transcoder"][1]
+    more = {"sae.0.rank": np.arange(7, dtype=np.int32), "other.thing": np.ones((3, 5)), "sae.0.more": np.ones(5, "i1")}
+    for name, changes in (("enc.weight", {}), ("dec.bias", {}), ("skip.weight", transcoder)):
+        sae = random_sae(**changes)
+        path = write_sae_gguf(tmp_path / "sae.gguf", sae, encoder_type="F32", decoder_type="F32")
+        data = rewrite(path, tmp_path / "more.gguf", further=more).read_bytes()
+        x_ND = np.random.default_rng(2).standard_normal((60, sae.d_in)) * 3
+        check_against_specification(of_type(tmp_path, data, "sae.0.rank", 1, 777), x_ND)
+        dimensions = 1 if name == "dec.bias" else 2
+        unread = of_type(tmp_path, data, f"sae.0.{name}", dimensions, 26)  # I32
+        with pytest.raises(ValueError, match=f"{name} is of type 26"):
+            SpecSAE(unread).reconstruct(x_ND)
+        with pytest.raises(FormatError, match=f"{name} is of type I32"):
+            read_sae_gguf(unread)
+
+
+def of_type(folder, data, name, dimensions, number):
+    """The file with another number where the type of this tensor stands."""
+    at = data.index(name.encode()) + len(name) + 4 + 8 * dimensions
+    assert int.from_bytes(data[at - 8 * dimensions - 4 : at - 8 * dimensions], "little") == dimensions
+    path = folder / "typed.gguf"
+    path.write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
+    return path
 
 
 def test_llama_cpp_s_own_reader_sees_types_offsets_and_bytes_of_every_type(tmp_path):

@@ -51,7 +51,8 @@ def cases():
             "cfg.json": config(kind, **settings), "sae_weights.safetensors": arrays,
             "sparsity.safetensors": {"sparsity": np.full(40, -2, "f4")}, "activation_scaler.json": {"scaling_factor": 0.4},
         }  # fmt: skip
-        found[f"saelens {kind} {' '.join(settings)}"] = files, "saelens", "", ""
+        found[f"saelens {kind} {' '.join([*more(a), *settings])}"] = files, "saelens", "", ""
+    assert len(found) == len(places()) + len(DICTIONARIES) + 1 + len(SAELENS)
     return found
 
 
