@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -238,6 +240,50 @@ def test_several_saes_at_several_blocks_read_a_generation_alike():
             assert [latent for latent, _ in x.latents] == [latent for latent, _ in y.latents]
             np.testing.assert_allclose([v for _, v in x.latents], [v for _, v in y.latents], rtol=1e-4)
             assert x.fvu == pytest.approx(y.fvu, rel=1e-4)
+
+
+PROGRAM = """
+import os
+import numpy as np
+from pipeline.llama.encoder import GgmlEncoder
+from pipeline.llama.session import Session
+from tests.llama.support import tiny
+from tests.llama.test_encoder import D, sae
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def encode_with(n_threads):
+    for dtype in ("F32", "Q8_0"):
+        rng = np.random.default_rng(0)
+        w, stored = sae(rng, dtype)
+        encoder = GgmlEncoder(w, n_threads=n_threads, stored=stored)
+        for rows in (23, 1):
+            encoder.encode(rng.standard_normal((rows, D)).astype(np.float32))
+        if (row := encoder.row_reading()) is not None:
+            row.x_D[:] = 1
+            row.read(3)
+
+with Session(tiny()[0], n_ctx=64, n_threads=2) as session:
+    session.decode(np.arange(3, 8), np.zeros(5, int), np.arange(5), logits="last")
+    counts = [threads()]
+    for n_threads in (2, 4):
+        encode_with(n_threads)
+        counts.append(threads())
+    print(*counts, "omp" in open("/proc/self/maps").read())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_the_encoder_computes_on_the_models_own_threads():
+    """Many rows, one row, and a row in the compiled call; twice as many threads would be seen."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=True)
+    *counts, openmp = done.stdout.split()
+    if openmp != "True":
+        pytest.skip("ggml has no OpenMP here: its threads end with each graph")
+    model, same, more = map(int, counts)
+    assert same == model
+    assert more == model + 2
 
 
 def test_edits_take_the_encoders_result_and_are_named_by_it():
