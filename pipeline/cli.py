@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import functools
 import importlib
 import os
 import signal
@@ -47,6 +48,7 @@ def flat_defaults(name: str) -> dict[str, str]:
     return composed(name)[0]
 
 
+@functools.cache
 def composed(name: str) -> tuple[dict[str, str], dict[str, tuple[str, list[str]]]]:
     """Every setting's default, and for every folder of conf the file taken by default and all there are."""
     from hydra import compose, initialize_config_module

@@ -16,14 +16,14 @@ from pipeline.commands import COMMANDS
 ROOT = Path(__file__).parents[1]
 NOT_RUN = {"network", "gpu", "long"}
 SMALL = {
-    "extract": ["corpus.max_tokens=40000"],
+    "extract": ["corpus.max_tokens=20000", "extract.calibration_tokens=1024"],
     "train": ["sae.num_latents=512", "trainer.tokens=120000", "trainer.dead_after_tokens=20000"],
-    "evaluate": ["evaluate.tokens=10000", "evaluate.splice_tokens=2048"],
-    "drift": ["drift.tokens=1000", "drift.splice_tokens=300", "drift.types=[F32,Q4_0]"],
+    "evaluate": ["evaluate.tokens=4000", "evaluate.splice_tokens=1024"],
+    "drift": ["drift.tokens=500", "drift.splice_tokens=200", "drift.types=[F32,Q4_0]"],
     "apply": ["apply.max_tokens=8"],
-    "report": ["report.tokens=10000", "report.top_latents=8"],
+    "report": ["report.tokens=4000", "report.top_latents=8"],
 }
-SMALL_STREAM = ["corpus.max_tokens=12000", "trainer.tokens=24000"]
+SMALL_STREAM = ["corpus.max_tokens=12000", "trainer.tokens=24000", "extract.calibration_tokens=1024"]
 
 
 BLOCKER = """

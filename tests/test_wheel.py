@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "corpus.max_tokens=40000", "sae.num_latents=512", "trainer.tokens=120000", "trainer.dead_after_tokens=20000",
-    "evaluate.tokens=10000", "evaluate.splice_tokens=2048", "evaluate.random_model_tokens=10000", "report.tokens=10000",
+    "corpus.max_tokens=20000", "sae.num_latents=512", "trainer.tokens=120000", "trainer.dead_after_tokens=20000",
+    "evaluate.tokens=4000", "evaluate.splice_tokens=1024", "evaluate.random_model_tokens=4000", "report.tokens=4000",
+    "extract.calibration_tokens=1024",
 ]  # fmt: skip
 
 

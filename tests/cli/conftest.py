@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SMALL = ["corpus.max_tokens=12000", "store.shard_rows=2048"]
+QUICK = "extract.calibration_tokens=1024"  # 8,192 by default, as much work as the captures of most tests
+SMALL = ["corpus.max_tokens=6000", "store.shard_rows=1024", QUICK]
 TRAIN = ["sae.num_latents=256", "sae.k=8", "trainer.tokens=40960", "trainer.dead_after_tokens=8000"]
 
 
@@ -27,10 +29,15 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with one finished extract and one finished train run."""
-    folder = tmp_path_factory.mktemp("made")
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made_once")
     ggscope("extract", *SMALL, cwd=folder)
     ggscope("train", *TRAIN, cwd=folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def made(made_once, tmp_path_factory):
+    """A folder with one finished extract and one finished train run."""
+    return Path(shutil.copytree(made_once, tmp_path_factory.mktemp("made") / "copy"))

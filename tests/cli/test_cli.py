@@ -124,12 +124,21 @@ def test_the_version_is_the_package_s(capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_gives_one_line_and_code_2(args, expected, tmp_path):
+def test_bad_input_gives_one_line_and_code_2(args, expected, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    said = capfd.readouterr().err
+    assert expected in said
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("args", [["train", "sae.kk=3"], ["extract", "model.path=no/such.gguf"], ["lens", "--prompt", "x " * 2000]])  # fmt: skip
+def test_a_process_of_its_own_says_the_same_and_ends_with_the_code(args, tmp_path, monkeypatch, capfd):
     done = ggscope(*args, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert expected in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == done.returncode == 2
+    assert capfd.readouterr().err == done.stderr
 
 
 def test_texts_pass_outside_the_grammar(tmp_path):

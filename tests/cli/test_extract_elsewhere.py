@@ -12,9 +12,9 @@ from tests.executors.capture_work import extract_with
 from tests.store.helpers import files_of
 from tests.tiny_llama import write_tiny_llama
 
-from .conftest import ggscope, last_line
+from .conftest import QUICK, ggscope, last_line
 
-SETTINGS = ["corpus.max_tokens=6000", "store.shard_rows=512", "hook.points=[blocks.1..2.hook_resid_post]"]
+SETTINGS = ["corpus.max_tokens=6000", "store.shard_rows=512", "hook.points=[blocks.1..2.hook_resid_post]", QUICK]
 
 
 def test_other_processes_write_the_store_this_one_would_have(tmp_path):

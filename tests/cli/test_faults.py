@@ -17,7 +17,7 @@ from pipeline.config import ModelConfig
 from pipeline.corpus.stdlib import is_held_out
 from pipeline.stages.inputs import model_path
 
-from .conftest import SMALL, TRAIN, ggscope, last_line
+from .conftest import QUICK, SMALL, TRAIN, ggscope, last_line
 
 
 @pytest.fixture
@@ -141,9 +141,9 @@ def interrupted(args: list[str], cwd: Path, ready: str, signals: list[int]) -> s
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_an_interrupted_extract_exits_with_130_and_resumes_to_the_same_bytes(number, made, tmp_path):
-    options = ["corpus.max_tokens=60000", "store.shard_rows=2048"]
+    options = ["corpus.max_tokens=16000", "store.shard_rows=512", "extract.batch_tokens=512", QUICK]
     process = interrupted(["extract", *options], tmp_path, "runs/extract/*/activations.zarr/_commits/*.json", [number])
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
@@ -159,7 +159,9 @@ def test_an_interrupted_extract_exits_with_130_and_resumes_to_the_same_bytes(num
     assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_a_stopped_training_resumes_to_bit_identical_weights(number, made, tmp_path):
     store = next(made.glob("runs/extract/*/activations.zarr"))
     options = [*TRAIN, f"store.path={store}", "trainer.tokens=409600", "trainer.checkpoint_steps=10"]
@@ -206,7 +208,7 @@ def test_the_evaluation_of_another_sae_is_refused(copy):
 
 def test_evaluate_takes_the_store_of_the_sae_not_the_newest(copy):
     (own,) = copy.glob("runs/extract/*/activations.zarr")
-    ggscope("extract", "corpus.max_tokens=4000", cwd=copy)
+    ggscope("extract", "corpus.max_tokens=4000", QUICK, cwd=copy)
     options = ["evaluate.tokens=2000", "evaluate.splice_tokens=600", "model.n_threads=1"]
     ggscope("evaluate", *options, cwd=copy)
     (run,) = copy.glob("runs/evaluate/*/manifest.json")
@@ -224,8 +226,8 @@ def test_a_plan_is_no_store_for_others_and_resuming_it_captures_the_corpus_it_to
     spooled = {p.name: p.stat().st_mtime_ns for p in (run / "corpus").iterdir()}
     ggscope("extract", *SMALL, "resume=latest", cwd=tmp_path)
     assert {p.name: p.stat().st_mtime_ns for p in (run / "corpus").iterdir()} == spooled
-    assert "12,000 rows" in ggscope("extract", *SMALL, "extract.plan_only=true", f"resume={run}", cwd=tmp_path).stdout
-    assert "12,000 of 12,000 planned" in ggscope("store", "info", cwd=tmp_path).stdout
+    assert "6,000 rows" in ggscope("extract", *SMALL, "extract.plan_only=true", f"resume={run}", cwd=tmp_path).stdout
+    assert "6,000 of 6,000 planned" in ggscope("store", "info", cwd=tmp_path).stdout
 
 
 def test_a_whole_run_cannot_be_only_planned(tmp_path):

@@ -18,7 +18,7 @@ from sae.checkpoint import load_weights
 from sae.errors import ConfigError
 from sae.runtime import decode, encode
 
-from .conftest import ggscope, last_line
+from .conftest import QUICK, ggscope, last_line
 
 POINTS = ["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]
 SMALL = [
@@ -32,7 +32,7 @@ FEW = ["corpus.max_documents=3", "evaluate.tokens=500", "evaluate.splice_tokens=
 def folder(tmp_path_factory):
     """A store of an MLP's input and output."""
     folder = tmp_path_factory.mktemp("variants")
-    ggscope("extract", "corpus.max_tokens=6000", f"hook.points=[{','.join(POINTS)}]", cwd=folder)
+    ggscope("extract", "corpus.max_tokens=6000", QUICK, f"hook.points=[{','.join(POINTS)}]", cwd=folder)
     return folder
 
 
