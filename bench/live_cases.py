@@ -21,7 +21,7 @@ from typing import Any, Self
 import gguf
 import numpy as np
 
-from bench import models
+from bench import live_ask, models
 from bench.common import ROOT, BenchError, Row
 from bench.ours import beside
 from convert.sae_gguf import StoredMatrix
@@ -104,13 +104,16 @@ def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[R
         some = {key: sides[key] for key in ("bare", "callback")}
         with beside(busy=True):
             busy = in_step(some, settings, settings.busy_tokens)
+        token_ms = 1e3 * statistics.median(quiet["callback"])
+        asked = live_ask.rows(name, model, turns=settings.busy_tokens, threads=settings.threads, token_ms=token_ms)
     seconds = settings.sum_bytes / 1e9
     facts = {
         f"{name} bandwidth_gb_s": round(seconds / statistics.median(quiet["sum"]), 1),
-        f"{name} ms_per_token": round(1e3 * statistics.median(quiet["callback"]), 3),
+        f"{name} ms_per_token": round(token_ms, 3),
         f"{name} model_mb": round(path.stat().st_size / 1e6),
     }
-    return [*_callback_rows(name, quiet, busy, settings), *_reading_rows(name, quiet, sizes, settings)], facts
+    rows = [*_callback_rows(name, quiet, busy, settings), *asked, *_reading_rows(name, quiet, sizes, settings)]
+    return rows, facts
 
 
 def in_step(sides: Mapping[str, Step], settings: Settings, count: int) -> dict[str, list[float]]:

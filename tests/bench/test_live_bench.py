@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
 
-from bench import live, live_beside, live_cases, live_gpu, models
+from bench import live, live_ask, live_beside, live_cases, live_gpu, models
+from pipeline.llama.model import Model
+from pipeline.llama.session import Session
 
 SHAPE = models.Shape(d=64, blocks=2, heads=4, kv_heads=2, ff=96, vocab=512, context=256)
 SMALL = live_cases.Settings(
@@ -37,7 +40,7 @@ def test_every_side_gives_a_row_and_the_floor_is_the_encoders_bytes(tmp_path, mo
     found = json.loads((tmp_path / "live.json").read_text())
     rows = {row["case"]: row for row in found["rows"]}
     assert set(rows) == {
-        "llama1b callback", "llama1b callback, busy",
+        "llama1b callback", "llama1b callback, busy", "llama1b asked node",
         *(f"llama1b read n256 k8 {label}" for label in ("F16", "Q8_0", "Q4_0", "numpy-f32")),
     }  # fmt: skip
     floors = {name.split()[-1]: row["theirs"] for name, row in rows.items() if row["peer"] == "byte floor"}
@@ -46,6 +49,26 @@ def test_every_side_gives_a_row_and_the_floor_is_the_encoders_bytes(tmp_path, mo
     assert floors["F16"] / floors["Q4_0"] == pytest.approx(64 / 18)
     assert rows["llama1b callback"]["target"] == pytest.approx(1 / 1.03)
     assert found["machine"]["llama1b bandwidth_gb_s"] > 0
+
+
+def test_every_node_of_a_token_is_asked_about_once_and_python_takes_longer_to_answer(tmp_path):
+    path = live_cases.prepare("llama1b", tmp_path, SMALL, lambda text: None)
+    with Model(path) as model, Session(model, n_ctx=64, n_threads=1) as session:
+        found, heard = live_ask.library(), []
+
+        def slow(address, ask, user_data):
+            heard.append(address)
+            time.sleep(1e-4)
+            return False
+
+        callback = live_ask.lc.ggml_backend_sched_eval_callback(slow)
+        sides = live_ask.sides(model, found)
+        sides["slow"] = live_ask.Side(live_ask._address(callback), keep=(callback,))
+        spent, nodes = live_ask.nanoseconds(model, sides, found, turns=3, threads=1)
+    assert nodes == len(session.graph.nodes)
+    assert len(heard) == (3 + live_ask.WARM_TURNS) * nodes
+    assert 1e5 < spent["slow"] < 1e6
+    assert spent[live_ask.NOBODY] < spent[live_ask.FILTER] < spent[live_ask.PYTHON] < spent["slow"]
 
 
 def test_the_floor_and_the_added_time_are_those_of_the_seconds_given():
