@@ -5,7 +5,10 @@ PYTHON ?= python3
 # Where torch comes from. Empty: the package index (on Linux the CUDA build, 3 GB). Without an NVIDIA GPU
 # give the CPU index that pytorch.org's install page names: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
+# Processes that run the tests, each on its share of the cores; empty: one on all of them.
+TEST_WORKERS ?= 2
 VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder)
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-long lint check-tools install install-dev bench-env clean
@@ -14,10 +17,10 @@ demo: install
 	$(VENV)/bin/ggscope run experiment=demo_cpu
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: lint
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 lint: install-dev
 	$(VENV)/bin/ruff check .

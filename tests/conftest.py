@@ -1,4 +1,4 @@
-"""A local S3 server in a process of its own."""
+"""A local S3 server in a process of its own; what `pytest -n` needs to be faster than one process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,27 @@ import pytest
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started by `&` of a script: children would ignore Ctrl-C too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# with few tests that take long: begun last, one worker would end alone with them
+LONG_FILES = ("test_documented_commands.py", "test_wheel.py", "test_run.py")
+
+
+def take_cores() -> None:
+    """Of `pytest -n N`: this worker's share of the cores, for its threads and its children's. More threads than cores wait
+    for each other in turns."""
+    name, count = os.environ.get("PYTEST_XDIST_WORKER", ""), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if name and hasattr(os, "sched_setaffinity"):
+        cores, number = sorted(os.sched_getaffinity(0)), int(name.removeprefix("gw"))
+        os.sched_setaffinity(0, cores[number::count] or [cores[number % len(cores)]])
+
+
+take_cores()  # before any library counts them
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
 
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 NOT_RUN = {"network", "gpu", "long"}
 SMALL = {
     "extract": ["corpus.max_tokens=20000", "extract.calibration_tokens=1024"],
-    "train": ["sae.num_latents=512", "trainer.tokens=120000", "trainer.dead_after_tokens=20000"],
+    "train": ["sae.num_latents=512", "trainer.tokens=90000", "trainer.dead_after_tokens=10000"],
     "evaluate": ["evaluate.tokens=4000", "evaluate.splice_tokens=1024"],
     "drift": ["drift.tokens=500", "drift.splice_tokens=200", "drift.types=[F32,Q4_0]"],
     "apply": ["apply.max_tokens=8"],

