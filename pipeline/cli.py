@@ -260,7 +260,11 @@ def run_command(name: str, args: list[str]) -> None:
     import hydra
 
     register_schema()
-    if COMMANDS[name].keeps_run and not {"-m", "--multirun"}.isdisjoint(overrides):
+    if not {"-m", "--multirun"}.isdisjoint(overrides):
+        if not COMMANDS[name].keeps_run:
+            raise ConfigError(
+                f"-m: `ggscope {name}` makes no runs to sweep over; leave out -m, one call for each value"
+            )
         sweep(name, [*([verb] if verb else []), *paths], texts, overrides)
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out instead of being printed
@@ -269,8 +273,6 @@ def run_command(name: str, args: list[str]) -> None:
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name=name)(
         hydra_task(name, (verb, paths), texts, [item.partition("=")[0] for item in overrides if "=" in item], failures)
     )()
-    for later in failures[1:]:
-        exit_code_of(later, name)
     if failures:
         raise failures[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -75,11 +76,22 @@ def space(override: Override) -> Space:
         return Space(key=key, choices=tuple(override.sweep_string_iterator()))
     log = "log" in getattr(value, "tags", ())
     if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
+        check_interval(override.input_line or key, value.start, value.end, log=log)
         whole = isinstance(value.start, int) and isinstance(value.end, int)
         return Space(key=key, low=value.start, high=value.end, log=log, whole=whole)
     if isinstance(value, RangeSweep):
         return Space(key=key, choices=tuple(override.sweep_string_iterator()))
     raise ConfigError(f"{override.input_line}: a search takes values, range(...) or interval(low,high)")
+
+
+def check_interval(text: str, low: float, high: float, *, log: bool) -> None:
+    """ConfigError for an interval that holds no two finite numbers, or has no logarithmic scale."""
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(f"{text}: expected interval(low,high) of two numbers, low below high, got {low} and {high}")
+    if log and low <= 0:
+        raise ConfigError(
+            f"{text}: expected a low above 0 on a logarithmic scale, got {low}; raise it or leave out log"
+        )
 
 
 def named(points: list[list[str]]) -> list[Point]:
@@ -109,3 +121,8 @@ def shortened(value: str) -> str:
 def described(points: Sequence[Point]) -> dict[str, Any]:
     """As JSON keeps it."""
     return {point.name: list(point.overrides) for point in points}
+
+
+def described_spaces(swept: Sequence[Override]) -> dict[str, str]:
+    """What a search chooses each setting from, as it was typed."""
+    return {override.get_key_element(): (override.input_line or "").partition("=")[2] for override in swept}

@@ -18,8 +18,8 @@ from ..config import Config, ExecutorConfig
 from ..console import PlainConsole
 from ..executors import open_executor
 from ..run import print_three, read_manifest, write_json
-from .points import Point, described, grid, refuse_own, spaces, split
-from .search import Search, run_search
+from .points import Override, Point, described, described_spaces, grid, refuse_own, spaces, split
+from .search import Search, import_optuna, run_search
 from .work import Runs
 
 SWEEP = "sweep.json"
@@ -75,24 +75,39 @@ def run_sweep(
     shared = [text for text in fixed if text.split("=")[0].split(".")[0] not in ours]
     if not swept:
         raise ConfigError("-m: expected a setting with several values, e.g. sae.k=16,32; without one leave out -m")
+    wanted, points = planned(config, fixed, swept)
     folder = sweep_folder(config, name)
     sweep = Sweep(
         name=name, folder=folder, command=(*command, *flags), shared=tuple(shared),
         executor=ExecutorConfig() if own else config.executor, console=PlainConsole(stderr=True),
     )  # fmt: skip
+    same_points(folder / SWEEP, {"command": list(command), "shared": shared, **wanted})
     try:
         if config.sweep.trials:
             searched(sweep, Search(config.sweep, spaces(swept), folder), config)
         else:
-            points = grid(swept)
-            same_points(folder / SWEEP, {"command": list(command), "shared": shared, "points": described(points)})
             finish(sweep, sweep.run(points))
     except KeyboardInterrupt:
         raise InterruptedRunError(f"interrupted; continue with -m, the same settings and resume={folder}") from None
 
 
+def planned(config: Config, fixed: Sequence[str], swept: Sequence[Override]) -> tuple[dict[str, Any], list[Point]]:
+    """What makes the sweep another one when it changes, and the points of a grid. ConfigError before a folder is made."""
+    if not config.sweep.trials:
+        if "sweep=optuna" in fixed:
+            raise ConfigError(
+                "sweep=optuna sweep.trials=0: expected at least one trial; for every combination leave sweep=optuna out"
+            )
+        points = grid(swept)
+        return {"points": described(points)}, points
+    spaces(swept)
+    import_optuna()
+    own = {"spaces": described_spaces(swept), "metric": config.sweep.metric, "maximize": config.sweep.maximize}
+    return own, []
+
+
 def sweep_folder(config: Config, name: str) -> Path:
-    """A new folder, or the one that `resume` names."""
+    """The folder of a new sweep, not made yet, or the one that `resume` names."""
     if config.resume == "latest":
         found = sorted(ROOT.glob(f"*-{name}/{SWEEP}"), key=lambda path: path.stat().st_mtime)
         if not found:
@@ -107,12 +122,11 @@ def sweep_folder(config: Config, name: str) -> Path:
     folder = (Path(config.run_dir) if config.run_dir else ROOT / f"{stamp}-{name}").resolve()
     if (folder / SWEEP).exists():
         raise ConfigError(f"run_dir={folder} already holds a sweep; continue it with resume={folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def same_points(path: Path, wanted: dict[str, Any]) -> None:
-    """Note what the sweep is of; ConfigError where the folder's is another."""
+    """Note what the sweep is of, in its folder, which is made; ConfigError where the folder's is another."""
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
         changed = [
@@ -120,12 +134,12 @@ def same_points(path: Path, wanted: dict[str, Any]) -> None:
         ]
         if changed:
             raise ConfigError(f"{path.parent} is another sweep ({'; '.join(changed)}); use its settings, or start anew")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
 
 
 def searched(sweep: Sweep, search: Search, config: Config) -> None:
     """Run the points that a search asks for, as many at a time as the executor has workers."""
-    write_json(sweep.folder / SWEEP, {"command": list(sweep.command), "shared": list(sweep.shared), "search": True})
     codes: dict[str, int] = {}
 
     def run(points: list[Point]) -> dict[str, float | None]:
@@ -136,31 +150,39 @@ def searched(sweep: Sweep, search: Search, config: Config) -> None:
     run_search(search, run, max(1, sweep.executor.workers))
     best = search.best()
     write_json(sweep.folder / "best.json", best)
-    line = ""
+    finished, asked = search.count()
+    line = f"; none has a finite {config.sweep.metric}" if finished else ""
     if best is not None:
         at = ", ".join(f"{key}={value}" for key, value in best["overrides"].items())
         line = f"; best {config.sweep.metric} {best['value']:.4f} at {at} ({best['point']})"
-    report(sweep, codes, config.sweep.trials, line)
+    report(sweep, codes, finished, asked, line)
 
 
 def metric(run: Path, key: str) -> float | None:
-    """A number of a run's manifest; None for a run that did not finish or has no such number."""
+    """A number of a run's manifest; None for a run that did not finish. ConfigError where it has no such number."""
     manifest = read_manifest(run) or {}
-    value = manifest.get("metrics", {}).get(key)
-    return float(value) if manifest.get("status") == "finished" and isinstance(value, int | float) else None
+    if manifest.get("status") != "finished":
+        return None
+    numbers = {name: value for name, value in manifest.get("metrics", {}).items() if type(value) in (int, float)}
+    if key not in numbers:
+        raise ConfigError(
+            f"sweep.metric={key}: {run} finished without such a number; "
+            f"start a new search with one of its own: {', '.join(numbers) or 'it has none'}"
+        )
+    return float(numbers[key])
 
 
 def finish(sweep: Sweep, work: Runs) -> None:
     codes = {point.name: code for i, point in enumerate(work.points) if (code := work.code(i)) is not None}
-    report(sweep, codes, len(work.points))
+    report(sweep, codes, len(work.points) - len(codes), len(work.points))
 
 
-def report(sweep: Sweep, codes: dict[str, int], count: int, best: str = "") -> None:
+def report(sweep: Sweep, codes: dict[str, int], finished: int, count: int, best: str = "") -> None:
     """The three lines of a sweep; raises with the first failure's exit code where some points failed."""
     print_three(
         sweep.name,
         f"{count} points of `ggscope {' '.join(sweep.command)}`",
-        f"{count - len(codes)} of {count} points finished{best}",
+        f"{finished} of {count} points finished{best}",
         f"{sweep.folder}, and a run folder each in {Path('runs') / sweep.name}",
     )
     if codes:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from hydra import compose, initialize_config_module
 
-from pipeline.cli import register_schema
+from pipeline.cli import main, register_schema
 from pipeline.commands import COMMANDS
 from pipeline.config import SweepConfig
-from pipeline.sweep.points import Space
+from pipeline.sweep.points import Space, described_spaces, split
 from pipeline.sweep.search import Search, run_search
+from pipeline.sweep.sweep import same_points
 from sae.errors import ConfigError
-from tests.cli.conftest import ggscope
+from tests.cli.conftest import ggscope, last_line
 from tests.training.conftest import TRAIN
 
 from .test_sweep import place  # noqa: F401
@@ -27,7 +29,7 @@ def value(point):
 
 
 def test_a_missing_optuna_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'ggscope\[optuna\]'"):
         Search(SweepConfig(trials=3), SPACES, tmp_path)
 
@@ -78,13 +80,127 @@ def test_a_search_comes_close_to_the_minimum_and_goes_on_where_it_was_stopped(tm
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_point_that_failed_is_told_as_failed_and_is_not_the_best(tmp_path):
+def test_a_point_that_failed_is_asked_again_at_the_next_start_only_and_is_not_the_best(tmp_path):
     pytest.importorskip("optuna")
     search = Search(SweepConfig(trials=4, maximize=True), SPACES, tmp_path)
-    values = iter([1.0, None, float("nan"), 0.5])
-    run_search(search, lambda points: {point.name: next(values) for point in points}, 2)
+    values, asked = iter([1.0, None, float("nan"), 0.5]), []
+
+    def run(points):
+        asked.extend(points)
+        return {point.name: next(values) for point in points}
+
+    run_search(search, run, 2)
     assert search.best()["value"] == 1.0
     assert search.ask(2) == []
+    assert search.count() == (3, 4)
+    again = Search(SweepConfig(trials=4, maximize=True), SPACES, tmp_path)
+    assert again.ask(9) == asked[1:2]
+    again.tell(asked[1], 2.0)
+    assert again.ask(9) == []
+    assert again.count() == (4, 4)
+    assert again.best()["point"] == asked[1].name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trial_that_was_stopped_before_it_had_all_settings_is_no_point(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    search = Search(SweepConfig(trials=2), SPACES, tmp_path)
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'optuna.db'}")
+    study.ask().suggest_float("x", -4.0, 4.0)
+    points = search.ask(9)
+    assert [len(point.overrides) for point in points] == [2, 2]
+    assert search.count() == (0, 2)
+
+
+FAILS = ["train", "-m", "sweep=optuna", "sweep.trials=1", "sae.num_latents=8", "sae.k=900,901"]
+
+
+@pytest.fixture
+def failed(tmp_path, monkeypatch, capfd):
+    """The working folder of a search, m2, whose only point was refused."""
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    assert main([*FAILS, "run_dir=m2"]) == 2
+    assert "0 of 1 points finished\n" in capfd.readouterr().out
+    return tmp_path
+
+
+def test_a_resumed_search_tries_its_failed_points_again(failed, capfd):
+    assert main([*FAILS, "resume=m2"]) == 2
+    done = capfd.readouterr()
+    assert "0 of 1 points finished\n" in done.out
+    refused, last = done.err.strip().splitlines()[-2:]
+    assert "expected a finished `ggscope extract` run" in refused
+    assert "1 of 1 points failed" in last
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sae.k=900,902"], "is another sweep (spaces: {'sae.k': '900,901'} there, {'sae.k': '900,902'} now)"),
+        (["sae.k=interval(1,9)"], "is another sweep (spaces: {'sae.k': '900,901'} there, {'sae.k': 'interval(1,9)'} now)"),
+        (["sae.num_latents=16"], "(shared: ['sae.num_latents=8'] there, ['sae.num_latents=16'] now)"),
+        (["sweep.metric=dead"], "(metric: fvu there, dead now)"),
+        (["sweep.maximize=true"], "(maximize: False there, True now)"),
+    ],
+)  # fmt: skip
+def test_a_search_is_not_resumed_with_other_settings(words, message, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    _, swept = split(FAILS[4:])
+    own = {"spaces": described_spaces(swept), "metric": "fvu", "maximize": False}
+    same_points(tmp_path / "m2/sweep.json", {"command": ["train"], "shared": ["sae.num_latents=8"], **own})
+    keys = [word.partition("=")[0] for word in words]
+    kept = [word for word in FAILS if word.partition("=")[0] not in keys]
+    assert main([*kept, *words, "resume=m2"]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert [path.name for path in (tmp_path / "m2").iterdir()] == ["sweep.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trainer.lr=interval(1e-2,1e-4)"], "trainer.lr=interval(1e-2,1e-4): expected interval(low,high) of two numbers, low below high, got 0.01 and 0.0001"),
+        (["trainer.lr=interval(0,inf)"], "low below high, got 0.0 and inf"),
+        (["trainer.lr=tag(log,interval(0,1e-4))"], "trainer.lr=tag(log,interval(0,1e-4)): expected a low above 0 on a logarithmic scale, got 0.0"),
+        (["sae.k=3,4", "sweep.trials=0"], "sweep=optuna sweep.trials=0: expected at least one trial"),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_be_is_one_line_and_leaves_no_folder(words, message, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("optuna")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "-m", "sweep=optuna", *words]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_without_optuna_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.chdir(tmp_path)
+    assert main(FAILS) == 2
+    assert "needs the package optuna" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, command in COMMANDS.items() if not command.keeps_run and command.groups]
+)
+def test_a_command_without_runs_takes_no_sweep(name, capsys):
+    verb = COMMANDS[name].verbs[:1]
+    assert main([name, *verb, "-m", "sweep=optuna"]) == 2
+    assert f"-m: `ggscope {name}` makes no runs to sweep over" in capsys.readouterr().err
+
+
+def test_a_metric_that_the_runs_do_not_have_ends_the_search_at_its_first_point(place):  # noqa: F811
+    pytest.importorskip("optuna")
+    words = ["train", "-m", *TRAIN, "sae.k=3,4", "sweep=optuna", "sweep.trials=3", "sweep.metric=fuv"]
+    done = ggscope(*words, cwd=place, code=2)
+    (run,) = place.glob("runs/train/*")
+    assert last_line(done).startswith(f"ggscope train: sweep.metric=fuv: {run} finished without such a number; ")
+    numbers = json.loads((run / "manifest.json").read_text())["metrics"]
+    listed = last_line(done).rpartition("one of its own: ")[2].split(", ")
+    assert "fvu" in listed
+    assert set(listed) <= numbers.keys()
 
 
 @pytest.mark.parametrize("chosen", [["sweep=optuna"], pytest.param([], marks=pytest.mark.long)])
