@@ -30,7 +30,7 @@ def encode(w: SAEWeights, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ShapeError: x is not (N, D).
     """
-    x_ND = normalised(w, _rows(w, x_ND))
+    x_ND = normalised(w, checked_rows(w, x_ND))
     return joined(w, (select(w, pre_NF) for pre_NF in _pre_act_blocks(w, x_ND)))
 
 
@@ -40,7 +40,7 @@ def encoder_input(w: SAEWeights, x_ND: np.ndarray) -> np.ndarray:
     Raises:
         ShapeError: x is not (N, D).
     """
-    x_ND = normalised(w, _rows(w, x_ND))
+    x_ND = normalised(w, checked_rows(w, x_ND))
     return x_ND - w.b_dec_D if w.b_dec_subtracted else x_ND
 
 
@@ -103,7 +103,7 @@ def decode(w: SAEWeights, idx_NK: np.ndarray, vals_NK: np.ndarray, x_ND: np.ndar
         return x_hat_NO
     if x_ND is None or len(x_ND) != len(x_hat_NO):
         raise ShapeError("this SAE's reconstruction needs the rows that were encoded (layer norm or skip): give x_ND")
-    x_ND = _rows(w, x_ND)
+    x_ND = checked_rows(w, x_ND)
     if w.W_skip_OD is not None:
         x_hat_NO += x_ND @ w.W_skip_OD.T
     return x_hat_NO if w.norm_mode == "none" else sigma(w, x_ND) * x_hat_NO + _mu(x_ND)
@@ -139,7 +139,7 @@ def latent_values(
     wanted = np.asarray(latents, dtype=np.int64).reshape(-1)
     if wanted.size and not (wanted.min() >= 0 and wanted.max() < w.num_latents):
         raise ShapeError(f"latents must be between 0 and {w.num_latents - 1}, got {wanted.tolist()}")
-    x_ND = _rows(w, x_ND)
+    x_ND = checked_rows(w, x_ND)
     slot_F = np.full(w.num_latents, -1, np.int64)
     slot_F[wanted] = np.arange(wanted.size)  # a latent named twice is filled from its last slot below
     out_NL = np.zeros((len(x_ND), wanted.size), np.float32)
@@ -150,7 +150,8 @@ def latent_values(
     return out_NL[:, slot_F[wanted]] if wanted.size else out_NL
 
 
-def _rows(w: SAEWeights, x_ND: np.ndarray) -> np.ndarray:
+def checked_rows(w: SAEWeights, x_ND: np.ndarray) -> np.ndarray:
+    """The rows in float32. ShapeError where they are not (N, D)."""
     if x_ND.ndim != 2 or x_ND.shape[1] != w.d_in:
         raise ShapeError(f"expected activations of shape (rows, {w.d_in}) for this SAE, got {x_ND.shape}")
     return np.asarray(x_ND, dtype=np.float32)

@@ -6,15 +6,17 @@ N rows, I columns read, O columns reconstructed, P hook points of these, F laten
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sae.errors import ConfigError
+from sae.errors import ConfigError, ShapeError
 from sae.metrics import Moments, ReconstructionMetrics
 from sae.weights import SAEWeights
 from sae.wiring import spans
+
+from ..llama.hooks import HookPoint
 
 LEAST_SCALE = 1e-37  # what is divided by less is no float32
 
@@ -75,6 +77,20 @@ def scaled_fvu(fvu_P: Sequence[float], scatter_P: Sequence[float], scale_P: Sequ
     return float(np.average(fvu_P, weights=weight_P))
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def side_by_side(ports: Ports, acts: Mapping[HookPoint, np.ndarray]) -> np.ndarray:
+    """The values at the hook points as columns. ShapeError for a point whose rows are not as wide as the SAE says."""
+    parts = [acts[HookPoint.parse(name)] for name, _ in ports]
+    for (name, width), part in zip(ports, parts, strict=True):
+        if part.shape[1:] != (width,):
+            got = " x ".join(str(n) for n in part.shape[1:])
+            raise ShapeError(f"expected {width} values a row at {name}, as the SAE was trained on; the model has {got}")
+    return np.concatenate(parts, axis=1)
+
+
 def output_scales(weights: SAEWeights, moments_P: Sequence[Moments]) -> list[float]:
     """What the training divided each output by.
 
@@ -90,10 +106,10 @@ def output_scales(weights: SAEWeights, moments_P: Sequence[Moments]) -> list[flo
         if not (
             isinstance(found, list)
             and len(found) == points
-            and all(isinstance(scale, float) and LEAST_SCALE < scale < 1 / LEAST_SCALE for scale in found)
+            and all(_is_number(scale) and LEAST_SCALE < scale < 1 / LEAST_SCALE for scale in found)
         ):
             raise ConfigError(f"expected training['scales'] of {points} positive numbers, got {str(found)[:60]}")
-        return found[-outputs:]
+        return [float(scale) for scale in found[-outputs:]]
     one = weights.training.get("scale")
     if outputs == 1 or (isinstance(one, list) and len(one) == 1):
         return [1.0] * outputs

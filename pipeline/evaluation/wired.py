@@ -35,7 +35,7 @@ from .evaluate import (
     take_windows,
 )
 from .measure import MEAN, SAE, ZERO, json_safe
-from .ports import OutputMetrics, Ports, output_scales, ports_of
+from .ports import OutputMetrics, Ports, output_scales, ports_of, side_by_side
 from .splice import RowsAt, SpliceConfig, Wired, splice
 
 LARGEST = 1e38  # of a norm in float32
@@ -65,9 +65,11 @@ def evaluate_wired(
     training there are left out; `flagged_share` says how many. `statistics` (its parts: the outputs) is filled.
 
     Raises:
-        ConfigError: every row is left out.
+        ConfigError: every row is left out; two outputs are one tensor of the model, which only one of them can replace.
+        ShapeError: a hook point is not as wide as the SAE says.
     """
     inputs, outputs = ports_of(weights)
+    _check_points(model, inputs, outputs)
     order_W = np.random.default_rng(config.seed).permutation(windows.n_windows)
     chosen_W = take_windows(windows, order_W, config.tokens)
     whole = OutputMetrics(outputs, weights.num_latents)
@@ -101,6 +103,21 @@ def evaluate_wired(
     return json_safe(found | spliced_numbers(losses, metrics))
 
 
+def _check_points(model: Model, inputs: Ports, outputs: Ports) -> None:
+    for name, _ in (*inputs, *outputs):
+        if HookPoint.parse(name).site == "pattern":
+            raise ConfigError(f"expected hook points with a row of values for each token, {name} has a pattern")
+    by_place: dict[int, str] = {}
+    for name, _ in outputs:
+        place = model.graph.find(HookPoint.parse(name)).index
+        if place in by_place:
+            raise ConfigError(
+                f"expected outputs that differ, {by_place[place]} and {name} are one tensor of this model: which of both "
+                "reconstructions it goes on with cannot be said"
+            )
+        by_place[place] = name
+
+
 def limits_of(weights: SAEWeights) -> dict[str, float]:
     """Above which norm a row was outside the training at a hook point (0: none is known).
 
@@ -119,7 +136,7 @@ def wired_run(run: Replacement, metrics: OutputMetrics, inputs: Ports, outputs: 
     read, written = ([HookPoint.parse(name) for name, _ in ports] for ports in (inputs, outputs))
 
     def reconstruct(acts: RowsAt) -> RowsAt:
-        x_NI, y_NO = (np.concatenate([acts[point] for point in points], axis=1) for points in (read, written))
+        x_NI, y_NO = (side_by_side(ports, acts) for ports in (inputs, outputs))
         idx_NK, vals_NK = run.code(x_NI)
         y_hat_NO = run.decode(idx_NK, vals_NK, x_NI)
         metrics.update(y_NO, y_hat_NO, idx_NK, vals_NK)
@@ -143,7 +160,8 @@ def _reconstruct(
     names = list(dict.fromkeys(name for name, _ in (*inputs, *outputs)))
     done, advance = 0, counted(progress, "reconstruct", int(np.diff(table.window_starts)[chosen_W].sum()))
     for rows, found in rows_at(model, table, chosen_W, names, limits_of(weights), session):
-        x_NI, y_NO = (np.concatenate([found[name] for name, _ in ports], axis=1) for ports in (inputs, outputs))
+        acts = {HookPoint.parse(name): values for name, values in found.items()}
+        x_NI, y_NO = (side_by_side(ports, acts) for ports in (inputs, outputs))
         if len(x_NI):
             idx_NK, vals_NK = runtime.encode(weights, x_NI)
             y_hat_NO = runtime.decode(weights, idx_NK, vals_NK, x_NI)

@@ -29,7 +29,7 @@ from convert.sae_gguf import StoredMatrix
 from sae.encoders import PAIR, Encoder, RowReading
 from sae.errors import LlamaError, ShapeError
 from sae.rows import RowMatrix
-from sae.runtime import PRE_ACT_BYTES, encode, encoder_input, joined, select
+from sae.runtime import PRE_ACT_BYTES, checked_rows, encode, encoder_input, joined, select
 from sae.weights import SAEWeights
 
 from .ggml_graph import Affine, Backend, Graph, to_host
@@ -68,13 +68,13 @@ class GgmlEncoder(Encoder):
         self._native = kernels()
         self._affine = Affine(backend, int(kind), raw, weights.d_in, weights.b_enc_F)
         on_cpu = self._native is not None and backend.is_cpu
-        self._nodes = None if on_cpu else LatentNodes(self._affine, weights)
+        self._step = max(1, PRE_ACT_BYTES // (4 * weights.num_latents))
+        self._nodes = None if on_cpu else LatentNodes(self._affine, weights, most_rows=self._step)
         self._decoder = None if weights.needs_input else decoder_of(weights.W_dec_FD, weights.b_dec_D)
         self._n_threads = n_threads
         self._pre_1F = np.empty((1, weights.num_latents), np.float32)
         has = on_cpu and self._native is not None and self._native.has_affine(self.dtype, weights.num_latents)
         self._one_row = has and self._is_ggmls_product()
-        self._step = max(1, PRE_ACT_BYTES // (4 * weights.num_latents))
 
     @property
     def name(self) -> str:
@@ -94,6 +94,7 @@ class GgmlEncoder(Encoder):
         return bool(np.abs(gap_1F).max() <= 1e-4 * np.abs(ggmls_1F).max())
 
     def _encode(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x_ND = checked_rows(self.weights, x_ND)
         if not len(x_ND):
             return encode(self.weights, x_ND)
         with quick_switching():

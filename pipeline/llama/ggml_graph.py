@@ -310,10 +310,14 @@ class Graph:
         return self._views[number + 1] if self._views else to_host(self._outputs[number])
 
 
-def unsupported(backend: Backend, D: int, nodes: Nodes) -> str:
-    """The first operation of a graph over one row that the device cannot compute, "" where it can all."""
-    with _context() as context:
-        return _unsupported(backend, _graph_of(context, nodes(context, new_2d(context, TYPE_F32, D, 1))))
+def unsupported(backend: Backend, D: int, nodes: Nodes, sizes: Iterable[int] = (1,)) -> str:
+    """The first operation of a graph over so many rows that the device cannot compute, "" where it can all."""
+    for rows in sizes:
+        with _context() as context:
+            graph = _graph_of(context, nodes(context, new_2d(context, TYPE_F32, D, rows)))
+            if missing := _unsupported(backend, graph):
+                return missing
+    return ""
 
 
 def _cannot(backend: Backend, operation: str) -> LlamaError:

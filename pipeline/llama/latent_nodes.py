@@ -27,6 +27,7 @@ _argmax = function("ggml_argmax", _P, _P, _P)
 _get_rows = function("ggml_get_rows", _P, _P, _P, _P)
 _reshape_2d = function("ggml_reshape_2d", _P, _P, _P, _I64, _I64)
 _reshape_3d = function("ggml_reshape_3d", _P, _P, _P, _I64, _I64, _I64)
+_add = function("ggml_add", _P, _P, _P, _P)
 _sub = function("ggml_sub", _P, _P, _P, _P)
 _mul = function("ggml_mul", _P, _P, _P, _P)
 _div = function("ggml_div", _P, _P, _P, _P)
@@ -42,16 +43,18 @@ _step = function("ggml_step", _P, _P, _P)
 class LatentNodes:
     """The encoder of an SAE on the device of `affine`, which holds W_enc and b_enc."""
 
-    def __init__(self, affine: Affine, weights: SAEWeights) -> None:
+    def __init__(self, affine: Affine, weights: SAEWeights, *, most_rows: int = 1) -> None:
+        """`most_rows` of one call."""
         self._affine, self._w = affine, weights
         constants = {"b_dec": weights.b_dec_D} if weights.b_dec_subtracted else {}
         if weights.threshold_F is not None:
             constants["threshold"] = weights.threshold_F
         self._constants = Constants(affine.backend, constants)
         D = weights.d_in
-        self.takes_rows = not unsupported(affine.backend, D, lambda context, x: [self._input(context, x)])
+        sizes = (1, most_rows)
+        self.takes_rows = not unsupported(affine.backend, D, lambda context, x: [self._input(context, x)], sizes)
         self.selects = not unsupported(
-            affine.backend, D, lambda context, x: self._chosen(context, affine.product(context, x))
+            affine.backend, D, lambda context, x: self._chosen(context, affine.product(context, x)), sizes
         )
         self._graphs = Graphs(affine.backend, D, self._nodes)
 
@@ -74,7 +77,6 @@ class LatentNodes:
         idx_NK, vals_NK = graph.values(0), graph.values(1)
         if not np.isfinite(vals_NK).all():  # one number beyond the type makes every pre-activation of its row so
             return None
-        idx_NK = idx_NK.reshape(len(vals_NK), -1)
         if w.variant == "groupmax":
             idx_NK = idx_NK + np.arange(w.k, dtype=np.int32) * (w.num_latents // w.k)
         fires_NK = vals_NK > 0
@@ -94,6 +96,7 @@ class LatentNodes:
             scatter = _sum_rows(context, _sqr(context, x))
             sigma = _sqrt(context, _scale_bias(context, scatter, 1 / (w.d_in - w.norm_correction), 0.0))
             x = _div(context, x, _scale_bias(context, sigma, 1.0, w.norm_eps))
+            x = _add(context, x, _scale_bias(context, scatter, 0.0, 0.0))  # squares beyond float32 make it not a number
         return _sub(context, x, self._constants["b_dec"]) if w.b_dec_subtracted else x
 
     def _chosen(self, context: int, pre: int) -> list[int]:

@@ -64,6 +64,10 @@ class RowReads:
         for place in self._places:
             place.written(seq, pos)
 
+    def forget(self) -> None:
+        """Let go of the hooks, and of the readers behind them."""
+        self._hooks, self._reads, self._places = [], [], []
+
     def _prepare(self, hooks: Sequence[Hook]) -> None:
         self._hooks, self._reads, self._places, self._outputs_only = list(hooks), [], [], False
         if len(hooks) > MAX_READS or not self._callback.reads_rows:

@@ -181,6 +181,8 @@ class Session:
         """
         lc.llama_memory_clear(lc.llama_get_memory(self._open()), wipe)
         self._callback.cells.clear()
+        if self._rows is not None:
+            self._rows.forget()
         self._next_pos.fill(0)
         self._key = None
 

@@ -67,8 +67,8 @@ def test_every_node_of_a_token_is_asked_about_once_and_python_takes_longer_to_an
         spent, nodes = live_ask.nanoseconds(model, sides, found, turns=3, threads=1)
     assert nodes == len(session.graph.nodes)
     assert len(heard) == (3 + live_ask.WARM_TURNS) * nodes
-    assert 1e5 < spent["slow"] < 1e6
-    assert spent[live_ask.NOBODY] < spent[live_ask.FILTER] < spent[live_ask.PYTHON] < spent["slow"]
+    assert spent["slow"] > 1e5
+    assert spent[live_ask.FILTER] < spent[live_ask.PYTHON] < spent["slow"]
 
 
 def test_the_floor_and_the_added_time_are_those_of_the_seconds_given():

@@ -98,7 +98,7 @@ def test_a_crosscoder_is_judged_at_all_its_hook_points_and_at_each(tiny):
     scale_O = np.repeat(scale_P, D)
     assert found["scale_of"] == dict(zip((MID, POST), scale_P, strict=True))  # the file does not say
     assert found["fvu"] == pytest.approx(fvu(y_NO / scale_O, y_hat_NO / scale_O), rel=1e-4)
-    own = evaluated(tiny, replace(w, training={"scales": [1.0, 0.25]}))
+    own = evaluated(tiny, replace(w, training={"scales": [1, 0.25]}))
     scale_O = np.repeat([1, 0.25], D)
     assert own["fvu"] == pytest.approx(fvu(y_NO / scale_O, y_hat_NO / scale_O), rel=1e-4)
     assert own["fvu_of"] == found["fvu_of"]

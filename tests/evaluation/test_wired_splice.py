@@ -19,6 +19,7 @@ from pipeline.evaluation.wired import evaluate_wired
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Hook, Session, capture
+from sae.errors import ConfigError, ShapeError
 from sae.weights import SAEWeights
 from tests.evaluation.test_wired import ALL, MID, ONE, OUT, POST, D, F, K, dense
 from tests.sae.toy import random_weights
@@ -190,6 +191,15 @@ def test_the_identity_recovers_everything(tiny, w):
     assert found["ce_recovered_ci95"] == [1, 1]
     assert (found["delta_ce_nats"], found["kl"], found["fvu"], found["same_rows"]["fvu"]) == (0, 0, 0, 0)
     assert found["baselines"]["zero"]["ce_recovered"] == 0
+
+
+def test_hook_points_of_other_widths_patterns_and_two_names_of_one_tensor_are_refused(tiny):
+    with pytest.raises(ShapeError, match=f"expected {D} values a row at blocks.1.mlp.hook_post, as the SAE"):
+        tiny.evaluate(identity(["blocks.1.mlp.hook_post"], [OUT]))
+    with pytest.raises(ConfigError, match=r"blocks\.1\.attn\.hook_pattern has a pattern"):
+        tiny.evaluate(identity(["blocks.1.attn.hook_pattern"], [OUT]))
+    with pytest.raises(ConfigError, match=f"{POST} and {NEXT} are one tensor of this model"):
+        tiny.evaluate(identity([POST, NEXT]))
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "crosscoder", "cross_layer"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import struct
+import weakref
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from pipeline.llama.session import Session
 from pipeline.llama.symbols import device_at as device_number
 from pipeline.llama.symbols import device_count, device_name, is_cpu, op_name, tensor_at
 from pipeline.readout import Reader
+from sae.errors import ShapeError
 from sae.runtime import decode, encode
 from tests.interventions.tiny import prompt, sae_at, session, tiny
 from tests.llama.test_encoder import ROUNDING, D, F, K, check_support, oracle, sae
@@ -203,6 +206,33 @@ def test_the_row_of_a_generated_token_goes_from_the_hooked_tensor_to_the_encoder
         assert ours.fvu == pytest.approx(numpys.fvu, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["layer norm", "topk"])
+def test_rows_whose_squares_float32_cannot_hold_are_numpys(name, device):
+    w = dataclasses.replace(sae(np.random.default_rng(7))[0], **VARIANTS[name])
+    x_ND = rows_of(w, rows=3)
+    x_ND[1] *= np.float32(1e22)
+    check_equal(GgmlEncoder(w, n_threads=1, device=device).encode(x_ND), encode(w, x_ND))
+
+
+def test_rows_of_another_width_are_refused(device):
+    w = sae(np.random.default_rng(7))[0]
+    encoder = GgmlEncoder(w, n_threads=1, device=device)
+    for width in (1, D // 2, 2 * D):
+        with pytest.raises(ShapeError, match=f"expected activations of shape .rows, {D}. for this SAE"):
+            encoder.encode(np.ones((2, width), np.float32))
+
+
+def test_a_cleared_session_lets_go_of_the_reader():
+    w, own = sae_at(1), session()
+    encoder = GgmlEncoder(w, n_threads=1)
+    readings(w, encoder, own)
+    kept = weakref.ref(encoder)
+    own.clear()
+    del encoder
+    gc.collect()
+    assert kept() is None
+
+
 def test_a_model_on_the_cpu_has_its_hook_points_there():
     model = tiny()[0]
     assert not model.offloads
@@ -217,7 +247,7 @@ def test_blocks_on_a_gpu_have_their_encoders_there():
     gpu = next(d for d in DEVICES.values() if d)
     model = Model(path, n_gpu_layers=2)  # the output, and the last block
     last = model.id.n_layer - 1
-    first_w, last_w = sae_at(0), sae_at(last)
+    first_w = sae_at(0)
     assert device_at(model, HookPoint.parse(first_w.hook)) == 0
     assert device_at(model, HookPoint.parse(f"blocks.{last}.hook_mlp_out")) == gpu
     whole = Model(path, n_gpu_layers=-1)
@@ -234,4 +264,3 @@ def test_blocks_on_a_gpu_have_their_encoders_there():
     assert len(found) == len(expected)
     for ours, numpys in zip(found, expected, strict=True):
         assert ours.fvu == pytest.approx(numpys.fvu, rel=2e-2)
-    assert last_w.hook.endswith("resid_post")
