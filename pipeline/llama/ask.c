@@ -94,13 +94,13 @@ static bool handed_over(struct filter * f, const char * tensor) {
         struct read * r = f->reads + i;
         if (r->done || r->seen != r->occurrence + 1 || strncmp(tensor + f->at.name, r->name, NAME_BYTES) != 0) continue;
         found = true;
-        if (is_row(f, r, tensor) && r->tensor) {
+        if (!is_row(f, r, tensor)) {
+            f->wrong = 1;
+        } else if (r->tensor) {
             r->done = copied(f, r, tensor);
-        } else if (is_row(f, r, tensor)) {
+        } else {
             f->at.get(tensor, r->into, 0, (size_t) r->width * sizeof(float));
             r->done = 1;
-        } else {
-            f->wrong = 1;
         }
     }
     return found;
