@@ -104,7 +104,7 @@ def main() -> None:
         if ranks.first:
             print(json.dumps(found), flush=True)
         ranks.meet()
-        os._exit(0)  # threads of DTensor's collectives abort a busy process now and then as it ends
+        os._exit(0)  # DTensor keeps the group, and a thread of gloo that still holds a tensor as Python ends aborts it
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import torch.distributed.nn.functional
 from torch import distributed
 
 from .errors import ConfigError
@@ -101,7 +102,12 @@ class Ranks:
 
 @contextmanager
 def torchrun_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The ranks that torchrun's variables name, connected; the one process where there are none."""
+    """The ranks that torchrun's variables name, connected; the one process where there are none.
+
+    Afterwards gloo's threads have ended. They hold the last tensors that were sent, and one that still does while
+    Python ends aborts the process. torch.distributed.nn keeps, in the defaults of its functions, the group that is there
+    when it is first imported, which torch.optim does: imported before there is one, nothing outlives the end of ours.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks()
@@ -111,7 +117,7 @@ def torchrun_ranks(device: torch.device) -> Iterator[Ranks]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield (ranks := Ranks(distributed.get_rank(), world))
-        ranks.meet()  # a process that ends right after it sent tensors aborts now and then: gloo's thread still has them
+        ranks.meet()
     finally:
         distributed.destroy_process_group()
 

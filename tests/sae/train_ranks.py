@@ -78,3 +78,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    left = [name for task in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := task.read_text())]
+    assert not left, left  # one that still holds a tensor as Python ends aborts the process
