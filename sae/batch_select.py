@@ -77,19 +77,19 @@ def edge_of(positive_P: torch.Tensor, count: int) -> float:
 
 
 def entries_from(pre_NF: torch.Tensor, least: float, k: int, first_row: int = 0) -> Entries:
-    """The entries of at least `least`. On a CPU by the maxima of groups first, which vectorise."""
+    """The entries of at least `least`, and those that are no number. On a CPU by the maxima of groups first, which vectorise."""
     rows, latents = pre_NF.shape
     group = 1 << max(0, ((latents // k).bit_length() - 1) // 2)
     if pre_NF.device.type != "cpu" or group < 4 or latents % group:
-        row_P, latent_P = (pre_NF >= least).nonzero(as_tuple=True)
+        row_P, latent_P = (~(pre_NF < least)).nonzero(as_tuple=True)
         return Entries(row_P + first_row, latent_P, pre_NF[row_P, latent_P])
     groups = latents // group
     pre_NGg = pre_NF.view(rows, group, groups)  # a group: every groups-th latent
-    hit_H = (pre_NGg.amax(1) >= least).flatten().nonzero().squeeze(1)
+    hit_H = (~(pre_NGg.amax(1) < least)).flatten().nonzero().squeeze(1)
     row_H, group_H = hit_H // groups, hit_H % groups
     at_HG = (row_H * latents + group_H).unsqueeze(1) + torch.arange(0, latents, groups)
     value_HG = pre_NF.reshape(-1)[at_HG.flatten()]
-    kept_P = (value_HG >= least).nonzero().squeeze(1)
+    kept_P = (~(value_HG < least)).nonzero().squeeze(1)
     flat_P = at_HG.flatten()[kept_P]
     return Entries(flat_P // latents + first_row, flat_P % latents, value_HG[kept_P])
 

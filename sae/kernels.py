@@ -143,6 +143,8 @@ class BatchPairs:
                     self.guess.first(pre_NF[:: max(1, len(pre_NF) // 32)], model.k / model.num_latents, ranks)
                 parts.append(entries_from(pre_NF, self.guess.least, model.k, part.start))
             found = Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+            broken_P = found.value_P.isnan()
+            broken, found = take(found, broken_P), take(found, ~broken_P)
             edge = batch_edge(found.value_P.float(), count, ranks)
             seen = int(ranks.sum(torch.tensor(len(found.value_P), device=centred_ND.device)))
             if self.guess.good(seen, count * ranks.world, edge.value * (1 - margin)):
@@ -153,6 +155,9 @@ class BatchPairs:
             exact_P = sampled_products(centred_ND, model.W_enc_FD, latent_P, offsets_N) + model.b_enc_F[latent_P]
             found = found._replace(value_P=exact_P)
             edge = batch_edge(exact_P[exact_P > 0], count, ranks)
+        if len(broken.value_P):  # the loss tells of them
+            row_P, latent_P, value_P = (part_P[:count] for part_P in broken)
+            return Entries(row_P, latent_P, value_P.to(centred_ND.dtype))
         return take(found, largest(found, edge, model.num_latents))
 
 

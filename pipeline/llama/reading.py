@@ -22,7 +22,9 @@ from sae.native.build import BuildError, build
 from sae.rows import RowMatrix
 from sae.weights import SAEWeights
 
-_STEP = Path(native.__file__).parent
+_HERE, _STEP = Path(__file__).parent, Path(native.__file__).parent
+SOURCES = (_HERE / "reading.c", _HERE / "products.c", _STEP / "select.c", _STEP / "step.c")
+HEADERS = (_HERE / "reading.h", _STEP / "vectors.h")
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", f"-I{_STEP}")
 _VARIANTS = (
     (*_COMMON, "-march=native", "-fopenmp"),
@@ -176,10 +178,8 @@ def _check(code: int) -> None:
 @functools.cache
 def kernels() -> Kernels | None:
     """The library, built on first use; None, after one note in the log, where it cannot be had."""
-    here = Path(__file__)
-    sources = [here.with_name("reading.c"), here.with_name("products.c"), _STEP / "select.c", _STEP / "step.c"]
     try:
-        return Kernels(build("reading", sources, _VARIANTS, headers=[here.with_name("reading.h"), _STEP / "vectors.h"]))
+        return Kernels(build("reading", SOURCES, _VARIANTS, headers=HEADERS))
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.info("readings without compiled kernels, which is slower: %s", error)
         return None

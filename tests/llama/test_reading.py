@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import gguf
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from convert.gguf_file import encode_matrix
 from convert.sae_gguf import read_sae_gguf, write_sae_gguf
 from pipeline.llama import encoder as module
+from pipeline.llama import reading
 from pipeline.llama.encoder import GgmlEncoder
 from pipeline.llama.ggml_graph import Affine, Backend
 from pipeline.llama.hooks import HookPoint
@@ -16,17 +19,24 @@ from pipeline.llama.reading import Kernels, decoder_of, kernels
 from pipeline.llama.session import Hook
 from sae.encoders import NumpyEncoder
 from sae.errors import LlamaError, ShapeError
+from sae.native.build import build, processor
 from sae.runtime import encode, select
 from tests.interventions.tiny import prompt, session
 
 from .test_encoder import K, check_support, oracle, sae, stored_matrix
 
 
-@pytest.fixture(scope="module")
-def native() -> Kernels:
-    found = kernels()
-    assert found is not None, "the machine's compiler should build reading.c"
-    return found
+@pytest.fixture(scope="module", params=["native", "x86-64-v3", "x86-64"])
+def native(request) -> Kernels:
+    """As this processor has it, and as one with AVX2 alone and one without anything would."""
+    if request.param == "native":
+        found = kernels()
+        assert found is not None, "the machine's compiler should build reading.c"
+        return found
+    if platform.machine() != "x86_64" or (request.param == "x86-64-v3" and "avx2" not in processor()):
+        pytest.skip("another processor")
+    flags = (*reading._COMMON, f"-march={request.param}", "-fopenmp", "-Werror=implicit-function-declaration")
+    return Kernels(build("reading_of_another", reading.SOURCES, [flags], headers=reading.HEADERS))
 
 
 @pytest.mark.parametrize(("D", "F"), [(32, 104), (96, 640), (160, 257), (512, 300), (71, 65)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sae.batch_select import select_batch
+from sae.kernels import FastStep
 from sae.losses import dense_step
 from sae.model import apply_update_
 from sae.native.library import native_library
@@ -112,11 +113,17 @@ def test_batchtopk_with_fewer_positive_activations_than_wanted_takes_them_all(li
 
 
 @pytest.mark.parametrize("where", ["row", "weight"])
-def test_batchtopk_hands_a_value_that_is_not_finite_to_the_loss(lib, where):
-    model, native, u_ND = batch_topk(16, 300, 3, 70, loss_settings(), lib)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("how", ["int8", "float32", "bfloat16", "torch float32", "torch bfloat16"])
+def test_batchtopk_hands_a_value_that_is_not_finite_to_the_loss(lib, monkeypatch, where, k, how):
+    if how != "int8":
+        monkeypatch.setattr("sae.native.stepper.finds_in_int8", lambda *_: False)
+    settings = loss_settings(encoder_dtype=torch.bfloat16 if how.endswith("bfloat16") else torch.float32)
+    model, native, u_ND = batch_topk(16, 300, k, 70, settings, lib)
     with torch.no_grad():
         (u_ND if where == "row" else model.W_enc_FD)[5, 3] = torch.nan
-    assert not native.step(u_ND, lr=1e-3).loss.isfinite()
+    loss = FastStep(model, settings)(u_ND).loss if how.startswith("torch") else native.step(u_ND, lr=1e-3).loss
+    assert not loss.isfinite()
 
 
 def batch_bits(lib, threads, *, stop=0):
