@@ -162,8 +162,9 @@ class Turns:
         sides: dict[str, Callable[[], float]] = {}
         for name, worker in self.workers.items():
             op = "floor" if name == "floor" else "run"
-            worker.ask(op, steps=1)
             per_step = self.shape.batch / worker.ask(op, steps=1)["tokens_per_s"]
+            if per_step < settings.seconds:  # else one step is a round, however long the first took
+                per_step = self.shape.batch / worker.ask(op, steps=1)["tokens_per_s"]
             steps = max(1, round(settings.seconds / per_step))
             sides[name] = lambda worker=worker, op=op, steps=steps: worker.ask(op, steps=steps)["tokens_per_s"]
         name = self.shape.name + what

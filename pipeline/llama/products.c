@@ -11,7 +11,7 @@
 #endif
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && defined(__GNUC__)
-#define HAVE_FLOATS 1
+#define HAVE_PRODUCTS 1
 #define EIGHTS 8 /* sums of eight values; with registers of sixteen one core of a Zen 4 reads a tenth less */
 
 static inline __m256 floats_at(int kind, const uint8_t * w, int64_t j) {
@@ -19,6 +19,13 @@ static inline __m256 floats_at(int kind, const uint8_t * w, int64_t j) {
     __m128i halves = _mm_loadu_si128((const void *) (w + 2 * j));
     if (kind == KIND_F16) return _mm256_cvtph_ps(halves);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
+static inline float sum_of_eight(__m256 x) {
+    float each[8], total = 0;
+    _mm256_storeu_ps(each, x);
+    for (int i = 0; i < 8; i++) total += each[i];
+    return total;
 }
 
 /* <w, u> */
@@ -37,9 +44,7 @@ static inline __attribute__((always_inline)) float float_product(int kind, const
     for (int half = EIGHTS / 2; half > 0; half /= 2) {
         for (int i = 0; i < half; i++) sum[i] = _mm256_add_ps(sum[i], sum[i + half]);
     }
-    float each[8], total = 0;
-    _mm256_storeu_ps(each, sum[0]);
-    for (int i = 0; i < 8; i++) total += each[i];
+    float total = sum_of_eight(sum[0]);
     for (; j < D; j++) {
         float value;
         if (kind == KIND_F32) {
@@ -79,44 +84,66 @@ static void rounded(int kind, const float * u, int64_t D, float * out) {
 DEFINE_FLOATS(floats_f32, KIND_F32, 4)
 DEFINE_FLOATS(floats_f16, KIND_F16, 2)
 DEFINE_FLOATS(floats_bf16, KIND_BF16, 2)
-#else
-#define HAVE_FLOATS 0
+/* The dot products of four neighbours, unsigned bytes with signed ones, added to `sum`. */
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define HAVE_FOURS 1
+#define FOURS(sum, u8, s8) _mm256_dpbusd_epi32(sum, u8, s8)
+#elif defined(__AVXVNNI__)
+#define HAVE_FOURS 1
+#define FOURS(sum, u8, s8) _mm256_dpbusd_avx_epi32(sum, u8, s8)
+#else /* for products of two neighbours that 16 bits hold */
+#define HAVE_FOURS 0
+#define FOURS(sum, u8, s8) _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u8, s8), _mm256_set1_epi16(1)))
 #endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__F16C__) && defined(__GNUC__)
-#define HAVE_Q8_0 1
+static inline __m256i bytes_at(const void * p) { return _mm256_loadu_si256(p); }
 
 /* ggml's rounding of a row: blocks of 32, scale max|u| / 127 as F16, the nearest whole numbers. `offset_D4` are the sums
-   of four neighbours times -128: the weights are multiplied with 128 added, as unsigned bytes. */
+   of four neighbours times -128: where there are dot products of four, the weights are multiplied with 128 added, as
+   unsigned bytes. */
 static void quantise(const float * u, int64_t D, int8_t * q, float * scale, int32_t * offset) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     for (int64_t b = 0; b < D / QK; b++, u += QK, q += QK, offset += QK / 4) {
-        __m512 low = _mm512_loadu_ps(u), high = _mm512_loadu_ps(u + 16);
-        float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-        scale[b] = _cvtsh_ss(_cvtss_sh(most / 127.0f, 0));
-        __m512 inverse = _mm512_set1_ps(most != 0 ? 127.0f / most : 0);
-        __m128i first = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)));
-        __m128i second = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(high, inverse)));
-        __m256i whole = _mm256_set_m128i(second, first);
-        _mm256_storeu_si256((void *) q, whole);
-        __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), whole);
+        __m256 most = _mm256_setzero_ps();
+        for (int i = 0; i < 4; i++) most = _mm256_max_ps(most, _mm256_and_ps(magnitude, _mm256_loadu_ps(u + 8 * i)));
+        float each[8], largest = 0;
+        _mm256_storeu_ps(each, most);
+        for (int i = 0; i < 8; i++) largest = each[i] > largest ? each[i] : largest;
+        scale[b] = _cvtsh_ss(_cvtss_sh(largest / 127.0f, 0));
+        __m256 inverse = _mm256_set1_ps(largest != 0 ? 127.0f / largest : 0);
+        __m256i whole[4];
+        for (int i = 0; i < 4; i++) whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(u + 8 * i), inverse));
+        __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
+        bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256((void *) q, bytes);
+        __m256i fours = FOURS(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
         _mm256_storeu_si256((void *) offset, _mm256_mullo_epi32(fours, _mm256_set1_epi32(-128)));
     }
 }
 
-static inline __m512 two_blocks(const uint8_t * w, const int8_t * q, const int32_t * offset) {
-    __m512i both = _mm512_inserti64x4(
-        _mm512_castsi256_si512(_mm256_loadu_si256((const void *) (w + 2))),
-        _mm256_loadu_si256((const void *) (w + BLOCK_BYTES + 2)), 1);
-    both = _mm512_xor_si512(both, _mm512_set1_epi8((char) 0x80));
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(offset), both, _mm512_loadu_si512(q)));
+/* A block's products with a row's, in eight sums. */
+static inline __m256 block_sums(const uint8_t * w, const int8_t * q, const int32_t * offset) {
+    __m256i bytes = bytes_at(w + 2);
+#if HAVE_FOURS
+    bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8((char) 0x80));
+    return _mm256_cvtepi32_ps(FOURS(bytes_at(offset), bytes, bytes_at(q)));
+#else
+    (void) offset;
+    __m256i same_sign = _mm256_sign_epi8(bytes_at(q), bytes);
+    return _mm256_cvtepi32_ps(FOURS(_mm256_setzero_si256(), _mm256_abs_epi8(bytes), same_sign));
+#endif
+}
+
+static inline __m256 copies(__m128 scales, int i) {
+    __m128i place = _mm_set1_epi32(0x03020100 + 0x04040404 * i);
+    return _mm256_broadcastss_ps(_mm_castsi128_ps(_mm_shuffle_epi8(_mm_castps_si128(scales), place)));
 }
 
 static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const float * scale, const int32_t * offset) {
-    const __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(2));
-    __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
+    __m256 sum[4];
+    for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
     int64_t b = 0;
-    for (; b + 4 <= blocks; b += 4, w += 4 * BLOCK_BYTES) {
+    for (; b + 4 <= blocks; b += 4, w += 4 * BLOCK_BYTES, q += 4 * QK, offset += QK) {
         FETCH(w, 0);
         FETCH(w, 64);
         if (b & 4) FETCH(w, 128);
@@ -124,20 +151,14 @@ static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const 
         for (int i = 0; i < 4; i++) memcpy(h + i, w + i * BLOCK_BYTES, 2);
         uint64_t halves = (uint64_t) h[3] << 48 | (uint64_t) h[2] << 32 | (uint64_t) h[1] << 16 | h[0];
         __m128 scales = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi64_si128((long long) halves)), _mm_loadu_ps(scale + b));
-        __m512 wide = _mm512_castps128_ps512(scales);
-        sum0 = _mm512_fmadd_ps(two_blocks(w, q + QK * b, offset + 8 * b), _mm512_permutexvar_ps(first, wide), sum0);
-        sum1 = _mm512_fmadd_ps(
-            two_blocks(w + 2 * BLOCK_BYTES, q + QK * (b + 2), offset + 8 * (b + 2)),
-            _mm512_permutexvar_ps(second, wide), sum1);
+        for (int i = 0; i < 4; i++) {
+            sum[i] = _mm256_fmadd_ps(block_sums(w + i * BLOCK_BYTES, q + i * QK, offset + i * (QK / 4)), copies(scales, i), sum[i]);
+        }
     }
-    float total = _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
-    for (; b < blocks; b++, w += BLOCK_BYTES) {
-        const int8_t * signed_w = (const int8_t *) w + 2; /* GCC 12 takes a cast of each byte for no cast at all */
-        int32_t whole = 0;
-        for (int j = 0; j < QK; j++) whole += signed_w[j] * q[QK * b + j];
-        total += (float) whole * (half_at(w) * scale[b]);
+    for (; b < blocks; b++, w += BLOCK_BYTES, q += QK, offset += QK / 4) {
+        sum[0] = _mm256_fmadd_ps(block_sums(w, q, offset), _mm256_set1_ps(half_at(w) * scale[b]), sum[0]);
     }
-    return total;
+    return sum_of_eight(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
 }
 
 /* Q4_0 as ggml's CPU code lays it out anew: of eight rows together, for each block the eight F16 scales, then 8 bytes
@@ -145,34 +166,33 @@ static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const 
    four-bit numbers. `sums` are -8 times the sum of a block of u: the weights are multiplied with 8 added. */
 #define EIGHT_BYTES 144
 
-static inline __m512i eight_rows(__m512i sum, __m512i w, const int8_t * q) {
-    const __m512i low = _mm512_set1_epi8(0x0f);
+static inline __m256i four_rows(__m256i sum, const uint8_t * w, const int8_t * q) {
+    const __m256i low = _mm256_set1_epi8(0x0f);
     long long near, far;
     memcpy(&near, q, 8);
     memcpy(&far, q + 16, 8);
-    w = _mm512_xor_si512(w, _mm512_set1_epi8((char) 0x88));
-    sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(w, low), _mm512_set1_epi64(near));
-    return _mm512_dpbusd_epi32(sum, _mm512_and_si512(_mm512_srli_epi16(w, 4), low), _mm512_set1_epi64(far));
+    __m256i both = _mm256_xor_si256(bytes_at(w), _mm256_set1_epi8((char) 0x88));
+    sum = FOURS(sum, _mm256_and_si256(both, low), _mm256_set1_epi64x(near));
+    return FOURS(sum, _mm256_and_si256(_mm256_srli_epi16(both, 4), low), _mm256_set1_epi64x(far));
 }
 
 static void product8(
     const uint8_t * w, int64_t blocks, const int8_t * q, const float * scale, const int32_t * sums, float * out) {
-    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    __m512 total = _mm512_setzero_ps();
+    const __m256i upper = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), lower = _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
+    __m256 total0 = _mm256_setzero_ps(), total4 = _mm256_setzero_ps(); /* rows 0 to 3 and 4 to 7, two sums each */
     for (int64_t b = 0; b < blocks; b++, w += EIGHT_BYTES, q += QK) {
         FETCH(w, 0);
         FETCH(w, 64);
         if ((b & 3) == 0) FETCH(w, 128);
-        __m512i sum = _mm512_maskz_set1_epi32(0x5555, sums[b]);
-        sum = eight_rows(sum, _mm512_loadu_si512(w + 16), q);
-        sum = eight_rows(sum, _mm512_loadu_si512(w + 80), q + 8);
+        __m256i start = _mm256_set1_epi64x((uint32_t) sums[b]);
+        __m256i sum0 = four_rows(four_rows(start, w + 16, q), w + 80, q + 8);
+        __m256i sum4 = four_rows(four_rows(start, w + 48, q), w + 112, q + 8);
         __m256 scales = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const void *) w)), _mm256_set1_ps(scale[b]));
-        __m512 both = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(scales));
-        total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, total);
+        total0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum0), _mm256_permutevar8x32_ps(scales, upper), total0);
+        total4 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum4), _mm256_permutevar8x32_ps(scales, lower), total4);
     }
-    __m512 pairs = _mm512_add_ps(total, _mm512_permute_ps(total, 0xb1));
-    __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
-    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(even, pairs)));
+    __m256 pairs = _mm256_hadd_ps(total0, total4); /* rows 0 1 4 5 2 3 6 7 */
+    _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(pairs, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7)));
 }
 
 /* Where the parts of a quantised row lie. */
@@ -180,12 +200,12 @@ static inline int32_t * offset_of(const void * input) { return (int32_t *) input
 static inline float * scale_of(const void * input, int64_t D) { return (float *) (offset_of(input) + D / 4); }
 static inline int8_t * whole_of(const void * input, int64_t D) { return (int8_t *) (scale_of(input, D) + D / QK); }
 #else
-#define HAVE_Q8_0 0
+#define HAVE_PRODUCTS 0
 #endif
 
 int ggscope_has_affine(int kind, int64_t F) {
-    if (kind == KIND_Q8_0 || (kind == KIND_Q4_0 && F % 8 == 0)) return HAVE_Q8_0;
-    return HAVE_FLOATS && (kind == KIND_F32 || kind == KIND_F16 || kind == KIND_BF16);
+    if (kind == KIND_Q4_0) return HAVE_PRODUCTS && F % 8 == 0;
+    return HAVE_PRODUCTS && (kind == KIND_F32 || kind == KIND_F16 || kind == KIND_BF16 || kind == KIND_Q8_0);
 }
 
 int64_t ggscope_input_bytes(int kind, int64_t D) {
@@ -193,7 +213,7 @@ int64_t ggscope_input_bytes(int kind, int64_t D) {
 }
 
 void ggscope_round_input(int kind, const float * u_D, int64_t D, void * input) {
-#if HAVE_Q8_0
+#if HAVE_PRODUCTS
     if (kind == KIND_Q8_0 || kind == KIND_Q4_0) {
         int32_t * offset = offset_of(input);
         quantise(u_D, D, whole_of(input, D), scale_of(input, D), offset);
@@ -204,8 +224,6 @@ void ggscope_round_input(int kind, const float * u_D, int64_t D, void * input) {
         }
         return;
     }
-#endif
-#if HAVE_FLOATS
     rounded(kind, u_D, D, input);
 #else
     (void) kind, (void) u_D, (void) D, (void) input;
@@ -215,7 +233,7 @@ void ggscope_round_input(int kind, const float * u_D, int64_t D, void * input) {
 void ggscope_products(
     int kind, const uint8_t * W, int64_t D, const void * input, const float * b_F, int64_t first, int64_t last,
     float * pre) {
-#if HAVE_Q8_0
+#if HAVE_PRODUCTS
     const int8_t * q = whole_of(input, D);
     const float * scale = scale_of(input, D);
     const int32_t * offset = offset_of(input);
@@ -231,8 +249,6 @@ void ggscope_products(
             for (int i = 0; i < 8; i++) pre[i] += b_F[f + i];
         }
     }
-#endif
-#if HAVE_FLOATS
     if (kind == KIND_F32) floats_f32(W, D, input, b_F, first, last, pre);
     if (kind == KIND_F16) floats_f16(W, D, input, b_F, first, last, pre);
     if (kind == KIND_BF16) floats_bf16(W, D, input, b_F, first, last, pre);

@@ -54,9 +54,10 @@ static void add_row(int kind, const uint8_t * row, float a, float * y, int64_t D
         add_scaled(y, a, (const float *) row, D);
     } else if (kind == KIND_F16) {
         int64_t j = 0;
-#if defined(__AVX512F__)
-        for (; j + 16 <= D; j += 16) {
-            store16(y + j, load16(y + j) + all16(a) * (v16) _mm512_cvtph_ps(_mm256_loadu_si256((const void *) (row + 2 * j))));
+#if defined(__AVX2__) && defined(__F16C__)
+        for (; j + 8 <= D; j += 8) {
+            __m256 part = _mm256_mul_ps(_mm256_set1_ps(a), _mm256_cvtph_ps(_mm_loadu_si128((const void *) (row + 2 * j))));
+            _mm256_storeu_ps(y + j, _mm256_add_ps(_mm256_loadu_ps(y + j), part));
         }
 #endif
         for (; j < D; j++) y[j] += a * half_at(row + 2 * j);

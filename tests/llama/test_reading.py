@@ -65,6 +65,24 @@ def test_the_product_is_ggmls_up_to_the_order_of_sums(native, D, F, threads, dty
         assert np.linalg.norm(pre_F - exact_F) < within * np.linalg.norm(exact_F)
 
 
+def test_the_smallest_byte_of_a_file_is_multiplied_as_any(native):
+    if not native.has_affine("Q8_0", 64):
+        pytest.skip("this processor lacks the instructions")
+    D, F = 128, 64
+    rng = np.random.default_rng(5)
+    blocks = np.zeros((F, D // 32, 34), np.uint8)
+    blocks[:, :, :2] = np.full((F, D // 32, 1), 0.01, np.float16).view(np.uint8)
+    blocks[:, :, 2:] = (
+        np.where(rng.random((F, D // 32, 32)) < 0.5, -128, rng.choice([127, 0, -1])).astype(np.int8).view(np.uint8)
+    )
+    rows_FD = gguf.quants.dequantize(blocks.reshape(F, -1), gguf.GGMLQuantizationType.Q8_0).astype(np.float64)
+    u_D = rng.choice([-127.0, 127.0, 64.0, 0.0], D).astype(np.float32)  # exact in eight bits, scale 1
+    u_D[::32] = 127
+    pre_F = np.empty(F, np.float32)
+    native.affine("Q8_0", blocks.ctypes.data, u_D, np.zeros(F, np.float32), pre_F, 1)
+    np.testing.assert_allclose(pre_F, rows_FD @ u_D, rtol=1e-5, atol=1e-2)
+
+
 def test_a_type_without_a_product_is_said(native):
     assert not native.has_affine("Q4_1", 64)
     assert not native.has_affine("Q8_K", 64)
