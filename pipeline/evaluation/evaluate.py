@@ -218,7 +218,8 @@ def _reconstruction(
 ) -> dict[str, Any]:
     metrics = ReconstructionMetrics(weights.d_in, weights.num_latents)
     hook = HookPoint.parse(weights.hook)
-    done, advance = 0, counted(progress, "reconstruct", int(np.diff(table.window_starts)[chosen_W].sum()))
+    captured = int(np.diff(table.window_starts)[chosen_W].sum())
+    advance = counted(progress, "reconstruct", captured)
     for part in captured_rows(model, table, chosen_W, hook, outlier_norm=outlier_norm, session=session):
         if len(part.x_ND):
             idx_NK, vals_NK = runtime.encode(weights, part.x_ND)
@@ -226,14 +227,13 @@ def _reconstruction(
             metrics.update(part.x_ND, x_hat_ND, idx_NK, vals_NK)
             if statistics is not None:
                 statistics.update(part.x_ND, x_hat_ND, idx_NK, vals_NK, runtime.sigma(weights, part.x_ND))
-        done += part.rows
         advance(part.rows)
     if metrics.rows == 0:
         raise ConfigError(
             "every held-out row is flagged (BOS, special, first, outlier, not finite); give a longer corpus"
         )
     result = metrics.result()
-    return split_numbers(result, weights.num_latents, done) | {"scatter": metrics.moments.scatter}
+    return split_numbers(result, weights.num_latents, captured) | {"scatter": metrics.moments.scatter}
 
 
 def split_numbers(result: Mapping[str, Any], num_latents: int, captured: int) -> dict[str, Any]:

@@ -158,7 +158,8 @@ def _reconstruct(
     """Fill `metrics` and `statistics`; gives the rows captured, flagged ones included."""
     inputs, outputs = ports_of(weights)
     names = list(dict.fromkeys(name for name, _ in (*inputs, *outputs)))
-    done, advance = 0, counted(progress, "reconstruct", int(np.diff(table.window_starts)[chosen_W].sum()))
+    captured = int(np.diff(table.window_starts)[chosen_W].sum())
+    advance = counted(progress, "reconstruct", captured)
     for rows, found in rows_at(model, table, chosen_W, names, limits_of(weights), session):
         acts = {HookPoint.parse(name): values for name, values in found.items()}
         x_NI, y_NO = (side_by_side(ports, acts) for ports in (inputs, outputs))
@@ -168,11 +169,10 @@ def _reconstruct(
             metrics.update(y_NO, y_hat_NO, idx_NK, vals_NK)
             if statistics is not None:
                 statistics.update(y_NO, y_hat_NO, idx_NK, vals_NK, runtime.sigma(weights, x_NI))
-        done += rows
         advance(rows)
     if not metrics.rows:
         raise ConfigError("every held-out row is flagged or not finite; give a longer corpus")
-    return done
+    return captured
 
 
 def rows_at(

@@ -58,7 +58,7 @@ def resolved(context: RunContext, model: Model, one: DirectionConfig, own: Path)
     """The block and the direction of one sum; `own`: the SAE where none is named."""
     path = located(one.sae) if one.sae else own
     weights = load_sae(path, stored=True)
-    check_one_point(weights)
+    check_one_point(weights, path)
     check_host(context, weights, model)
     context.add_input(f"sae:{path}", path, sae_sha256(path))
     return direction(weights, one.latents, one.coeffs, block=one.block)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
 from ..evaluation.joint import Further, hooks_of
@@ -16,7 +15,7 @@ from ..evaluation.probing import SETTING, Labelled, Pooled, pool, probe, read_la
 from ..evaluation.stability import check_same_kind, seed_stability
 from ..llama.model import Model
 from ..run import RunContext, file_sha256
-from .inputs import load_sae, number, outlier_norm, sae_sha256, session_options
+from .inputs import check_one_point, load_sae, number, outlier_norm, sae_sha256, session_options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +33,8 @@ def open_extras(context: RunContext, weights: SAEWeights) -> Extras:
     also = []
     for i, name in enumerate(config.also):
         path = Path(name).expanduser()
-        other = at_one_point(load_sae(path), path)
+        other = load_sae(path)
+        check_one_point(other, path)
         context.add_input(f"also_{i}", path, sae_sha256(path))
         also.append(Further(weights=other, outlier_norm=outlier_norm(other)))
     hooks_of(weights, also)
@@ -42,7 +42,8 @@ def open_extras(context: RunContext, weights: SAEWeights) -> Extras:
     if config.against:
         needed("scipy.optimize", "evaluate.against")
         path = Path(config.against).expanduser()
-        against = at_one_point(load_sae(path), path)
+        against = load_sae(path)
+        check_one_point(against, path)
         check_same_kind(weights, against)
         context.add_input("against", path, sae_sha256(path))
     if config.probe:
@@ -51,13 +52,6 @@ def open_extras(context: RunContext, weights: SAEWeights) -> Extras:
         labelled = read_labelled(path, text_key=config.probe_text, label_key=config.probe_label)
         context.add_input("probe", path, file_sha256(path), texts=len(labelled.texts))
     return Extras(also=also, against=against, labelled=labelled)
-
-
-def at_one_point(weights: SAEWeights, path: Path) -> SAEWeights:
-    """The SAE; ConfigError for a transcoder or crosscoder."""
-    if weights.is_wired:
-        raise ConfigError(f"{path}: expected an SAE at one hook point, got a transcoder or crosscoder")
-    return weights
 
 
 def pool_texts(context: RunContext, model: Model, weights: SAEWeights, extras: Extras) -> Pooled:

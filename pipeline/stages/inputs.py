@@ -186,12 +186,12 @@ def open_sae(context: RunContext, *, several: bool = False) -> tuple[Path, SAEWe
     path = sae_path(context)
     weights = load_sae(path)
     if not several:
-        check_one_point(weights)
+        check_one_point(weights, path)
     context.add_input("sae", path, sae_sha256(path))
     return path, weights
 
 
-def check_one_point(weights: SAEWeights, *, transcoders: bool = False) -> None:
+def check_one_point(weights: SAEWeights, path: Path, *, transcoders: bool = False) -> None:
     """ConfigError for SAEs over several hook points; for those with one input and one output unless `transcoders`."""
     if not weights.is_wired or (transcoders and weights.is_transcoder):
         return
@@ -200,7 +200,9 @@ def check_one_point(weights: SAEWeights, *, transcoders: bool = False) -> None:
     possible = "`ggscope evaluate` measures it, `compare` shows it beside others"
     if weights.is_transcoder:
         possible += ", `ggscope apply` reads and edits with it, `ggscope convert` makes it a GGUF"
-    raise ConfigError(f"expected an SAE at one hook point{wanted}, this one is over {points}: {possible}")
+    raise ConfigError(
+        f"{relative(path)}: expected an SAE at one hook point{wanted}, this one is over {points}: {possible}"
+    )
 
 
 def sae_sha256(path: Path) -> str:

@@ -57,7 +57,7 @@ class LiveSAEs:
     def _opened(self, path: Path, *, first: bool) -> LiveSAE:
         choice = self.context.config.apply.encoder
         weights = load_sae(path, stored=choice != "numpy")
-        check_one_point(weights, transcoders=True)
+        check_one_point(weights, path, transcoders=True)
         check_host(self.context, weights, self.model)
         label = "sae" if first else f"sae:{len({sae.path for sae in self._open.values()})}"
         self.context.add_input(label, path, sae_sha256(path))

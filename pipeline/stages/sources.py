@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from convert.interop.building import Imported
-from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
 from ..config import ConvertConfig
@@ -18,7 +17,7 @@ from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..run import RunContext
 from .corpora import window_table
-from .inputs import check_host, load_sae, outlier_norm, relative, sae_path, sae_sha256, session_options
+from .inputs import check_host, check_one_point, load_sae, outlier_norm, relative, sae_path, sae_sha256, session_options
 from .published import (
     UNNAMED,
     check_width,
@@ -66,8 +65,7 @@ def open_source(context: RunContext, name: str, config: ConvertConfig) -> Source
     else:
         path = located(name) if name else sae_path(context)
         source = Source(path=path, sha256=sae_sha256(path), weights=load_sae(path))
-    if source.weights.is_wired and not source.weights.is_transcoder:
-        raise ConfigError(f"convert verifies on rows of one hook point, {relative(path)} reads several")
+    check_one_point(source.weights, source.path, transcoders=True)
     return source
 
 

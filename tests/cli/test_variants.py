@@ -75,9 +75,7 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
     np.testing.assert_array_equal(back.W_skip_OD, weights.W_skip_OD)
     assert back.variant == "threshold"
     refused = ggscope("drift", "sae.path=skip/sae", cwd=folder, code=2)
-    assert "drift: expected an SAE at one hook point, this one is over blocks.1.hook_resid_mid and" in last_line(
-        refused
-    )
+    assert "expected an SAE at one hook point, this one is over blocks.1.hook_resid_mid and" in last_line(refused)
     assert "`ggscope apply` reads and edits with it" in last_line(refused)
     done, result, latents = evaluated(folder, "skip")
     low, high = result["ce_recovered_ci95"]
