@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import gguf
 import numpy as np
 
 from bench import live_ask, models
 from bench.common import ROOT, BenchError, Row
 from bench.ours import beside
-from convert.sae_gguf import StoredMatrix
+from convert.sae_gguf import read_sae_gguf, write_sae_gguf
+from convert.stored_rows import StoredRows
 from pipeline.llama.batches import Batch
 from pipeline.llama.encoder import GgmlEncoder
 from pipeline.llama.hooks import HookPoint
@@ -225,17 +226,19 @@ def timed(step: Step, token_T: Sequence[int], start: int) -> list[float]:
 
 
 def readers(model: Model, latents: int, settings: Settings) -> Iterator[tuple[str, Reader, int]]:
-    """A random SAE's reader for every type of its encoder, and numpy's for one size."""
+    """A random SAE's reader for every type of its encoder, from a file as `ggscope convert` writes it, and numpy's for one
+    size."""
     weights = random_sae(model, latents, settings)
-    W_FD, device = weights.W_enc_FD, device_at(model, HookPoint.parse(weights.hook))
+    device = device_at(model, HookPoint.parse(weights.hook))
     for label in settings.types:
-        kind = gguf.GGMLQuantizationType[label]
-        raw = np.ascontiguousarray(gguf.quants.quantize(W_FD, kind)).view(np.uint8).reshape(-1)
-        stored = StoredMatrix(dtype=label, shape=(latents, model.n_embd), raw=raw)
-        encoder = GgmlEncoder(weights, n_threads=settings.threads, stored=stored, device=device)
-        yield label, Reader(weights, top=settings.k, encoder=encoder), raw.nbytes
+        with tempfile.TemporaryDirectory() as folder:  # what is mapped stays when the file has no name any more
+            path = write_sae_gguf(Path(folder) / "sae.gguf", weights, encoder_type=label)
+            stored = read_sae_gguf(path, stored=True)
+            encoder = GgmlEncoder(stored, n_threads=settings.threads, device=device)
+        assert isinstance(stored.W_enc_FD, StoredRows)
+        yield label, Reader(stored, top=settings.k, encoder=encoder), stored.W_enc_FD.raw_FB.nbytes
     if latents == settings.numpy_latents:
-        yield NUMPY, Reader(weights, top=settings.k, encoder=NumpyEncoder(weights)), W_FD.nbytes
+        yield NUMPY, Reader(weights, top=settings.k, encoder=NumpyEncoder(weights)), weights.W_enc_FD.nbytes
 
 
 def session_of(model: Model, n_ctx: int, settings: Settings) -> Session:

@@ -98,12 +98,11 @@ DEFINE_FLOATS(floats_bf16, KIND_BF16, 2)
 
 static inline __m256i bytes_at(const void * p) { return _mm256_loadu_si256(p); }
 
-/* ggml's rounding of a row: blocks of 32, scale max|u| / 127 as F16, the nearest whole numbers. `offset_D4` are the sums
-   of four neighbours times -128: where there are dot products of four, the weights are multiplied with 128 added, as
-   unsigned bytes. */
-static void quantise(const float * u, int64_t D, int8_t * q, float * scale, int32_t * offset) {
+/* ggml's rounding of a row: blocks of 32, scale max|u| / 127 as F16, the nearest whole numbers. `excess`: what a block's
+   product has too much where `added` was added to every weight. */
+static void quantise(const float * u, int64_t D, float added, int8_t * q, float * scale, float * excess) {
     const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    for (int64_t b = 0; b < D / QK; b++, u += QK, q += QK, offset += QK / 4) {
+    for (int64_t b = 0; b < D / QK; b++, u += QK, q += QK) {
         __m256 most = _mm256_setzero_ps();
         for (int i = 0; i < 4; i++) most = _mm256_max_ps(most, _mm256_and_ps(magnitude, _mm256_loadu_ps(u + 8 * i)));
         float each[8], largest = 0;
@@ -116,21 +115,22 @@ static void quantise(const float * u, int64_t D, int8_t * q, float * scale, int3
         __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
         bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         _mm256_storeu_si256((void *) q, bytes);
-        __m256i fours = FOURS(_mm256_setzero_si256(), _mm256_set1_epi8(1), bytes);
-        _mm256_storeu_si256((void *) offset, _mm256_mullo_epi32(fours, _mm256_set1_epi32(-128)));
+        int32_t sum = 0;
+        for (int j = 0; j < QK; j++) sum += q[j];
+        excess[b] = added * (float) sum;
     }
 }
 
-/* A block's products with a row's, in eight sums. */
-static inline __m256 block_sums(const uint8_t * w, const int8_t * q, const int32_t * offset) {
-    __m256i bytes = bytes_at(w + 2);
+/* A block's products with a row's, in eight sums: of the weights with ADDED_8 added, as unsigned bytes, where there are
+   dot products of four. */
+#define ADDED_8 (HAVE_FOURS ? 128.0f : 0.0f)
+
+static inline __m256 block_sums(const uint8_t * w, const int8_t * q) {
+    __m256i bytes = bytes_at(w + 2), zero = _mm256_setzero_si256();
 #if HAVE_FOURS
-    bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8((char) 0x80));
-    return _mm256_cvtepi32_ps(FOURS(bytes_at(offset), bytes, bytes_at(q)));
+    return _mm256_cvtepi32_ps(FOURS(zero, _mm256_xor_si256(bytes, _mm256_set1_epi8((char) 0x80)), bytes_at(q)));
 #else
-    (void) offset;
-    __m256i same_sign = _mm256_sign_epi8(bytes_at(q), bytes);
-    return _mm256_cvtepi32_ps(FOURS(_mm256_setzero_si256(), _mm256_abs_epi8(bytes), same_sign));
+    return _mm256_cvtepi32_ps(FOURS(zero, _mm256_abs_epi8(bytes), _mm256_sign_epi8(bytes_at(q), bytes)));
 #endif
 }
 
@@ -139,11 +139,12 @@ static inline __m256 copies(__m128 scales, int i) {
     return _mm256_broadcastss_ps(_mm_castsi128_ps(_mm_shuffle_epi8(_mm_castps_si128(scales), place)));
 }
 
-static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const float * scale, const int32_t * offset) {
+static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const float * scale, const float * excess) {
     __m256 sum[4];
+    __m128 much = _mm_setzero_ps();
     for (int i = 0; i < 4; i++) sum[i] = _mm256_setzero_ps();
     int64_t b = 0;
-    for (; b + 4 <= blocks; b += 4, w += 4 * BLOCK_BYTES, q += 4 * QK, offset += QK) {
+    for (; b + 4 <= blocks; b += 4, w += 4 * BLOCK_BYTES, q += 4 * QK) {
         FETCH(w, 0);
         FETCH(w, 64);
         if (b & 4) FETCH(w, 128);
@@ -152,19 +153,26 @@ static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const 
         uint64_t halves = (uint64_t) h[3] << 48 | (uint64_t) h[2] << 32 | (uint64_t) h[1] << 16 | h[0];
         __m128 scales = _mm_mul_ps(_mm_cvtph_ps(_mm_cvtsi64_si128((long long) halves)), _mm_loadu_ps(scale + b));
         for (int i = 0; i < 4; i++) {
-            sum[i] = _mm256_fmadd_ps(block_sums(w + i * BLOCK_BYTES, q + i * QK, offset + i * (QK / 4)), copies(scales, i), sum[i]);
+            sum[i] = _mm256_fmadd_ps(block_sums(w + i * BLOCK_BYTES, q + i * QK), copies(scales, i), sum[i]);
         }
+        much = _mm_fmadd_ps(scales, _mm_loadu_ps(excess + b), much);
     }
-    for (; b < blocks; b++, w += BLOCK_BYTES, q += QK, offset += QK / 4) {
-        sum[0] = _mm256_fmadd_ps(block_sums(w, q, offset), _mm256_set1_ps(half_at(w) * scale[b]), sum[0]);
+    float each[4];
+    _mm_storeu_ps(each, much);
+    float least = (each[0] + each[1]) + (each[2] + each[3]);
+    for (; b < blocks; b++, w += BLOCK_BYTES, q += QK) {
+        float both = half_at(w) * scale[b];
+        sum[0] = _mm256_fmadd_ps(block_sums(w, q), _mm256_set1_ps(both), sum[0]);
+        least += both * excess[b];
     }
-    return sum_of_eight(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+    return sum_of_eight(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3]))) - least;
 }
 
 /* Q4_0 as ggml's CPU code lays it out anew: of eight rows together, for each block the eight F16 scales, then 8 bytes
    of each row, then the other 8 of each. The low halves are values j.. of the block, the high ones j + 16.., as signed
-   four-bit numbers. `sums` are -8 times the sum of a block of u: the weights are multiplied with 8 added. */
+   four-bit numbers; they are multiplied with ADDED_4 added. */
 #define EIGHT_BYTES 144
+#define ADDED_4 8.0f
 
 static inline __m256i four_rows(__m256i sum, const uint8_t * w, const int8_t * q) {
     const __m256i low = _mm256_set1_epi8(0x0f);
@@ -177,28 +185,30 @@ static inline __m256i four_rows(__m256i sum, const uint8_t * w, const int8_t * q
 }
 
 static void product8(
-    const uint8_t * w, int64_t blocks, const int8_t * q, const float * scale, const int32_t * sums, float * out) {
+    const uint8_t * w, int64_t blocks, const int8_t * q, const float * scale, const float * excess, float * out) {
     const __m256i upper = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), lower = _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
     __m256 total0 = _mm256_setzero_ps(), total4 = _mm256_setzero_ps(); /* rows 0 to 3 and 4 to 7, two sums each */
+    __m256 much = _mm256_setzero_ps();
     for (int64_t b = 0; b < blocks; b++, w += EIGHT_BYTES, q += QK) {
         FETCH(w, 0);
         FETCH(w, 64);
         if ((b & 3) == 0) FETCH(w, 128);
-        __m256i start = _mm256_set1_epi64x((uint32_t) sums[b]);
-        __m256i sum0 = four_rows(four_rows(start, w + 16, q), w + 80, q + 8);
-        __m256i sum4 = four_rows(four_rows(start, w + 48, q), w + 112, q + 8);
+        __m256i sum0 = four_rows(four_rows(_mm256_setzero_si256(), w + 16, q), w + 80, q + 8);
+        __m256i sum4 = four_rows(four_rows(_mm256_setzero_si256(), w + 48, q), w + 112, q + 8);
         __m256 scales = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const void *) w)), _mm256_set1_ps(scale[b]));
+        much = _mm256_fmadd_ps(scales, _mm256_set1_ps(excess[b]), much);
         total0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum0), _mm256_permutevar8x32_ps(scales, upper), total0);
         total4 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum4), _mm256_permutevar8x32_ps(scales, lower), total4);
     }
     __m256 pairs = _mm256_hadd_ps(total0, total4); /* rows 0 1 4 5 2 3 6 7 */
-    _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(pairs, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7)));
+    __m256 sums = _mm256_permutevar8x32_ps(pairs, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
+    _mm256_storeu_ps(out, _mm256_sub_ps(sums, much));
 }
 
 /* Where the parts of a quantised row lie. */
-static inline int32_t * offset_of(const void * input) { return (int32_t *) input; }
-static inline float * scale_of(const void * input, int64_t D) { return (float *) (offset_of(input) + D / 4); }
-static inline int8_t * whole_of(const void * input, int64_t D) { return (int8_t *) (scale_of(input, D) + D / QK); }
+static inline float * scale_of(const void * input) { return (float *) input; }
+static inline float * excess_of(const void * input, int64_t D) { return scale_of(input) + D / QK; }
+static inline int8_t * whole_of(const void * input, int64_t D) { return (int8_t *) (excess_of(input, D) + D / QK); }
 #else
 #define HAVE_PRODUCTS 0
 #endif
@@ -209,19 +219,14 @@ int ggscope_has_affine(int kind, int64_t F) {
 }
 
 int64_t ggscope_input_bytes(int kind, int64_t D) {
-    return kind == KIND_Q8_0 || kind == KIND_Q4_0 ? D + 4 * (D / 4) + 4 * (D / QK) : 4 * D;
+    return kind == KIND_Q8_0 || kind == KIND_Q4_0 ? D + 8 * (D / QK) : 4 * D;
 }
 
 void ggscope_round_input(int kind, const float * u_D, int64_t D, void * input) {
 #if HAVE_PRODUCTS
     if (kind == KIND_Q8_0 || kind == KIND_Q4_0) {
-        int32_t * offset = offset_of(input);
-        quantise(u_D, D, whole_of(input, D), scale_of(input, D), offset);
-        for (int64_t b = 0; kind == KIND_Q4_0 && b < D / QK; b++) {
-            int32_t sum = 0;
-            for (int j = 0; j < QK / 4; j++) sum += offset[b * (QK / 4) + j];
-            offset[b] = sum / 16; /* -8 instead of -128 times the block's sum */
-        }
+        float added = kind == KIND_Q8_0 ? ADDED_8 : ADDED_4;
+        quantise(u_D, D, added, whole_of(input, D), scale_of(input), excess_of(input, D));
         return;
     }
     rounded(kind, u_D, D, input);
@@ -235,17 +240,17 @@ void ggscope_products(
     float * pre) {
 #if HAVE_PRODUCTS
     const int8_t * q = whole_of(input, D);
-    const float * scale = scale_of(input, D);
-    const int32_t * offset = offset_of(input);
+    const float * scale = scale_of(input);
+    const float * excess = excess_of(input, D);
     int64_t blocks = D / QK;
     if (kind == KIND_Q8_0) {
         for (int64_t f = first; f < last; f++) {
-            *pre++ = product(W + f * blocks * BLOCK_BYTES, blocks, q, scale, offset) + b_F[f];
+            *pre++ = product(W + f * blocks * BLOCK_BYTES, blocks, q, scale, excess) + b_F[f];
         }
     }
     if (kind == KIND_Q4_0) {
         for (int64_t f = first; f < last; f += 8, pre += 8) {
-            product8(W + f / 8 * blocks * EIGHT_BYTES, blocks, q, scale, offset, pre);
+            product8(W + f / 8 * blocks * EIGHT_BYTES, blocks, q, scale, excess, pre);
             for (int i = 0; i < 8; i++) pre[i] += b_F[f + i];
         }
     }
