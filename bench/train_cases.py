@@ -14,6 +14,7 @@ from pipeline.training.waits import SHORT, SPINS
 Say = Callable[[str], None]
 Keep = Callable[[str, dict[str, list[float]]], None]  # name of a case, tokens/s of every side in the rounds so far
 KERNELS = ("torch", "native")
+SHORT_TURNS = 4  # of AuxK's sides in a round
 AUXK_TARGETS = {0.05: 0.8, 0.0: 0.98}  # at 5 % dead at most 20 % of the step, at none dead 2 %
 BATCHTOPK_TARGET = 1 / 1.15
 MEMORY_TARGET = 1.0
@@ -237,20 +238,39 @@ def own_parts(shape: Shape, settings: Settings, say: Say) -> Iterator[Row]:
         has = {name: worker.ask("accepts", settings=other | {"kernel": name})["accepted"] for name in kernels}
     for kernel in kernels:
         base = {"kernel": kernel}
-        changes: dict[str, tuple[dict[str, Any], float]] = {
-            f"auxk_dead{100 * share:g}": ({"dead": share}, goal) for share, goal in AUXK_TARGETS.items()
-        }
+        yield from _auxk(shape, kernel, settings, say)
         if has[kernel]:
-            changes["batchtopk"] = (other, BATCHTOPK_TARGET)
-        with Turns(shape, settings, say) as turns:
-            turns.add("step", ours_worker(settings.threads), "ours", base)
-            for name, (options, _) in changes.items():
-                turns.add(name, ours_worker(settings.threads), "ours", base | options)
-            speeds = turns.speeds(f"_{kernel}_parts")
-        for name, (_, target) in changes.items():
-            row = compare(f"{shape.name}_{kernel}_{name}", "ours-without", "tokens/s", speeds[name], speeds["step"])
-            yield replace(row, target=target, note=f"{1 / row.ratio - 1:+.1%} time")
+            with Turns(shape, settings, say) as turns:
+                turns.add("step", ours_worker(settings.threads), "ours", base)
+                turns.add("batchtopk", ours_worker(settings.threads), "ours", base | other)
+                speeds = turns.speeds(f"_{kernel}_parts")
+            yield _part(f"{shape.name}_{kernel}_batchtopk", speeds["batchtopk"], speeds["step"], BATCHTOPK_TARGET)
         yield _whole_trainer(shape, kernel, settings, say)
+
+
+def _part(case: str, speeds: list[float], without: list[float], target: float) -> Row:
+    row = compare(case, "ours-without", "tokens/s", speeds, without)
+    return replace(row, target=target, note=f"{1 / row.ratio - 1:+.1%} time")
+
+
+def _auxk(shape: Shape, kernel: str, settings: Settings, say: Say) -> Iterator[Row]:
+    """The step with AuxK against itself without, in one process and short turns: where an array happens to lie, and how
+    fast memory is at the moment, are worth as much as AuxK."""
+    with Turns(shape, settings, say) as turns:
+        turns.add("step", ours_worker(settings.threads), "ours", {"kernel": kernel})
+        worker = turns.workers["step"]
+        per_step = shape.batch / worker.ask("run", steps=2)["tokens_per_s"]
+        steps = max(2, round(settings.seconds / SHORT_TURNS / per_step))
+
+        def run(share: float | None) -> float:
+            worker.ask("count_dead", share=share)
+            return worker.ask("run", steps=steps)["tokens_per_s"]
+
+        names = {share: f"{shape.name}_{kernel}_auxk_dead{100 * share:g}" for share in AUXK_TARGETS}
+        sides = {"step": lambda: run(None)} | {name: lambda share=share: run(share) for share, name in names.items()}
+        speeds = in_turns(sides, SHORT_TURNS * settings.rounds, say=lambda text: say(f"{shape.name}: {text}"))
+    for share, target in AUXK_TARGETS.items():
+        yield _part(names[share], speeds[names[share]], speeds["step"], target)
 
 
 def _whole_trainer(shape: Shape, kernel: str, settings: Settings, say: Say) -> Row:

@@ -92,11 +92,14 @@ class Ours(TrainSide):
         nothing = InMemory([np.empty((0, problem.d_in), np.float32)])
         trainer = trainer_of(problem, nothing, "unused", **settings)
         self.config, self.model, self.stepper = trainer.config, trainer.model, trainer.learner.stepper
-        self.dead = dead
+        self._seed, self.done = problem.seed, 0
         self.idle_F = torch.zeros(problem.num_latents, dtype=torch.int64, device=problem.device)
-        generator = torch.Generator().manual_seed(problem.seed)
-        self.forced_F = (torch.rand(problem.num_latents, generator=generator) < (dead or 0.0)).to(problem.device)
-        self.done = 0
+        self.count_dead(dead)
+
+    def count_dead(self, share: float | None) -> None:
+        """From the next step on; as `dead`."""
+        drawn_F = torch.rand(len(self.idle_F), generator=torch.Generator().manual_seed(self._seed))
+        self.dead, self.forced_F = share, (drawn_F < (share or 0.0)).to(self.idle_F.device)
 
     def step(self, x_ND: torch.Tensor) -> None:
         u_ND = x_ND * torch.as_tensor(1 / self.model.scale, dtype=torch.float32)
@@ -202,8 +205,16 @@ def main() -> None:
             raise BenchError("load our side first")
         return {"share": side.agreement(served.held_out(rows))}
 
+    def count_dead(share: float | None) -> dict[str, Any]:
+        side = served.loaded()
+        if not isinstance(side, Ours):
+            raise BenchError("load our side first")
+        side.count_dead(share)
+        return {}
+
     serve_sides(
-        served, floor=floor, agreement=agreement, fit=fit, fit_from_store=fit_from_store, accepts=accepts
+        served, floor=floor, agreement=agreement, count_dead=count_dead, fit=fit, fit_from_store=fit_from_store,
+        accepts=accepts,
     )  # fmt: skip
 
 
