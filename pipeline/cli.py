@@ -205,7 +205,7 @@ def with_texts(config: Config, texts: dict[str, str]) -> Config:
 def run_stage(name: str, config: Config, verb: str = "") -> None:
     """Open the run folder (of a command that keeps one) and call `pipeline.stages.<name>.run`."""
     from .resuming import resume_folder
-    from .run import RunContext, new_folder, running, torchrun_rank
+    from .run import RunContext, new_folder, read_manifest, running, torchrun_rank
 
     check_ranges(config)
     stage = importlib.import_module(f"pipeline.stages.{name}")
@@ -221,7 +221,13 @@ def run_stage(name: str, config: Config, verb: str = "") -> None:
         )
         return
     folder = resume_folder(name, config, groups) if config.resume else new_folder(name, config)
-    context = RunContext(command=name, verb=verb, folder=folder, config=config, resumed=bool(config.resume))
+    before = (read_manifest(folder) or {}) if config.resume else {}
+    context = RunContext(
+        command=name, verb=verb, folder=folder, config=config, resumed=bool(config.resume),
+        inputs=before.get("inputs", {}),
+    )  # fmt: skip
+    if before.get("status") == "finished":
+        context.console.print(f"note: {config.resume} is finished: only what is missing is done", highlight=False)
     with running(context):
         stage.run(context)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from .commands import COMMANDS
 from .config import Config
+from .meanings import meanings
 from .ranges import CHOICES
 
 INTRO = "ggscope: train k-sparse autoencoders on what llama.cpp computes, and run them back inside it."
-WIDTH = 36  # of `key=default`, beside which the choices stand
+WIDTH = 36  # of `key=default`, beside which choices and meaning stand
+LEAST_COLUMNS = 80
 
 
 def overview() -> str:
@@ -20,7 +24,7 @@ def overview() -> str:
 
 
 def help_of(name: str, defaults: Mapping[str, str], groups: Mapping[str, tuple[str, Sequence[str]]]) -> str:
-    """Usage, examples, and every setting of one command with its default and choices.
+    """Usage, examples, and every setting of one command with its default, choices and meaning.
 
     `groups`: a folder of conf to the file taken by default and all there are.
     """
@@ -38,7 +42,9 @@ def help_of(name: str, defaults: Mapping[str, str], groups: Mapping[str, tuple[s
             lines += ["", "sets of settings, each a file of conf/ (or of your --config-dir):"]
             lines += [with_choices(f"{group}={chosen}", there) for group, chosen, there in named]
         lines += ["", "settings:"]
-        lines += [with_choices(f"{key}={defaults[key]}", CHOICES.get(key, ())) for key in settings_of(name, defaults)]
+        said = meanings()
+        for key in settings_of(name, defaults):
+            lines += explained(f"{key}={defaults[key]}", CHOICES.get(key, ()), said.get(key, ""))
         lines += ["", *footer(name)]
     return "\n".join(lines)
 
@@ -69,6 +75,18 @@ def footer(name: str) -> list[str]:
 def with_choices(setting: str, choices: Sequence[str]) -> str:
     shown = " | ".join(choice for choice in choices if choice)
     return f"  {setting:<{WIDTH}}({shown})" if shown else f"  {setting}"
+
+
+def explained(setting: str, choices: Sequence[str], meaning: str) -> list[str]:
+    """The setting with its choices and its meaning beside it, as the terminal is wide."""
+    shown = " | ".join(choice for choice in choices if choice)
+    said = " ".join(part for part in (f"({shown})" if shown else "", meaning) if part)
+    columns = max(LEAST_COLUMNS, shutil.get_terminal_size((140, 24)).columns) - WIDTH - 2
+    first, *further = textwrap.wrap(said, columns) or [""]
+    return [
+        f"  {setting:<{WIDTH}}{'' if len(setting) < WIDTH else ' '}{first}".rstrip(),
+        *(f"{'':<{WIDTH + 2}}{line}" for line in further),
+    ]
 
 
 def settings_of(name: str, defaults: Iterable[str]) -> list[str]:

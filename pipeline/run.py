@@ -113,16 +113,19 @@ class RunContext:
     metrics: dict[str, Any] = field(default_factory=dict)
     console: Console = field(default_factory=lambda: PlainConsole(stderr=True))
     started: float = field(default_factory=time.time)
+    _status: str = ""  # as it was last written
 
     def __post_init__(self) -> None:
         self.console.quiet |= self.rank > 0
 
     def add_input(self, name: str, path: Path | str, sha256: str = "", **facts: Any) -> None:
         self.inputs[name] = {"path": str(path), "sha256": sha256, **facts}
+        if self._status:  # at once: a killed run goes on with the same
+            self.write(self._status)
 
     def write(self, status: str, error: str = "") -> None:
         """Rewrite the manifest; `status` is running, finished, planned, failed or interrupted."""
-        ended = time.time()
+        self._status, ended = status, time.time()
         manifest = {
             "manifest_version": 1,
             "command": self.command,

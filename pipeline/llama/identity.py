@@ -17,6 +17,7 @@ import gguf
 from sae.errors import FormatError, ModelMismatchError
 
 _CACHE_VERSION = 1
+VERSIONS = (2, 3)  # of GGUF, that the reader knows
 _PARSE_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, struct.error, OSError)
 
 
@@ -56,7 +57,7 @@ def open_gguf(path: str | os.PathLike[str]) -> gguf.GGUFReader:
         raise FormatError(f"{file} is a folder; expected a .gguf file")
     try:
         with file.open("rb") as stream:
-            magic = stream.read(4)
+            magic, version = stream.read(4), stream.read(4)
     except OSError as error:
         raise FormatError(f"cannot read {file}: {error.strerror}") from None
     size = file.stat().st_size
@@ -64,13 +65,14 @@ def open_gguf(path: str | os.PathLike[str]) -> gguf.GGUFReader:
         raise FormatError(f"{file} is empty; expected a .gguf file")
     if magic != b"GGUF":
         raise FormatError(f"{file} is not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
+    if len(version) == 4 and not {int.from_bytes(version, order) for order in ("little", "big")} & set(VERSIONS):
+        raise FormatError(f"{file} is GGUF version {int.from_bytes(version, 'little')}; known are 2 and 3")
     try:
         reader = gguf.GGUFReader(file)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    except _PARSE_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except _PARSE_ERRORS:
         raise FormatError(
-            f"{file} ({size} bytes) is a truncated or damaged GGUF file ({reason}); get it again"
+            f"{file} ({size} bytes) is truncated or damaged: its header and tables do not fit into it; get it again"
         ) from None
     if size < end:
         raise FormatError(f"{file} is truncated: {size} bytes, its tensors need {end}; get it again")

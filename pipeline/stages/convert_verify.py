@@ -105,7 +105,7 @@ def said(reports: Sequence[Mapping[str, float]], weights: Sequence[SAEWeights], 
     """The numbers of a comparison, by hook point where there are several. What a transcoder should reconstruct is not
     among the rows: of it, how far its output moved."""
     return "; ".join(
-        f"{f'{w.hook}: ' if len(reports) > 1 else ''}on {n:,} rows {_fvu_said(r, w)}, "
+        f"{f'{w.hook}: ' if len(reports) > 1 else ''}on {n:,} probe rows {_fvu_said(r, w)}, "
         f"L0 {r['l0_source']:.1f} -> {r['l0']:.1f}, top-k overlap {r['topk_overlap']:.4f}"
         for r, w, n in zip(reports, weights, rows, strict=True)
     )

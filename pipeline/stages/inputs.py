@@ -80,7 +80,12 @@ def store_path(context: RunContext) -> Path | str:
 
 
 def newest_output(context: RunContext, command: str, output: str, label: str) -> str:
-    """An output of the newest finished run of `command`; says on the console which one it is."""
+    """An output of the newest finished run of `command`, in a run that goes on the one it had; says on the console which
+    one it is."""
+    before = context.inputs.get(output, {}).get("path", "") if context.resumed else ""
+    if before and ("://" in before or Path(before).exists()):
+        context.console.print(f"going on with the {label} {relative(before)}", highlight=False)
+        return before
     _, manifest = newest_finished(command, output)
     path = manifest["outputs"][output]
     context.console.print(f"using the newest {label}: {relative(path)}", highlight=False)

@@ -230,4 +230,5 @@ def the_hook(store: ActivationStore, config: Config) -> str:
     ]
     if len(found) == 1 and (len(points) == 1 or len(names) == 1):
         return found[0]
-    raise ConfigError(f"the store holds {', '.join(names)}: choose one with hook.points=[{names[0]}]")
+    wanted = f", not {', '.join(points)}" if points and not found else ""
+    raise ConfigError(f"the store holds {', '.join(names)}{wanted}: train on one with hook.points=[{names[0]}]")

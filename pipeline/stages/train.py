@@ -48,6 +48,7 @@ def run(context: RunContext) -> None:
     note_metrics(context, found, searched)
     warn_not_finite(context, spoiled.rows, spoiled.windows)
     warn_waiting(context, trainer.wait_share)
+    warn_useless(context, found)
     where = context.folder if len(trainer.learners) > 1 else context.folder / SAE_NAME
     context.three_lines(given, result(found), relative(where))
     if trainer.diverged:
@@ -149,6 +150,18 @@ def note_metrics(context: RunContext, found: dict[str, SAEWeights], searched: di
         if name in searched:
             numbers[name]["lr_search"] = searched[name]
     context.metrics = numbers.get("", {"saes": numbers})
+
+
+def warn_useless(context: RunContext, found: dict[str, SAEWeights]) -> None:
+    """A line for each SAE whose reconstruction is no better than the mean of the rows."""
+    for name, weights in found.items():
+        fvu = weights.training["metrics"]["fvu"]
+        if fvu >= 1:
+            context.console.print(
+                f"warning: {name or 'the SAE'} has FVU {fvu:.4g} on the last training rows, the mean alone has 1: nothing was "
+                f"learned; try a lower trainer.lr than {context.config.trainer.lr:g}, or more tokens",
+                style="yellow", highlight=False,
+            )  # fmt: skip
 
 
 def warn_waiting(context: RunContext, share: float) -> None:

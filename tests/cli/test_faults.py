@@ -178,6 +178,26 @@ def test_a_stopped_training_resumes_to_bit_identical_weights(number, made, tmp_p
     assert steps == sorted(set(steps))
 
 
+def test_a_killed_training_goes_on_with_the_store_it_had_though_there_is_a_newer_one(copy):
+    (own,) = copy.glob("runs/extract/*/activations.zarr")
+    shutil.rmtree(next(copy.glob("runs/train/*")))
+    options = [*TRAIN, "trainer.tokens=409600", "trainer.checkpoint_steps=10"]
+    process = interrupted(["train", *options], copy, "runs/train/*/checkpoints/step_*.pt", [signal.SIGKILL])
+    process.communicate(timeout=120)
+    ggscope("extract", "corpus.max_tokens=4000", QUICK, cwd=copy)
+    done = ggscope("train", "resume=latest", cwd=copy)
+    assert "going on with the store runs/extract/" in done.stderr
+    (run,) = copy.glob("runs/train/*/manifest.json")
+    assert json.loads(run.read_text())["inputs"]["store"]["path"] == str(own)
+
+
+def test_a_training_that_learned_nothing_says_so(copy):
+    done = ggscope("train", *TRAIN, "trainer.lr=1000", cwd=copy)
+    assert "the mean alone has 1: nothing was learned; try a lower trainer.lr than 1000" in " ".join(
+        done.stderr.split()
+    )
+
+
 def test_a_sweep_runs_every_combination(copy):
     done = ggscope("train", "-m", *TRAIN, "sae.k=4,8", cwd=copy)
     assert done.stdout.count("train    output") == 3  # of two runs and of the sweep
@@ -198,6 +218,7 @@ def test_two_processes_do_not_share_a_run(copy):
         assert "another process" in last_line(ggscope("train", *TRAIN, f"resume={run}", cwd=copy, code=2))
     done = ggscope("train", *TRAIN, f"resume={run}", cwd=copy)  # finished already: the same numbers again
     assert "L0 8.0" in done.stdout
+    assert f"{run} is finished: only what is missing is done" in done.stderr
 
 
 def test_the_evaluation_of_another_sae_is_refused(copy):

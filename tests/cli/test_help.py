@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
 from convert.keys import MATRIX_TYPES
 from pipeline.cli import main
+from pipeline.commands import COMMANDS
 from pipeline.config import Config, CorpusConfig
 from pipeline.corpus.cutting import PACKINGS
 from pipeline.corpus.encoding import BOS_POLICIES
@@ -16,11 +18,19 @@ from pipeline.corpus.plan import DTYPES
 from pipeline.corpus.readers import KINDS, SPLITS
 from pipeline.corpus.sources.tokens import TOKEN_DTYPES
 from pipeline.executors import KINDS as EXECUTORS
+from pipeline.help import settings_of
 from pipeline.interventions.base import PHASES
+from pipeline.meanings import meanings
 from pipeline.ranges import CHOICES, check_ranges
+from pipeline.run import flat
 from pipeline.stages.live import KINDS as INTERVENTIONS
 from pipeline.stages.rows import SOURCES
 from sae.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
 
 
 def help_lines(name, capsys):
@@ -30,12 +40,33 @@ def help_lines(name, capsys):
 
 def test_settings_and_groups_show_their_choices_beside_the_default(capsys):
     lines = help_lines("extract", capsys)
-    assert "extract.dtype=auto (auto | float16 | bfloat16 | float32)" in lines
+    assert any(
+        line.startswith("extract.dtype=auto (auto | float16 | bfloat16 | float32) of stored values") for line in lines
+    )
     assert "corpus=stdlib (datasets | jsonl | parquet | stdin | stdlib | text | tokens)" in lines
     assert "executor=local (local | pool | ray | submitit)" in lines
-    assert "extract.batch_tokens=2048" in lines
+    assert "extract.batch_tokens=2048 tokens of one llama_decode" in lines
     assert "intervention=none (ablate | clamp | none | reconstruct | steer)" in help_lines("apply", capsys)
     assert "logger=jsonl (jsonl | mlflow | tensorboard | trackio | wandb)" in help_lines("train", capsys)
+
+
+def test_every_setting_of_every_command_says_what_it_means():
+    said, silent = meanings(), set()
+    for name, command in COMMANDS.items():
+        silent |= {key for key in settings_of(name, flat(asdict(Config()))) if key not in said and command.groups}
+    assert not silent
+    assert said["sae.k_start"] == "topk, batchtopk, matryoshka: k falls from here to k ..."
+    assert said["corpus.packing"].startswith(
+        "documents: one window never crosses"
+    )  # the comment is on a line of its own
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_help_fits_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["train", "--help"]) == 0
+    _, settings = capsys.readouterr().out.split("settings:\n")
+    assert max(len(line) for line in settings.splitlines() if line.startswith("  ")) <= int(columns)
 
 
 def test_the_choices_are_those_of_the_code_that_takes_them():

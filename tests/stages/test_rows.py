@@ -34,13 +34,13 @@ def test_a_point_is_found_by_any_of_its_names(stores):
     assert chosen(two, "blocks.1.mlp.hook_post") == "blocks.1.mlp.hook_post"
     assert chosen(two, "blocks.1.hook_resid_post") == "blocks.1.hook_resid_post"
     assert chosen(one) == chosen(one, NAMES[0]) == chosen(one, "blocks.*.hook_resid_post") == NAMES[0]
-    with pytest.raises(ConfigError, match="the store holds"):
+    with pytest.raises(ConfigError, match=r"holds blocks\.1\.mlp\.hook_post, not blocks\.3\.hook_resid_post: train on"):
         chosen(one, "blocks.3.hook_resid_post")
 
 
 def test_what_names_no_single_point_of_the_store_is_refused(stores):
     for points in ([], ["blocks.1.*"], ["blocks.2.hook_resid_post"], NAMES):
-        with pytest.raises(ConfigError, match=r"choose one with hook\.points=\[blocks\.1\."):
+        with pytest.raises(ConfigError, match=r"train on one with hook\.points=\[blocks\.1\."):
             chosen(stores[1], *points)
     with pytest.raises(HookError, match=r"did you mean 'blocks\.1\.hook_resid_post'"):
         chosen(stores[1], "blocks.1.hook_residpost")
