@@ -50,6 +50,12 @@ def run(context: RunContext) -> None:
             rows = training_rows(context, weights, model, store)
             found = fitted_baselines(weights, rows, config.seed, random_model)
         table = window_table(context, model, split="held_out", max_tokens=0)
+        held_out = int(table.window_starts[-1])
+        context.console.print(
+            f"measuring {min(config.tokens, held_out):,} of {held_out:,} held-out tokens (evaluate.tokens), "
+            f"CE on {min(config.splice_tokens, held_out):,} of them (evaluate.splice_tokens)",
+            style="dim", highlight=False,
+        )  # fmt: skip
         with context.progress("evaluating", config.tokens) as progress:
             result = evaluate(
                 model, weights, table, config=config, baselines=found, also=extras.also, statistics=statistics,

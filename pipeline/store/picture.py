@@ -176,13 +176,14 @@ def _zoomed(ax: Any, low: Sequence[float], high: Sequence[float]) -> None:
 
 
 def _logarithmic(ax: Any, which: str) -> None:
-    """A logarithmic axis over what is drawn; ticks at 1, 2, 5 where it spans less than two decades."""
+    """A logarithmic axis over what is drawn; ticks at 1, 2, 5 where it spans less than two decades, more if less."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     getattr(ax, f"set_{which}scale")("log")
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    subs = (1, 1.5, *range(2, 10)) if high < 6 * low else (1, 2, 5) if high < 100 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
 
