@@ -1,8 +1,8 @@
-"""The measurements of `python -m bench.live`: every side decodes the same token before the next token's turn.
+"""The measurements of `python -m bench.live`: every side decodes the same tokens before the next turn.
 
-A side is a context of its own on one model. All run on one thread of Python, so ggml's threads are the same ones,
-and each passes over the whole model between two turns of another: nothing small stays in the cache. What a reading
-adds is the median over the tokens of the difference to the side without one.
+All run on one thread of Python, so ggml's threads are the same ones, and each passes over the whole model between two
+turns of another: nothing small stays in the cache. What a reading adds is the median over the tokens of the difference
+to the side without one.
 
 Shape letters: D width of the hook point, F latents.
 """
@@ -102,9 +102,11 @@ def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[R
         together = {key: step for key, step in sides.items() if key not in apart}
         sum_step = _sum_step(settings)
         if settings.limits:
-            quiet = in_step(together, settings, settings.tokens, meter=sum_step, refill=sides[SAME])
+            quiet = in_step(together, settings, settings.tokens, meter=sum_step)
         else:  # a small model: what the sum throws out of the caches would not come back with one token
-            quiet = in_step(together, settings, settings.tokens) | in_step({"sum": sum_step}, settings, settings.tokens)
+            quiet = in_step(together, settings, settings.tokens) | in_step(
+                {}, settings, settings.tokens, meter=sum_step
+            )
         for key in apart:
             beside_it = in_step({SAME: sides[SAME], key: sides[key]}, settings, settings.tokens)
             quiet |= {key: beside_it[key], f"{key} {SAME}": beside_it[SAME]}
@@ -134,27 +136,32 @@ def same_speed(sum_T: Sequence[float]) -> list[int]:
 
 
 def in_step(
-    sides: Mapping[str, Step], settings: Settings, count: int, *, meter: Step | None = None, refill: Step | None = None
+    sides: Mapping[str, Step], settings: Settings, count: int, *, meter: Step | None = None
 ) -> dict[str, list[float]]:
     """Seconds of every side for each of `count` tokens; the order turns with every token.
 
-    `meter` opens every round, timed as "sum"; `refill` leaves the caches behind it as the sides leave them.
+    A side decodes two tokens in its turn, of which the second is timed: as it goes on generating. `meter` opens every
+    round, timed as "sum".
     """
     names = list(sides)
-    token_T = np.random.default_rng(settings.seed).integers(3, 500, WARM_TOKENS + count)
+    token_T2 = np.random.default_rng(settings.seed).integers(3, 500, (WARM_TOKENS + count, 2))
     seconds: dict[str, list[float]] = {name: [] for name in (*names, *(["sum"] if meter else []))}
     for step in sides.values():
         for pos in range(settings.prompt):
             step(3 + pos, pos)
-    for t, token in enumerate(token_T.tolist()):
-        turn = t % len(names)
-        order = [(name, sides[name]) for name in names[turn:] + names[:turn]]
-        for name, step in [("sum", meter), (None, refill), *order]:
-            if step is None:
-                continue
+    for t, (before, token) in enumerate(token_T2.tolist()):
+        timed = t >= WARM_TOKENS
+        if meter is not None:
             started = time.perf_counter()
-            step(token, settings.prompt + t)
-            if t >= WARM_TOKENS and name is not None:
+            meter(0, 0)
+            if timed:
+                seconds["sum"].append(time.perf_counter() - started)
+        turn = t % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            sides[name](before, settings.prompt + 2 * t)
+            started = time.perf_counter()
+            sides[name](token, settings.prompt + 2 * t + 1)
+            if timed:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
@@ -168,7 +175,7 @@ def _sides(
     Where a context's buffers happen to lie is worth as much as a small reading, and more than a callback. So the readings
     and `SAME` have one context and go on in one text; "bare" and "callback" are several contexts each, a token in turn.
     """
-    n_ctx = (settings.prompt + WARM_TOKENS + max(settings.tokens, settings.busy_tokens)) // CONTEXTS + 1
+    n_ctx = (settings.prompt + 2 * (WARM_TOKENS + max(settings.tokens, settings.busy_tokens))) // CONTEXTS + 2
     bare = [_bare_context(model, n_ctx, settings.threads) for _ in range(CONTEXTS)]
     sides: dict[str, Step] = {"bare": in_rotation([_bare_step(context) for context in bare])}
     sizes: dict[str, tuple[int, str, int]] = {}
@@ -190,14 +197,14 @@ def _sides(
 
 
 def in_rotation(steps: Sequence[Step]) -> Step:
-    """The first step's token, then the next one's: each has a text of its own, begun anew at position 0."""
+    """Two tokens of the first step, then of the next one: each has a text of its own, begun anew at position 0."""
     places = [0] * len(steps)
     turn = itertools.count()
 
     def step(token: int, pos: int) -> None:
         if pos == 0:
             places[:] = [0] * len(steps)
-        at = next(turn) % len(steps)
+        at = next(turn) // 2 % len(steps)
         steps[at](token, places[at])
         places[at] += 1
 
