@@ -18,6 +18,10 @@ NOT_RESULT_RELEVANT = {
     "extract.plan_only", "executor",
 }  # fmt: skip
 
+TAKEN_AS = {
+    "store.path": "store",
+    "sae.path": "sae",
+}  # settings that stand for the newest where they are empty: as which input
 FOR_ONE_CALL = ("extract.plan_only",)  # a planned run goes on to capture
 
 
@@ -28,7 +32,7 @@ def run_to_resume(command: str, resume: str) -> tuple[Path, dict[str, Any]]:
             (folder, manifest)
             for folder, manifest in runs_of(command)
             if manifest.get("status") != "finished"
-            and not (manifest.get("status") == "failed" and nothing_done(folder))
+            and not (manifest.get("status") == "failed" and (manifest.get("refused") or nothing_done(folder)))
         ]
         if not unfinished:
             raise ConfigError(f"resume=latest: no unfinished `ggscope {command}` run under {Path('runs').resolve()}")
@@ -55,16 +59,25 @@ def with_settings_of_run(command: str, config: Config, typed: Collection[str]) -
     return config
 
 
+def same_place(one: str, other: str) -> bool:
+    """Whether two paths, or URLs, are one."""
+    return one == other or (
+        "://" not in one + other and Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    )
+
+
 def resume_folder(command: str, config: Config, groups: tuple[str, ...]) -> Path:
     """The folder to go on in, after its config was compared with this one."""
     folder, manifest = run_to_resume(command, config.resume)
     old, new = flat(manifest["config"]), flat(asdict(config))
+    had = {key: manifest.get("inputs", {}).get(name, {}).get("path", "") for key, name in TAKEN_AS.items()}
     changed = [
         f"{key}: {old.get(key)} -> {new[key]}"
         for key in new
         if not {key, key.split(".")[0]} & NOT_RESULT_RELEVANT
         and key.split(".")[0] in groups
         and old.get(key) != new[key]
+        and not (had.get(key) and not old.get(key) and same_place(had[key], new[key]))
     ]
     if changed:
         raise ConfigError(

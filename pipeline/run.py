@@ -114,6 +114,7 @@ class RunContext:
     console: Console = field(default_factory=lambda: PlainConsole(stderr=True))
     started: float = field(default_factory=time.time)
     _status: str = ""  # as it was last written
+    refused: bool = False  # a new run that ended by a fault in its settings or inputs: nothing to go on with
 
     def __post_init__(self) -> None:
         self.console.quiet |= self.rank > 0
@@ -131,6 +132,7 @@ class RunContext:
             "command": self.command,
             "status": status,
             "error": error,
+            "refused": self.refused,
             "started": datetime.fromtimestamp(self.started).isoformat(timespec="seconds"),
             "ended": None if status == "running" else datetime.fromtimestamp(ended).isoformat(timespec="seconds"),
             "seconds": round(ended - self.started, 3),
@@ -302,12 +304,8 @@ def _manifest_kept(context: RunContext) -> Iterator[None]:
             f"interrupted; continue with `ggscope {context.command} resume={context.folder}`"
         ) from error
     except BaseException as error:
-        if (
-            isinstance(error, SAEError)
-            and error.exit_code == 2
-            and not context.resumed
-            and nothing_done(context.folder)
-        ):
+        context.refused = isinstance(error, SAEError) and error.exit_code == 2 and not context.resumed
+        if context.refused and nothing_done(context.folder):
             take_back(context)
         else:
             context.write("failed", f"{type(error).__name__}: {error}")

@@ -54,7 +54,8 @@ def no_such_file(group: str, value: str, there: str) -> str:
     names = there.split()
     close = difflib.get_close_matches(value.removesuffix(".yaml"), names, 1, 0.5)
     hint = f"; did you mean {group}={close[0]}?" if close else ""
-    return f"{group}={value}: expected {' or '.join(names)}, or a {group}/NAME.yaml of your own with --config-dir{hint}"
+    article = "an" if group[0] in "aeiou" else "a"
+    return f"{group}={value}: expected {' or '.join(names)}, or {article} {group}/NAME.yaml of your own with --config-dir{hint}"
 
 
 def several_values(key: str, value: str) -> str:

@@ -21,7 +21,7 @@ from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
 from ..run import RunContext
 from .inputs import context_tokens, describe_model, open_model, relative, sae_path, session_options
-from .live import LiveSAEs, interventions
+from .live import LiveSAEs, interventions, said
 
 READOUT_NAME = "readout.jsonl"
 
@@ -53,7 +53,8 @@ def run(context: RunContext) -> None:
         )
         session.close()
         places = ", ".join(f"{relative(sae.path)} at {place_of(sae.weights)}" for sae in read)
-        given = f"{describe_model(model)} and {places}"
+        edits = [said(one) for one in (context.config.intervention, *config.interventions) if one.kind != "none"]
+        given = "; ".join([f"{describe_model(model)} and {places}", *edits])
     made = [e for e in events if e.phase == "response"]
     context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made)}
     context.metrics |= means(events, 0)

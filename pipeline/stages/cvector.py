@@ -38,7 +38,7 @@ def run(context: RunContext) -> None:
     context.three_lines(
         f"{given}, {', '.join(item['path'] for item in context.inputs.values() if item is not context.inputs['model'])}",
         ", ".join(f"after block {block}: norm {norm:.3f}" for block, norm in norms.items()),
-        f"{relative(path)} (sha256 {file_sha256(path)[:12]}): llama-cli --control-vector {relative(path)}",
+        f"{relative(path)} (sha256 {file_sha256(path)[:12]}): llama-cli -m MODEL --control-vector {relative(path)}",
     )
 
 

@@ -14,7 +14,7 @@ from ..run import RunContext
 from .corpora import window_table
 from .evaluate_extras import measure_extras, open_extras, pool_texts
 from .evaluate_files import EVALUATION_NAME, write
-from .evaluate_rows import documents_of_training, own_quality, seen_in_training, training_rows
+from .evaluate_rows import documents_of_training, own_quality, seen_in_training, training_rows, warn_other_corpus
 from .evaluate_text import numbers
 from .evaluate_wired import evaluate_several
 from .inputs import (
@@ -41,6 +41,8 @@ def run(context: RunContext) -> None:
     statistics = LatentStatistics(weights.W_dec_FD)
     streamed = weights.training.get("source") == "stream" and not context.config.store.path
     store = open_store(context, weights) if config.baselines and not streamed else None
+    if store is not None:
+        warn_other_corpus(context, store)
     with open_model(context) as model:
         for sae in (weights, *(further.weights for further in extras.also)):
             check_host(context, sae, model)

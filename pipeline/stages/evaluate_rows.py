@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ from .corpora import window_table
 from .inputs import load_sae, outlier_norm, session_options
 
 NAMED = 3  # documents in a warning
+SOURCE_KEYS = (
+    "kind",
+    "paths",
+    "dataset",
+    "dataset_config",
+    "dataset_split",
+)  # of the corpus: where documents come from
 STREAM_ROWS = 65_536  # of the training split, captured again where there was no store
 
 
@@ -83,6 +91,23 @@ def seen_in_training(context: RunContext, documents: Iterable[dict[str, Any]], t
             highlight=False,
         )
     return seen
+
+
+def warn_other_corpus(context: RunContext, store: ActivationStore) -> None:
+    """A line where the training's rows came from other documents than those that are held out here."""
+    now = asdict(context.config.corpus)
+    for _, manifest in runs_of("extract"):
+        if manifest.get("outputs", {}).get("store") != str(store.path):
+            continue
+        then = manifest["config"]["corpus"]
+        other = [key for key in SOURCE_KEYS if then.get(key) != now[key]]
+        if other:
+            given = " ".join(f"corpus.{key}={then.get(key)}" for key in other)
+            context.console.print(
+                f"warning: measured on corpus.kind={now['kind']}, the SAE was trained on other documents: {given}",
+                style="yellow", markup=False, highlight=False,
+            )  # fmt: skip
+        return
 
 
 def own_quality(random_sae: str) -> dict[str, Any] | None:

@@ -59,6 +59,12 @@ def open_model(context: RunContext, *, blocks: int = 0) -> Model:
     config = context.config.model
     model = Model(model_path(config), n_gpu_layers=config.n_gpu_layers, use_mmap=config.mmap, blocks=blocks)
     context.add_input("model", model.path, model.id.sha256, architecture=model.id.architecture)
+    if config.n_gpu_layers and not model.offloads:
+        context.console.print(
+            f"warning: model.n_gpu_layers={config.n_gpu_layers}, but this llama.cpp is built without a GPU: all layers run on "
+            "the CPU (`ggscope doctor`)",
+            style="yellow", highlight=False,
+        )  # fmt: skip
     return model
 
 

@@ -77,6 +77,19 @@ def interventions(configs: Sequence[InterventionConfig], saes: LiveSAEs) -> list
     return [intervention(config, saes) for config in configs if config.kind != "none"]
 
 
+def said(config: InterventionConfig) -> str:
+    """What the settings do, for people: `steer latent 123 by 150`."""
+    if config.kind == "reconstruct":
+        return "reconstruct" + (" and keep the error" if config.keep_error else "")
+    given, word = {
+        "steer": (list(config.coeffs) or [config.coeff], " by "),
+        "clamp": (list(config.values) or [config.value], " at "),
+    }.get(config.kind, ([], ""))
+    numbers = f"{word}{', '.join(f'{number:g}' for number in given)}"
+    latents = ", ".join(map(str, config.latents))
+    return f"{config.kind} {'latent' if len(config.latents) == 1 else 'latents'} {latents}{numbers}"
+
+
 def intervention(config: InterventionConfig, saes: LiveSAEs) -> Intervention:
     """One of them. ConfigError for settings that do not fit its kind."""
     if config.kind not in KINDS:

@@ -189,6 +189,9 @@ def test_a_killed_training_goes_on_with_the_store_it_had_though_there_is_a_newer
     assert "going on with the store runs/extract/" in done.stderr
     (run,) = copy.glob("runs/train/*/manifest.json")
     assert json.loads(run.read_text())["inputs"]["store"]["path"] == str(own)
+    ggscope("train", f"resume={run.parent}", f"store.path={own}", cwd=copy)  # named, it is the same one
+    (other,) = (path for path in copy.glob("runs/extract/*/activations.zarr") if path != own)
+    assert "store.path" in last_line(ggscope("train", f"resume={run.parent}", f"store.path={other}", cwd=copy, code=2))
 
 
 def test_a_training_that_learned_nothing_says_so(copy):
