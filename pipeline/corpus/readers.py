@@ -140,4 +140,9 @@ def _empty(config: CorpusConfig, report: ReadReport) -> ConfigError:
         found += f"; {report.filtered} do not meet corpus.filter"
     if report.n_skipped:
         return ConfigError(f"{found}; {report.describe_skipped()}")
-    return ConfigError(found if report.filtered else f"{found}; give other paths or corpus.split=all")
+    hint = (
+        ""
+        if report.filtered
+        else " (a tenth of all documents, by their names, is held out); give other paths or corpus.split=all"
+    )
+    return ConfigError(f"{found}{hint}")

@@ -45,7 +45,7 @@ def run(context: RunContext) -> None:
     context.three_lines(
         given,
         f"last block against the model's logits: relative {result.last_block_error:.1e}; "
-        f"KL to the model at the last position (nats): {' '.join(f'{v:.2f}' for v in result.kl_LT[:, -1])}",
+        f"KL to the model at the last position (nats), from the first block on: {' '.join(f'{v:.2f}' for v in result.kl_LT[:, -1])}",
         relative(path),
         stderr=config.format == "json",
     )

@@ -50,6 +50,11 @@ def _inside(folder: Path) -> Path:
         return Path(saes[0])
     if saes:
         raise ConfigError(f"{folder} holds {len(saes)} SAEs; name one: {', '.join(map(str, saes[:8]))}")
+    manifest = read_manifest(folder) or {}
+    if manifest.get("command") == "train" and manifest.get("status") != "finished":
+        raise ConfigError(
+            f"{folder} is not finished, it holds no SAE yet: `ggscope train resume={folder}` goes on with it"
+        )
     raise ConfigError(
         f"{folder} holds no SAE: neither {META} nor an SAE GGUF; name the folder that train or convert wrote"
     )

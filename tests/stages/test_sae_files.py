@@ -67,6 +67,9 @@ def test_what_is_not_there_or_no_sae_is_said(tmp_path):
         located("nowhere/sae.gguf#0")
     with pytest.raises(ConfigError, match=r"holds no SAE: neither sae\.json nor"):
         located(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"command": "train", "status": "interrupted", "outputs": {}}))
+    with pytest.raises(ConfigError, match=r"not finished, it holds no SAE yet: `ggscope train resume=.*` goes on"):
+        located(tmp_path)
     (tmp_path / "sae.txt").write_text("x")
     with pytest.raises(ConfigError, match=r"is no \.gguf file"):
         located(tmp_path / "sae.txt")
