@@ -28,6 +28,7 @@ from .terminal import shown
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+SPOOL_NAME = "corpus"  # the tokenised documents, which a new run would make again
 LINE_SECONDS = 30.0  # between two lines of progress in a log
 NAMED_BY = {
     "extract": "a store with store.path=PATH",
@@ -114,7 +115,7 @@ class RunContext:
     console: Console = field(default_factory=lambda: PlainConsole(stderr=True))
     started: float = field(default_factory=time.time)
     _status: str = ""  # as it was last written
-    refused: bool = False  # a new run that ended by a fault in its settings or inputs: nothing to go on with
+    refused: bool = False  # a new run that ended by a fault in its settings or inputs before it did anything
 
     def __post_init__(self) -> None:
         self.console.quiet |= self.rank > 0
@@ -216,9 +217,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def nothing_done(folder: Path) -> bool:
-    """Whether a run folder holds no more than what every run starts with."""
-    return {path.name for path in folder.iterdir()} <= {MANIFEST, LOCK}
+def nothing_done(folder: Path, *, but: str = MANIFEST) -> bool:
+    """Whether a run folder holds no more than what every run starts with, `but`, and files without content."""
+    return {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size} <= {MANIFEST, but}
 
 
 def runs_of(command: str, root: Path = Path("runs")) -> list[tuple[Path, dict[str, Any]]]:
@@ -282,8 +283,8 @@ def running(context: RunContext) -> Iterator[RunContext]:
 
 def take_back(context: RunContext) -> None:
     """Leave nothing of a run that was refused before it did anything: the next try finds no folder in its way."""
-    for name in (MANIFEST, LOCK):
-        (context.folder / name).unlink(missing_ok=True)
+    for path in context.folder.iterdir():
+        path.unlink()
     made = [] if context.config.run_dir else [context.folder, *context.folder.parents[:2]]  # runs/COMMAND/TIME
     for folder in made:
         if any(folder.iterdir()):
@@ -304,8 +305,9 @@ def _manifest_kept(context: RunContext) -> Iterator[None]:
             f"interrupted; continue with `ggscope {context.command} resume={context.folder}`"
         ) from error
     except BaseException as error:
-        context.refused = isinstance(error, SAEError) and error.exit_code == 2 and not context.resumed
-        if context.refused and nothing_done(context.folder):
+        faulty = isinstance(error, SAEError) and error.exit_code == 2 and not context.resumed
+        context.refused = faulty and nothing_done(context.folder, but=SPOOL_NAME)
+        if faulty and nothing_done(context.folder):
             take_back(context)
         else:
             context.write("failed", f"{type(error).__name__}: {error}")

@@ -14,13 +14,12 @@ from ..corpus.documents import Vocabulary
 from ..corpus.readers import DocumentStream, ReadReport, read_documents
 from ..corpus.spool import spool_table
 from ..corpus.windows import WindowTable, windows
-from ..run import RunContext
+from ..run import SPOOL_NAME, RunContext
 
 if TYPE_CHECKING:
     from ..continuation import BatchGenerator
     from ..llama.model import Model
 
-SPOOL_NAME = "corpus"
 IN_MEMORY_ROWS = 4 << 20  # of a table that is not spooled, 110 MB
 WITH_PATHS = ("text", "jsonl", "parquet", "tokens")
 

@@ -54,7 +54,8 @@ def test_a_run_that_was_refused_is_not_the_one_to_go_on_with(tmp_path, monkeypat
         folder.mkdir(parents=True)
         context, _ = context_of(folder)
         context.started = 1e9 + number
-        (folder / "metrics.jsonl").touch()
+        (folder / "corpus").mkdir()
+        (folder / "metrics.jsonl").write_text("" if number else "{}")
         with pytest.raises((InterruptedRunError, ConfigError)), running(context):
             raise error
     assert run_to_resume("train", "latest")[0].name == "a"
