@@ -104,9 +104,8 @@ def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[R
         if settings.limits:
             quiet = in_step(together, settings, settings.tokens, meter=sum_step)
         else:  # a small model: what the sum throws out of the caches would not come back with one token
-            quiet = in_step(together, settings, settings.tokens) | in_step(
-                {}, settings, settings.tokens, meter=sum_step
-            )
+            quiet = in_step(together, settings, settings.tokens)
+            quiet["sum"] = timed(sum_step, range(settings.tokens), 0)
         for key in apart:
             beside_it = in_step({SAME: sides[SAME], key: sides[key]}, settings, settings.tokens)
             quiet |= {key: beside_it[key], f"{key} {SAME}": beside_it[SAME]}
@@ -150,18 +149,18 @@ def in_step(
         for pos in range(settings.prompt):
             step(3 + pos, pos)
     for t, (before, token) in enumerate(token_T2.tolist()):
-        timed = t >= WARM_TOKENS
+        warm = t >= WARM_TOKENS
         if meter is not None:
             started = time.perf_counter()
             meter(0, 0)
-            if timed:
+            if warm:
                 seconds["sum"].append(time.perf_counter() - started)
-        turn = t % max(1, len(names))
+        turn = t % len(names)
         for name in names[turn:] + names[:turn]:
             sides[name](before, settings.prompt + 2 * t)
             started = time.perf_counter()
             sides[name](token, settings.prompt + 2 * t + 1)
-            if timed:
+            if warm:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 

@@ -73,14 +73,19 @@ def footer(name: str) -> list[str]:
 
 
 def with_choices(setting: str, choices: Sequence[str]) -> str:
+    shown = listed(choices)
+    return f"  {setting:<{WIDTH}}{shown}" if shown else f"  {setting}"
+
+
+def listed(choices: Sequence[str]) -> str:
+    """`(a | b)`; nothing where there is no choice."""
     shown = " | ".join(choice for choice in choices if choice)
-    return f"  {setting:<{WIDTH}}({shown})" if shown else f"  {setting}"
+    return f"({shown})" if shown else ""
 
 
 def explained(setting: str, choices: Sequence[str], meaning: str) -> list[str]:
     """The setting with its choices and its meaning beside it, as the terminal is wide."""
-    shown = " | ".join(choice for choice in choices if choice)
-    said = " ".join(part for part in (f"({shown})" if shown else "", meaning) if part)
+    said = " ".join(part for part in (listed(choices), meaning) if part)
     columns = max(LEAST_COLUMNS, shutil.get_terminal_size((140, 24)).columns) - WIDTH - 2
     first, *further = textwrap.wrap(said, columns) or [""]
     return [

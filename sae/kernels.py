@@ -143,8 +143,9 @@ class BatchPairs:
                     self.guess.first(pre_NF[:: max(1, len(pre_NF) // 32)], model.k / model.num_latents, ranks)
                 parts.append(entries_from(pre_NF, self.guess.least, model.k, part.start))
             found = Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-            broken_P = found.value_P.isnan()
-            broken, found = take(found, broken_P), take(found, ~broken_P)
+            broken = take(found, found.value_P.isnan())
+            if len(broken.value_P):
+                found = take(found, ~found.value_P.isnan())
             edge = batch_edge(found.value_P.float(), count, ranks)
             seen = int(ranks.sum(torch.tensor(len(found.value_P), device=centred_ND.device)))
             if self.guess.good(seen, count * ranks.world, edge.value * (1 - margin)):
