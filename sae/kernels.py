@@ -17,23 +17,19 @@ Shape letters: N rows, D d_in, F latents, K top-k, A auxiliary k, P = N K pairs,
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
-from .batch_select import MARGIN, Entries, Guess, batch_edge, entries_from, largest, take
+from .batch_select import Guess
+from .choice import BatchPairs, RowPairs
 from .errors import ConfigError
 from .losses import LossSettings, StepResult, auxk_denominator
-from .model import SparseCoder, named_count, select_topk
+from .model import SparseCoder, select_topk
 from .ranks import Ranks
-from .variants.groupmax import group_candidates, group_leaders, group_winners
+from .sparse_products import Chosen, decode_with_pull, offsets_of, sparse_sums
 
-BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
-BLOCK_ROWS = 512  # but never fewer rows than this: W_enc is read once per block
 DENSE_DEAD_SHARE = 4  # up to this multiple of auxk_k, dead latents go through plain matrix products
 
 ENCODER_DTYPES = {"float32": torch.float32, "f32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
@@ -69,108 +65,20 @@ def has_fast_step(model: SparseCoder) -> bool:
     return bool(model.selects) and model.unit_rows and not model.wiring.two_sided and not model.options.multi_k
 
 
-def grouped_topk(pre_NF: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`select_topk` in two stages: the k groups of latents with the largest maxima hold the k largest entries.
-
-    Half the time on a CPU, where torch.topk is the second largest part of the step. Elsewhere, and where groups would
-    not pay, it is `select_topk`. Among equal entries at the edge it may take another one.
-    """
-    rows, latents = pre_NF.shape
-    group = 1 << max(
-        0, ((latents // k).bit_length() - 1) // 2
-    )  # about sqrt(F / k): both stages then see as many entries
-    if pre_NF.device.type != "cpu" or group < 4 or latents % group:
-        return select_topk(pre_NF, k)
-    groups = latents // group
-    pre_NgG = pre_NF.view(rows, group, groups)  # a group: every groups-th latent, so that the maximum vectorises
-    _, group_NK = grouped_topk(pre_NgG.amax(1), k)
-    candidates_NC = pre_NgG.gather(2, group_NK.unsqueeze(1).expand(rows, group, k)).view(rows, group * k)
-    vals_NK, at_NK = grouped_topk(candidates_NC, k)
-    return vals_NK, group_NK.gather(1, at_NK % k) + (at_NK // k) * groups
-
-
-class Chosen(NamedTuple):
-    """The active latents: (N, K), or the pairs of all rows one after another with their rows and first pairs."""
-
-    idx: torch.Tensor  # (N, K) or (P,)
-    offsets_N: torch.Tensor | None = None
-    row_P: torch.Tensor | None = None
-
-
-def offsets_of(row_P: torch.Tensor, rows: int) -> torch.Tensor:
-    """Where the pairs of every row begin; rows ascend."""
-    return torch.searchsorted(row_P, torch.arange(rows, device=row_P.device))
-
-
-class PreActs:
-    """Dense pre-activations of one block of rows at a time, in the dtype that chooses; the buffer is kept."""
-
-    def __init__(self, model: SparseCoder, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
-        self._pre = torch.empty(0)
-
-    def __call__(self, centred_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, pre_NF) block by block; the array is reused for the next block."""
-        model, rows, dtype = self.model, len(centred_ND), self.dtype
-        weight_DF, bias_F, input_ND = model.W_enc_FD.to(dtype).t(), model.b_enc_F.to(dtype), centred_ND.to(dtype)
-        block = rows
-        if centred_ND.device.type == "cpu":
-            block = min(rows, max(BLOCK_ROWS, BLOCK_BYTES // (4 * model.num_latents)))
-        if self._pre.shape != (block, model.num_latents):
-            self._pre = torch.empty(block, model.num_latents, dtype=dtype, device=centred_ND.device)
-        for start in range(0, rows, block):
-            part = slice(start, min(rows, start + block))
-            pre_NF = self._pre[: part.stop - start]
-            torch.addmm(bias_F, input_ND[part], weight_DF, out=pre_NF)
-            yield part, pre_NF
-
-
-class BatchPairs:
-    """BatchTopK's pairs: the k largest pre-activations of a batch times its rows, those of this rank's rows row after
-    row, all above zero."""
-
-    def __init__(self, model: SparseCoder, dtype: torch.dtype) -> None:
-        self.model, self.guess = model, Guess()
-        self._pre_acts = PreActs(model, dtype)
-
-    def __call__(self, centred_ND: torch.Tensor) -> Entries:
-        model, rows, low = self.model, len(centred_ND), self._pre_acts.dtype == torch.bfloat16
-        count, margin, ranks = model.k * rows, MARGIN if low else 0.0, model.ranks
-        while True:
-            parts = []
-            for part, pre_NF in self._pre_acts(centred_ND):
-                if not self.guess.least:
-                    self.guess.first(pre_NF[:: max(1, len(pre_NF) // 32)], model.k / model.num_latents, ranks)
-                parts.append(entries_from(pre_NF, self.guess.least, model.k, part.start))
-            found = Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-            broken = take(found, found.value_P.isnan())
-            if len(broken.value_P):
-                found = take(found, ~found.value_P.isnan())
-            edge = batch_edge(found.value_P.float(), count, ranks)
-            seen = int(ranks.sum(torch.tensor(len(found.value_P), device=centred_ND.device)))
-            if self.guess.good(seen, count * ranks.world, edge.value * (1 - margin)):
-                break
-        if low:
-            found = take(found, found.value_P.float() >= edge.value * (1 - margin))
-            latent_P, offsets_N = found.latent_P, offsets_of(found.row_P, rows)
-            exact_P = sampled_products(centred_ND, model.W_enc_FD, latent_P, offsets_N) + model.b_enc_F[latent_P]
-            found = found._replace(value_P=exact_P)
-            edge = batch_edge(exact_P[exact_P > 0], count, ranks)
-        if len(broken.value_P):  # the loss tells of them
-            row_P, latent_P, value_P = (part_P[:count] for part_P in broken)
-            return Entries(row_P, latent_P, value_P.to(centred_ND.dtype))
-        return take(found, largest(found, edge, model.num_latents))
-
-
 class FastStep:
     """Callable like `dense_step` with the model and settings bound; keeps its buffer between batches."""
 
     def __init__(self, model: SparseCoder, settings: LossSettings) -> None:
         self.model = model
         self.settings = settings
-        self._pre_acts = PreActs(model, settings.encoder_dtype)
+        self._rows = RowPairs(model, settings.encoder_dtype)
         self._batch = BatchPairs(model, settings.encoder_dtype) if model.selects == "batchtopk" else None
         self._sums: tuple[torch.Tensor, torch.Tensor] | None = None  # the gradients' memory, on a CPU
+
+    @property
+    def guess(self) -> Guess | None:
+        """BatchTopK's: which way finds the same latents, and so the last bits of their values, may depend on it."""
+        return None if self._batch is None else self._batch.guess
 
     @torch.no_grad()
     def __call__(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None = None) -> StepResult:
@@ -220,20 +128,11 @@ class FastStep:
 
     def encode(self, centred_ND: torch.Tensor) -> tuple[Chosen, torch.Tensor]:
         """The latents of the rows and their values after ReLU."""
-        model = self.model
         if self._batch is not None:
             found = self._batch(centred_ND)
             return Chosen(found.latent_P, offsets_of(found.row_P, len(centred_ND)), found.row_P), found.value_P
-        low, group = self.settings.encoder_dtype == torch.bfloat16, model.selects == "groupmax"
-        choose = (group_candidates if low else group_leaders) if group else grouped_topk
-        count = model.k if group else named_count(model.k, model.num_latents, self.settings.encoder_dtype)
-        found = [choose(pre_NF, count) for _, pre_NF in self._pre_acts(centred_ND)]
-        vals_NC, idx_NC = (torch.cat(columns) for columns in zip(*found, strict=True))
-        if not low:
-            return Chosen(idx_NC), vals_NC.relu_()
-        exact_NC = sampled_products(centred_ND, model.W_enc_FD, idx_NC) + model.b_enc_F[idx_NC]
-        vals_NK, at_NK = (group_winners if group else select_topk)(exact_NC, model.k)
-        return Chosen(idx_NC.gather(1, at_NK)), vals_NK.relu_()
+        idx_NK, vals_NK = self._rows(centred_ND)
+        return Chosen(idx_NK), vals_NK.relu_()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,83 +217,3 @@ def auxk_gradients(
         parts = tuple(part.to(centred_ND.dtype) for part in sums)
     dW_enc_MD, dW_dec_MD, db_enc_M = parts
     return AuxKGradients(loss=square / scatter, dead_M=dead_M, W_enc_MD=dW_enc_MD, W_dec_MD=dW_dec_MD, b_enc_M=db_enc_M)
-
-
-def sparse_sums(
-    latents: int,
-    centred_ND: torch.Tensor,
-    grad_ND: torch.Tensor,
-    chosen: Chosen,
-    vals: torch.Tensor,
-    grad_vals: torch.Tensor,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dW_enc, dW_dec and db_enc of the module docstring, for `latents` latents; the first two in `out` if it is given:
-    new arrays of their size cost more in page faults than the sums."""
-    latent_P, order_P = chosen.idx.flatten().sort(stable=True)
-    row_P = order_P // chosen.idx.shape[1] if chosen.row_P is None else chosen.row_P[order_P]
-    start_F1 = torch.searchsorted(latent_P, torch.arange(latents + 1, device=latent_P.device))
-    vals_P, grad_vals_P = vals.flatten()[order_P], grad_vals.flatten()[order_P]
-
-    def sums(table_ND: torch.Tensor, weight_P: torch.Tensor) -> torch.Tensor:
-        return functional.embedding_bag(row_P, table_ND, start_F1[:-1], per_sample_weights=weight_P, mode="sum")
-
-    ones_N1 = torch.ones(len(centred_ND), 1, dtype=centred_ND.dtype, device=centred_ND.device)
-    db_enc_F = sums(ones_N1, grad_vals_P).squeeze(1)
-    if out is None or not torch.backends.mkl.is_available():
-        return sums(centred_ND, grad_vals_P), sums(grad_ND, vals_P), db_enc_F
-    for sum_FD, table_ND, weight_P in ((out[0], centred_ND, grad_vals_P), (out[1], grad_ND, vals_P)):
-        size = (latents, len(table_ND))
-        pairs_FN = sparse_matrix(start_F1.int(), row_P.int(), weight_P, size)
-        torch.addmm(sum_FD, pairs_FN, table_ND, beta=0, out=sum_FD)
-    return *out, db_enc_F
-
-
-def sparse_matrix(
-    start_M1: torch.Tensor, column_P: torch.Tensor, value_P: torch.Tensor, size: tuple[int, int]
-) -> torch.Tensor:
-    """CSR. torch says once in every process that this is beta."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(start_M1, column_P, value_P, size=size, check_invariants=False)
-
-
-def sampled_products(
-    a_ND: torch.Tensor, table_FD: torch.Tensor, idx: torch.Tensor, offsets_N: torch.Tensor | None = None
-) -> torch.Tensor:
-    """<a_n, table[idx_nk]>, (N, K) or (P,), without gathering the rows."""
-    if a_ND.device.type == "cpu":  # half the time of embedding_bag's backward
-        start_N1 = torch.arange(0, idx.numel() + 1, idx.shape[1]) if offsets_N is None else _ends(offsets_N, idx)
-        zero_P = torch.zeros(idx.numel(), dtype=a_ND.dtype)
-        pairs_NF = sparse_matrix(start_N1.int(), idx.flatten().int(), zero_P, (len(a_ND), len(table_FD)))
-        return torch.sparse.sampled_addmm(pairs_NF, a_ND, table_FD.detach().t(), beta=0).values().view(idx.shape)
-    zeros = torch.zeros(idx.shape, dtype=a_ND.dtype, device=a_ND.device)
-    _, pull = decode_with_pull(idx, zeros, table_FD, offsets_N)
-    return pull(a_ND)
-
-
-def _ends(offsets_N: torch.Tensor, idx_P: torch.Tensor) -> torch.Tensor:
-    return functional.pad(offsets_N, (0, 1), value=len(idx_P))
-
-
-class Pull:
-    """grad_ND -> <grad_n, table[idx_nk]>: embedding_bag's own backward for its weights, through the public API."""
-
-    def __init__(self, bag_ND: torch.Tensor, vals: torch.Tensor) -> None:
-        self.bag_ND, self.vals = bag_ND, vals
-
-    def __call__(self, grad_ND: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(self.bag_ND, self.vals, grad_ND)[0]
-
-
-def decode_with_pull(
-    idx: torch.Tensor, vals: torch.Tensor, table_FD: torch.Tensor, offsets_N: torch.Tensor | None = None
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """(sum_k vals_nk table[idx_nk], its pull-back to vals)."""
-    if vals.device.type == "cpu":
-        bag_ND = functional.embedding_bag(idx, table_FD.detach(), offsets_N, per_sample_weights=vals, mode="sum")
-        return bag_ND, lambda grad_ND: sampled_products(grad_ND, table_FD, idx, offsets_N)
-    with torch.enable_grad():
-        leaf = vals.detach().requires_grad_()
-        bag_ND = functional.embedding_bag(idx, table_FD.detach(), offsets_N, per_sample_weights=leaf, mode="sum")
-    return bag_ND.detach(), Pull(bag_ND, leaf)

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from .errors import ConfigError
-from .kernels import AuxKGradients, Chosen, FastStep, decode_with_pull, has_fast_step, offsets_of, sparse_sums
+from .kernels import AuxKGradients, FastStep, has_fast_step
 from .losses import LossSettings, auxk_denominator
 from .model import SparseCoder, select_topk
 from .ranks import Ranks
+from .sparse_products import Chosen, decode_with_pull, offsets_of, sparse_sums
 from .steppers import TorchStepper
 from .train_config import TrainConfig
 

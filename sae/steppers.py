@@ -103,6 +103,16 @@ class TorchStepper(OptimizerStepper):
     def gradients(self, u_ND: torch.Tensor, dead_F: torch.Tensor | None) -> StepResult:
         return self._gradients(u_ND, dead_F)
 
+    def state_dict(self) -> dict[str, Any]:
+        guess = self._gradients.guess
+        return super().state_dict() | ({} if guess is None else {"guess": guess.state()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        guess = self._gradients.guess
+        if guess is not None and "guess" in state:
+            guess.load(state["guess"])
+        super().load_state_dict({name: part for name, part in state.items() if name != "guess"})
+
     @torch.no_grad()
     def chosen(self, u_ND: torch.Tensor) -> torch.Tensor:
         """idx_NK of the latents a step with these rows takes; TopK and GroupMax."""

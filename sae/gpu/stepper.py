@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from ..kernels import PreActs, auxk_gradients
+from ..kernels import auxk_gradients
 from ..losses import LossSettings, StepResult
 from ..model import SparseCoder, named_count
+from ..pre_acts import PreActs
 from ..steppers import Stepper
 from ..train_config import TrainConfig
 from .kernels import AdamStep, Extra, exact_values, latents_pass_, pairs_by_latent, rows_pass, sum_by_latent, topk

@@ -26,10 +26,13 @@ from typing import Any
 import torch
 
 from ..batch_select import Guess
-from ..kernels import BatchPairs, auxk_gradients, offsets_of
+from ..choice import BatchPairs
+from ..kernels import auxk_gradients
 from ..losses import LossSettings, StepResult
 from ..model import SparseCoder, named_count
+from ..pre_acts import balance
 from ..ranks import Ranks
+from ..sparse_products import offsets_of
 from ..steppers import Stepper
 from ..train_config import TrainConfig
 from . import pages
@@ -37,7 +40,6 @@ from .library import UNIT, Library, Step, finds_in_int8
 
 SAMPLE_ROWS = 32  # whose pre-activations give BatchTopK's first guess
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
-LEAST_BALANCE = 1e-6
 PARAMETERS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
 
 
@@ -264,14 +266,3 @@ class NativeStepper(Stepper):
         names = ("extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M")
         self._step.point(**dict(zip(names, extra, strict=True)))
         return auxk.loss, extra
-
-
-def balance(centred_ND: torch.Tensor) -> torch.Tensor:
-    """What input dimensions are divided by before they are rounded to 8 bits, and those of W_enc multiplied by.
-
-    The square root of their root mean square shares the spread of unequal dimensions between both sides (Xiao et al.
-    2023, SmoothQuant, with exponent 1/2); it changes the number of candidates, never which latents are taken.
-    """
-    rms_D = centred_ND.double().square().mean(0).sqrt()
-    finite_D = torch.where(rms_D.isfinite(), rms_D, 0.0)
-    return (finite_D + LEAST_BALANCE + 1e-3 * finite_D.mean()).sqrt().float()

@@ -19,6 +19,7 @@ from ..losses import LossSettings
 from ..model import SparseCoder, input_scale, layer_normalise
 from ..native.library import finds_in_int8
 from ..options import WITHOUT_K
+from ..pre_acts import finds_by_bounds
 from ..steppers import pick_kernel
 from ..train_config import TrainConfig
 from ..weights import SAEWeights
@@ -128,8 +129,11 @@ def scale_of(
 def dtype_of(config: TrainConfig, model: SparseCoder, device: torch.device) -> torch.dtype:
     """bfloat16 chooses latents only where the step has that choice; "auto" means float32 elsewhere."""
     if has_fast_step(model):
-        native = pick_kernel(model, config, device) == "native"
-        exact = native and finds_in_int8(model, config)
+        kernel = pick_kernel(model, config, device)
+        most_k = max(config.k, config.options.k_start)
+        exact = (kernel == "native" and finds_in_int8(model, config)) or (
+            kernel == "torch" and finds_by_bounds(model, most_k)
+        )
         return encoder_dtype(config.encoder_dtype, device, float32_is_fast=exact)
     found = encoder_dtype("float32" if config.encoder_dtype == "auto" else config.encoder_dtype, device)
     if found != torch.float32:

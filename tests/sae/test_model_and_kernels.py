@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from sae.choice import grouped_topk
 from sae.errors import ConfigError, ShapeError
-from sae.kernels import Chosen, FastStep, encoder_dtype, grouped_topk, offsets_of, sampled_products, sparse_sums
+from sae.kernels import FastStep, encoder_dtype
 from sae.losses import LossSettings, dense_step
 from sae.model import TopKSAE, apply_update_, input_scale
 from sae.runtime import decode, encode
+from sae.sparse_products import Chosen, offsets_of, sampled_products, sparse_sums
 from sae.variants import VARIANTS
 
 D, F, K, N = 24, 200, 6, 160

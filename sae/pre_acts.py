@@ -1,0 +1,136 @@
+"""Pre-activations of a batch, block of rows by block of rows: in the dtype that chooses, or bounds on them from 8 bits.
+
+Bounds: with x' = x / balance and w' = w * balance rounded to s q and c p, the error of s c <q, p> is a sum of D
+rounding errors of variance s^2 / 12 times w'^2 and c^2 / 12 times x'^2. SIGMAS standard deviations of it on top (of
+both parts, and for the part of x' of the batch's flattest row) make an upper bound,
+
+    bound_nf = b_f + s_n (c_f <q_n, p_f> + A_f),   A_f = SIGMAS / sqrt(12) (|w'_f| + c_f max_n |x'_n| / s_n)
+
+and a latent whose bound is below an exact value that is to be chosen need not be computed (`native/candidates.c` does
+the same in C). A row of which most is rounded to zero has errors that are the row itself: its bounds are NaN.
+
+Shape letters: N rows, D d_in, F latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from .model import SparseCoder
+
+BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
+BLOCK_ROWS = 512  # but never fewer rows than this: W_enc is read once per block
+SIGMAS = 4.0
+LATENTS_PER_K = 48  # of fewer latents too many would be candidates
+MOST_DIMENSIONS = 32768  # an 8-bit product of more would not fit 32 bits
+LATENTS_ROUNDED = 1024  # at a time: they stay in cache
+LEAST_BALANCE = 1e-6
+BALANCE_ROWS = 256
+_TINY = 1e-30  # a scale of nothing but zeros
+
+
+def block_rows(rows: int, latents: int, device: torch.device) -> int:
+    """Rows whose dense pre-activations are held at a time."""
+    return rows if device.type != "cpu" else min(rows, max(BLOCK_ROWS, BLOCK_BYTES // (4 * latents)))
+
+
+class PreActs:
+    """Dense pre-activations of one block of rows at a time, in the dtype that chooses; the buffer is kept."""
+
+    def __init__(self, model: SparseCoder, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self._pre = torch.empty(0)
+
+    def __call__(self, centred_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, pre_NF) block by block; the array is reused for the next block."""
+        model, rows, dtype = self.model, len(centred_ND), self.dtype
+        weight_DF, bias_F, input_ND = model.W_enc_FD.to(dtype).t(), model.b_enc_F.to(dtype), centred_ND.to(dtype)
+        block = block_rows(rows, model.num_latents, centred_ND.device)
+        if self._pre.shape != (block, model.num_latents):
+            self._pre = torch.empty(block, model.num_latents, dtype=dtype, device=centred_ND.device)
+        for start in range(0, rows, block):
+            part = slice(start, min(rows, start + block))
+            pre_NF = self._pre[: part.stop - start]
+            torch.addmm(bias_F, input_ND[part], weight_DF, out=pre_NF)
+            yield part, pre_NF
+
+
+class Bounds:
+    """Upper bounds on the pre-activations of one block of rows at a time, float32 on a CPU; the buffers are kept."""
+
+    def __init__(self, model: SparseCoder) -> None:
+        self.model = model
+        self._p_FD = torch.empty(0, dtype=torch.int8)
+        self._scale_F, self._norm_F = torch.empty(0), torch.empty(0)
+        self._product = torch.empty(0, dtype=torch.int32)
+
+    def __call__(self, centred_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, bound_NF) block by block, as of `PreActs`."""
+        rows, latents, b_F = len(centred_ND), self.model.num_latents, self.model.b_enc_F
+        balance_D = balance(centred_ND[:: max(1, rows // BALANCE_ROWS)])
+        self._round_weights(balance_D)
+        q_ND, scale_N1, flat = rounded_rows(centred_ND / balance_D)
+        slack_F = torch.addcmul(self._norm_F, self._scale_F, flat).mul_(SIGMAS / math.sqrt(12))
+        block = block_rows(rows, latents, centred_ND.device)
+        if self._product.shape != (block, latents):
+            self._product = torch.empty(block, latents, dtype=torch.int32)
+        for start in range(0, rows, block):
+            part = slice(start, min(rows, start + block))
+            product_NF = self._product[: part.stop - start]
+            torch._int_mm(q_ND[part], self._p_FD.t(), out=product_NF)
+            bound_NF = product_NF.view(torch.float32).copy_(product_NF)  # in its own place: that is in cache
+            torch.addcmul(slack_F, bound_NF, self._scale_F, out=bound_NF)
+            torch.addcmul(b_F, bound_NF, scale_N1[part], out=bound_NF)
+            yield part, bound_NF
+
+    def _round_weights(self, balance_D: torch.Tensor) -> None:
+        W_enc_FD = self.model.W_enc_FD
+        if self._p_FD.shape != W_enc_FD.shape:
+            self._p_FD = torch.empty(W_enc_FD.shape, dtype=torch.int8)
+            self._scale_F, self._norm_F = torch.empty(len(W_enc_FD)), torch.empty(len(W_enc_FD))
+        scaled_FD = torch.empty(min(LATENTS_ROUNDED, len(W_enc_FD)), W_enc_FD.shape[1])
+        for start in range(0, len(W_enc_FD), LATENTS_ROUNDED):
+            part = slice(start, min(len(W_enc_FD), start + LATENTS_ROUNDED))
+            some_FD = torch.mul(W_enc_FD[part], balance_D, out=scaled_FD[: part.stop - start])
+            torch.linalg.vector_norm(some_FD, dim=1, out=self._norm_F[part])
+            scale_F = torch.div(some_FD.abs().amax(1), 127, out=self._scale_F[part]).clamp_min_(_TINY)
+            self._p_FD[part] = some_FD.mul_(scale_F.reciprocal().unsqueeze(1)).round_()
+
+
+def rounded_rows(balanced_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q_ND int8 and s_N1 with x' ~ s q, and the largest |x'_n| / s_n. s is NaN where there is no bound."""
+    norm_N = torch.linalg.vector_norm(balanced_ND, dim=1)
+    scale_N = balanced_ND.abs().amax(1).div_(127).clamp_min_(_TINY)
+    nonzero_N = (balanced_ND != 0).sum(1, dtype=torch.int32)
+    q_ND = balanced_ND.mul_(scale_N.reciprocal().unsqueeze(1)).round_().to(torch.int8)
+    kept_N = (q_ND != 0).sum(1, dtype=torch.int32)
+    bounded_N = norm_N.isfinite() & (2 * (nonzero_N - kept_N) <= balanced_ND.shape[1])
+    flat_N = torch.where(bounded_N, norm_N / scale_N, 0.0)
+    return q_ND, torch.where(bounded_N, scale_N, torch.nan).unsqueeze(1), flat_N.max()
+
+
+def balance(centred_ND: torch.Tensor) -> torch.Tensor:
+    """What input dimensions are divided by before they are rounded to 8 bits, and those of W_enc multiplied by.
+
+    The square root of their root mean square shares the spread of unequal dimensions between both sides (Xiao et al.
+    2023, SmoothQuant, with exponent 1/2); it changes the number of candidates, never which latents are taken.
+    """
+    rms_D = centred_ND.double().square().mean(0).sqrt()
+    finite_D = torch.where(rms_D.isfinite(), rms_D, 0.0)
+    return (finite_D + LEAST_BALANCE + 1e-3 * finite_D.mean()).sqrt().float()
+
+
+def has_int8_products(device: torch.device) -> bool:
+    """Whether torch multiplies 8-bit matrices by instructions made for it; without them it takes minutes."""
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and supported is not None and supported()
+
+
+def finds_by_bounds(model: SparseCoder, k: int) -> bool:
+    """Whether a step in torch finds the latents by `Bounds`, their exact float32 values deciding: faster than bfloat16."""
+    W_enc_FD = model.W_enc_FD
+    fits = model.selects in ("topk", "batchtopk") and model.d_in <= MOST_DIMENSIONS and W_enc_FD.dtype == torch.float32
+    return fits and model.num_latents >= LATENTS_PER_K * k and has_int8_products(W_enc_FD.device)
