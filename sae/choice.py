@@ -2,7 +2,7 @@
 
 Three ways, by `encoder_dtype` and the processor:
 - float32 where `pre_acts.finds_by_bounds`: upper bounds from 8-bit products leave few candidates, whose exact values
-  decide. A row of which a latent left out may be among the k largest is done again with exact values only.
+  decide. Where one that was left out may be among the k largest, more candidates are taken, then exact values only.
 - float32 elsewhere: dense pre-activations.
 - bfloat16: dense ones in bfloat16 name a few more than k, whose exact values decide.
 
@@ -11,7 +11,8 @@ Shape letters: N rows, D d_in, F latents, K top-k, C candidates of a row, P pair
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -23,6 +24,8 @@ from .variants.groupmax import group_candidates, group_leaders, group_winners
 
 SAMPLE_ROWS = 32  # whose pre-activations give BatchTopK's first guess
 SPARSE_SHARE = 16  # more candidates than this part of a batch's entries cost more than all the exact values
+# latents of a row that bounds name beside the k: this share of k, but at least so many; first, and where that is not enough
+NAMED = ((0.5, 8), (3.0, 32))
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -67,16 +70,26 @@ class RowPairs:
         return idx_NC.gather(1, at_NK), vals_NK
 
     def _by_bounds(self, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        model = self.model
-        bound_NC, idx_NC = _each(grouped_topk, self._bounds, centred_ND, bounded_count(model.k, model.num_latents))
-        vals_NK, at_NK = select_topk(self._exact(centred_ND, idx_NC), model.k)
-        idx_NK = idx_NC.gather(1, at_NK)
-        # what was left out is at most the least bound, and nothing below zero fires; NaN is unsure
-        unsure_M = (~(bound_NC.amin(1) <= vals_NK.amin(1).clamp_min_(0))).nonzero().squeeze(1)
-        if len(unsure_M):
-            vals_MK, idx_MK = _each(grouped_topk, self._pre_acts, centred_ND[unsure_M], model.k)
-            vals_NK[unsure_M], idx_NK[unsure_M] = vals_MK, idx_MK
+        idx_NK, vals_NK, open_M = self._named(centred_ND, NAMED[0])
+        if len(open_M):
+            idx_NK[open_M], vals_NK[open_M], still = self._named(centred_ND[open_M], NAMED[1], again=True)
+            dense_M = open_M[still]
+            if len(dense_M):
+                found = _each(grouped_topk, self._pre_acts, centred_ND[dense_M], self.model.k)
+                vals_NK[dense_M], idx_NK[dense_M] = found
         return idx_NK, vals_NK
+
+    def _named(
+        self, centred_ND: torch.Tensor, spare: tuple[float, int], *, again: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """idx_NK, vals_NK among the latents with the largest bounds, and the rows for which that may not be all."""
+        k, (share, least) = self.model.k, spare
+        count = min(self.model.num_latents, k + max(least, int(share * k)))
+        bound_NC, idx_NC = _each(grouped_topk, partial(self._bounds, again=again), centred_ND, count)
+        vals_NK, at_NK = select_topk(self._exact(centred_ND, idx_NC), k)
+        # what was left out is at most the least bound, and nothing below zero fires; NaN leaves it open
+        open_N = ~(bound_NC.amin(1) <= vals_NK.amin(1).clamp_min_(0))
+        return idx_NC.gather(1, at_NK), vals_NK, open_N.nonzero().squeeze(1)
 
     def _exact(self, centred_ND: torch.Tensor, idx_NC: torch.Tensor) -> torch.Tensor:
         return sampled_products(centred_ND, self.model.W_enc_FD, idx_NC) + self.model.b_enc_F[idx_NC]
@@ -84,7 +97,7 @@ class RowPairs:
 
 def _each(
     choose: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
-    values: PreActs | Bounds,
+    values: Callable[[torch.Tensor], Iterator[tuple[slice, torch.Tensor]]],
     centred_ND: torch.Tensor,
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,11 +105,6 @@ def _each(
     found = [choose(values_NF, count) for _, values_NF in values(centred_ND)]
     vals_NC, idx_NC = (torch.cat(columns) for columns in zip(*found, strict=True))
     return vals_NC, idx_NC
-
-
-def bounded_count(k: int, latents: int) -> int:
-    """How many latents of a row bounds name: with fewer, one left out may be among the k largest of some rows."""
-    return min(latents, k + max(8, k // 2))
 
 
 class BatchPairs:

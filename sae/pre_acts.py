@@ -1,10 +1,10 @@
 """Pre-activations of a batch, block of rows by block of rows: in the dtype that chooses, or bounds on them from 8 bits.
 
 Bounds: with x' = x / balance and w' = w * balance rounded to s q and c p, the error of s c <q, p> is a sum of D
-rounding errors of variance s^2 / 12 times w'^2 and c^2 / 12 times x'^2. SIGMAS standard deviations of it on top (of
-both parts, and for the part of x' of the batch's flattest row) make an upper bound,
+rounding errors of variance s^2 / 12 times w'^2 and c^2 / 12 times x'^2. SIGMAS standard deviations of it on top, with
+the |x'| / s of the batch's flattest row, make an upper bound,
 
-    bound_nf = b_f + s_n (c_f <q_n, p_f> + A_f),   A_f = SIGMAS / sqrt(12) (|w'_f| + c_f max_n |x'_n| / s_n)
+    bound_nf = b_f + s_n (c_f <q_n, p_f> + A_f),   A_f = SIGMAS / sqrt(12) sqrt(|w'_f|^2 + (c_f max_n |x'_n| / s_n)^2)
 
 and a latent whose bound is below an exact value that is to be chosen need not be computed (`native/candidates.c` does
 the same in C). A row of which most is rounded to zero has errors that are the row itself: its bounds are NaN.
@@ -64,18 +64,19 @@ class Bounds:
     def __init__(self, model: SparseCoder) -> None:
         self.model = model
         self._p_FD = torch.empty(0, dtype=torch.int8)
-        self._scale_F, self._norm_F = torch.empty(0), torch.empty(0)
+        self._scale_F, self._norm_F, self._balance_D = torch.empty(0), torch.empty(0), torch.empty(0)
         self._product = torch.empty(0, dtype=torch.int32)
 
-    def __call__(self, centred_ND: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, bound_NF) block by block, as of `PreActs`."""
+    def __call__(self, centred_ND: torch.Tensor, *, again: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, bound_NF) block by block, as of `PreActs`. `again`: with the weights that were rounded last."""
         rows, latents, b_F = len(centred_ND), self.model.num_latents, self.model.b_enc_F
-        balance_D = balance(centred_ND[:: max(1, rows // BALANCE_ROWS)])
-        self._round_weights(balance_D)
-        q_ND, scale_N1, flat = rounded_rows(centred_ND / balance_D)
-        slack_F = torch.addcmul(self._norm_F, self._scale_F, flat).mul_(SIGMAS / math.sqrt(12))
+        if not again:
+            self._balance_D = balance(centred_ND[:: max(1, rows // BALANCE_ROWS)])
+            self._round_weights(self._balance_D)
+        q_ND, scale_N1, flat = rounded_rows(centred_ND / self._balance_D)
+        slack_F = torch.hypot(self._norm_F, self._scale_F * flat).mul_(SIGMAS / math.sqrt(12))
         block = block_rows(rows, latents, centred_ND.device)
-        if self._product.shape != (block, latents):
+        if len(self._product) < block:
             self._product = torch.empty(block, latents, dtype=torch.int32)
         for start in range(0, rows, block):
             part = slice(start, min(rows, start + block))
@@ -104,10 +105,12 @@ def rounded_rows(balanced_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     """q_ND int8 and s_N1 with x' ~ s q, and the largest |x'_n| / s_n. s is NaN where there is no bound."""
     norm_N = torch.linalg.vector_norm(balanced_ND, dim=1)
     scale_N = balanced_ND.abs().amax(1).div_(127).clamp_min_(_TINY)
-    nonzero_N = (balanced_ND != 0).sum(1, dtype=torch.int32)
-    q_ND = balanced_ND.mul_(scale_N.reciprocal().unsqueeze(1)).round_().to(torch.int8)
-    kept_N = (q_ND != 0).sum(1, dtype=torch.int32)
-    bounded_N = norm_N.isfinite() & (2 * (nonzero_N - kept_N) <= balanced_ND.shape[1])
+    scaled_ND = balanced_ND.mul_(scale_N.reciprocal().unsqueeze(1))
+    q_ND = scaled_ND.round().to(torch.int8)
+    lost_N = (q_ND == 0).sum(1, dtype=torch.int32)
+    sparse_M = (2 * lost_N > q_ND.shape[1]).nonzero().squeeze(1)  # where zeros were zero already?
+    lost_N[sparse_M] -= (scaled_ND[sparse_M] == 0).sum(1, dtype=torch.int32)
+    bounded_N = norm_N.isfinite() & (2 * lost_N <= q_ND.shape[1])
     flat_N = torch.where(bounded_N, norm_N / scale_N, 0.0)
     return q_ND, torch.where(bounded_N, scale_N, torch.nan).unsqueeze(1), flat_N.max()
 

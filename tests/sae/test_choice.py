@@ -87,22 +87,33 @@ def test_the_k_largest_of_every_row_are_those_of_float64(d, latents, k, rows, ro
 
 def test_rows_whose_bounds_leave_it_open_are_done_again(monkeypatch):
     model, u_ND = make(d=24, latents=2000, k=8), batch(3, 300, 24)
-    done = []
-    plain = sae.choice.PreActs.__call__
+    named, dense = [], []
+    plain, plain_named = sae.choice.PreActs.__call__, RowPairs._named
 
     def counted(self, centred_ND):
-        done.append(len(centred_ND))
+        dense.append(len(centred_ND))
         return plain(self, centred_ND)
 
+    def counted_named(self, centred_ND, spare, **more):
+        named.append(len(centred_ND))
+        return plain_named(self, centred_ND, spare, **more)
+
     monkeypatch.setattr(sae.choice.PreActs, "__call__", counted)
+    monkeypatch.setattr(RowPairs, "_named", counted_named)
     wanted_NK = exact(model, u_ND).topk(8).indices.sort(1).values
-    with torch.no_grad():
-        pairs, centred_ND = RowPairs(model, torch.float32), centred(model, u_ND)
-        assert torch.equal(pairs(centred_ND)[0].sort(1).values, wanted_NK)
-        assert sum(done) < 30
-        monkeypatch.setattr(sae.choice, "bounded_count", lambda k, latents: k)
-        assert torch.equal(pairs(centred_ND)[0].sort(1).values, wanted_NK)
-    assert 200 < sum(done) < 330
+    pairs, centred_ND = RowPairs(model, torch.float32), centred(model, u_ND)
+    for settings, again, at_last in (
+        (sae.choice.NAMED, range(60), range(1)),
+        (((0, 0), (3, 32)), range(200, 301), range(1)),
+        (((0, 0), (0, 0)), range(200, 301), range(200, 301)),
+    ):
+        named.clear()
+        dense.clear()
+        monkeypatch.setattr(sae.choice, "NAMED", settings)
+        with torch.no_grad():
+            assert torch.equal(pairs(centred_ND)[0].sort(1).values, wanted_NK)
+        assert sum(named) - 300 in again
+        assert sum(dense) in at_last
 
 
 def test_rows_that_8_bits_cannot_hold_are_done_again():
