@@ -7,6 +7,9 @@ g = 2/N (u_hat - u):
     da_nk     = <g_n, W_dec[idx_nk]> where a_nk > 0                db_enc[i] = sum of da_nk
     db_dec    = sum_n g_n - db_enc W_enc
 
+A transcoder's rows are centred by a mean that does not move, and what is reconstructed is other columns: no second
+term in db_dec, and dW_skip = sum_n g_n (u_n - centre)^T where it has a skip matrix.
+
 The sums over the rows of a latent are a sparse matrix product, or an embedding_bag, over the pairs (n, k) sorted by
 latent; sums run in one fixed order, so equal input gives equal bits. Dense pre-activations exist for one block of rows
 at a time. TopK, GroupMax and BatchTopK share all of this but the choice; BatchTopK's pairs are not K to a row, so they
@@ -62,7 +65,8 @@ def encoder_dtype(
 
 def has_fast_step(model: SparseCoder) -> bool:
     """Whether `FastStep` gives this model's gradients; the others go through autograd."""
-    return bool(model.selects) and model.unit_rows and not model.wiring.two_sided and not model.options.multi_k
+    one_map = model.wiring.kind != "cross_layer"  # there each latent reads one hook point of several
+    return bool(model.selects) and model.unit_rows and one_map and not model.options.multi_k
 
 
 class FastStep:
@@ -85,11 +89,16 @@ class FastStep:
         """Write the gradients of L to .grad and return the batch's numbers. `dead_F`: bool, None if none is dead."""
         model = self.model
         batch = model.prepare(u_ND)
-        centred_ND = batch.input_ND - model.b_dec_D
+        centred_ND, two_sided = model.centred(batch.input_ND), model.wiring.two_sided
         chosen, vals = self.encode(centred_ND)
         scale = 2.0 / len(u_ND)
         bag_ND, pull = decode_with_pull(chosen.idx, vals, model.W_dec_FD, chosen.offsets_N)
-        minus_error_ND = self._total(bag_ND).sub_(centred_ND)
+        if two_sided:
+            minus_error_ND = self._total(bag_ND).add_(model.b_dec_D).sub_(batch.target_NO)
+            if model.wiring.skip:
+                minus_error_ND.addmm_(centred_ND, model.W_skip_OD.t())
+        else:  # b_dec is on both sides
+            minus_error_ND = self._total(bag_ND).sub_(centred_ND)
         grad_ND = minus_error_ND * scale
         grad_vals = pull(grad_ND) * (vals > 0)
         if self._sums is None and grad_ND.device.type == "cpu":
@@ -107,7 +116,11 @@ class FastStep:
             auxk_loss = auxk.loss
             loss = loss + self.settings.auxk_coef * self.settings.variance * auxk_loss
         model.W_enc_FD.grad, model.W_dec_FD.grad, model.b_enc_F.grad = W_enc_FD, W_dec_FD, b_enc_F
-        model.b_dec_D.grad = grad_ND.sum(0) - self._total(b_enc_F @ model.W_enc_FD)
+        model.b_dec_D.grad = grad_ND.sum(0)
+        if not two_sided:
+            model.b_dec_D.grad -= self._total(b_enc_F @ model.W_enc_FD)
+        elif model.wiring.skip:
+            model.W_skip_OD.grad = grad_ND.t() @ centred_ND
         if model.selects == "batchtopk":
             model.observe_(vals)
         if batch.sigma_N1 is not None:

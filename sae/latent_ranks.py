@@ -36,9 +36,10 @@ def shard_(model: SparseCoder, *, config: TrainConfig, ranks: Ranks) -> None:
     Raises:
         ConfigError: a model or an optimizer that needs all latents in one place; latents that cannot be shared out.
     """
-    if not has_fast_step(model) or model.selects != "topk" or config.optimizer == "muon":
+    alike = has_fast_step(model) and model.selects == "topk" and not model.wiring.two_sided
+    if not alike or config.optimizer == "muon":
         raise ConfigError(
-            "parallel=latent is for variant topk with unit decoder rows and Adam or signum, got "
+            "parallel=latent is for variant topk with unit decoder rows that reconstructs what it reads, and Adam or signum, got "
             f"{config.variant} with {config.optimizer}; use parallel=data"
         )
     latents, most_k = config.num_latents, max(config.k, config.options.k_start)

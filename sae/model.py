@@ -194,11 +194,13 @@ class SparseCoder(nn.Module, ABC):
         n_ND, _, sigma_N1 = layer_normalise(u_NW)
         return Batch(input_ND=n_ND, target_NO=n_ND, sigma_N1=sigma_N1)
 
+    def centred(self, input_ND: torch.Tensor) -> torch.Tensor:
+        """u - b_dec; with two sides u less the inputs' mean."""
+        return input_ND - (self.centre_I if self.wiring.two_sided else self.b_dec_D)
+
     def pre_acts(self, input_ND: torch.Tensor) -> torch.Tensor:
         """W_enc (u - b_dec) + b_enc, (N, F); with two sides the inputs' mean in place of b_dec."""
-        if not self.wiring.two_sided:
-            return functional.linear(input_ND - self.b_dec_D, self.W_enc_FD, self.b_enc_F)
-        centred_NI = input_ND - self.centre_I
+        centred_NI = self.centred(input_ND)
         if self.wiring.kind != "cross_layer":
             return functional.linear(centred_NI, self.W_enc_FD, self.b_enc_F)
         parts = [

@@ -135,5 +135,9 @@ def has_int8_products(device: torch.device) -> bool:
 def finds_by_bounds(model: SparseCoder, k: int) -> bool:
     """Whether a step in torch finds the latents by `Bounds`, their exact float32 values deciding: faster than bfloat16."""
     W_enc_FD = model.W_enc_FD
-    fits = model.selects in ("topk", "batchtopk") and model.d_in <= MOST_DIMENSIONS and W_enc_FD.dtype == torch.float32
+    fits = (
+        model.selects in ("topk", "batchtopk")
+        and W_enc_FD.shape[1] <= MOST_DIMENSIONS
+        and W_enc_FD.dtype == torch.float32
+    )
     return fits and model.num_latents >= LATENTS_PER_K * k and has_int8_products(W_enc_FD.device)

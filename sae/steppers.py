@@ -116,7 +116,7 @@ class TorchStepper(OptimizerStepper):
     @torch.no_grad()
     def chosen(self, u_ND: torch.Tensor) -> torch.Tensor:
         """idx_NK of the latents a step with these rows takes; TopK and GroupMax."""
-        return self._gradients.encode(self.model.prepare(u_ND).input_ND - self.model.b_dec_D)[0].idx
+        return self._gradients.encode(self.model.centred(self.model.prepare(u_ND).input_ND))[0].idx
 
 
 def pick_kernel(model: SparseCoder, config: TrainConfig, device: torch.device) -> str:

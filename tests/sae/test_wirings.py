@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from sae.errors import ConfigError
-from sae.kernels import FastStep
+from sae.kernels import FastStep, has_fast_step
 from sae.losses import dense_step
 from sae.options import SAEOptions
 from sae.runtime import decode, encode
@@ -72,7 +73,13 @@ class Rows:
 def make(name, variant="topk", **options):
     rows, generator = Rows(WIRINGS[name]), torch.Generator().manual_seed(0)
     config = TrainConfig(
-        num_latents=F, k=K, variant=variant, encoder_dtype="float32", auxk_k=8, options=SAEOptions(**options)
+        num_latents=F,
+        k=K,
+        variant=variant,
+        encoder_dtype="float32",
+        auxk_dtype="float32",
+        auxk_k=8,
+        options=SAEOptions(**options),
     )
     model, settings = build(
         config, width=rows.d_in, generator=generator, device=torch.device("cpu"), **rows.statistics()
@@ -166,15 +173,32 @@ def test_the_exported_weights_compute_what_the_model_does_in_raw_units(name, var
         assert not weights.W_enc_FD[F // 2 :, : A[1]].any()
 
 
-def test_a_crosscoder_takes_the_fast_step_and_has_the_same_gradients():
-    model, settings, rows = make("crosscoder")
+@pytest.mark.parametrize("dead", [0, 3, 50])
+@pytest.mark.parametrize("variant", ["topk", "batchtopk", "groupmax"])
+@pytest.mark.parametrize("name", ["transcoder", "skip", "crosscoder"])
+def test_the_fast_step_has_the_gradients_of_float64_autograd(name, variant, dead):
+    model, settings, rows = make(name, variant)
+    assert has_fast_step(model)
     u_NW = torch.from_numpy((rows.rows(N, 1) / model.scale).astype(np.float32))
-    result = FastStep(model, settings)(u_NW)
-    fast = [parameter.grad.clone() for parameter in model.parameters()]
-    expected = dense_step(model, u_NW, settings)
-    assert float(result.loss) == pytest.approx(float(expected.loss), rel=1e-6)
-    for mine, parameter in zip(fast, model.parameters(), strict=True):
-        torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
+    dead_F = torch.arange(F) % (F // dead) == 0 if dead == 3 else torch.arange(F) < dead
+    dead_F = dead_F if dead else None
+    oracle = copy.deepcopy(model).double()
+    expected = dense_step(oracle, u_NW.double(), settings, dead_F)
+    result = FastStep(model, settings)(u_NW, dead_F)
+    assert torch.equal(result.fired_F, expected.fired_F)
+    for number in ("loss", "error", "auxk_loss"):
+        assert float(getattr(result, number)) == pytest.approx(float(getattr(expected, number)), rel=1e-5), number
+    assert (float(result.auxk_loss) > 0) == bool(dead)
+    theirs = dict(oracle.named_parameters())
+    assert ("W_skip_OD" in theirs) == (name == "skip")
+    for parameter_name, parameter in model.named_parameters():
+        wanted = theirs[parameter_name].grad
+        gap = float((parameter.grad.double() - wanted).norm() / wanted.norm())
+        assert gap < 2e-5, parameter_name
+
+
+def test_a_cross_layer_transcoder_trains_by_autograd():
+    assert not has_fast_step(make("cross_layer")[0])
 
 
 def test_the_crosscoders_l1_penalty_sums_the_norms_at_each_hook_point():
