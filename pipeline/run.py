@@ -82,7 +82,12 @@ class ProgressLines:
 
     def __init__(self, console: Console, what: str, unit: str) -> None:
         self.console, self.what, self.unit = console, what, unit
-        self.started = self.last = time.monotonic()
+        self.restart()
+        self.last = self.started
+
+    def restart(self) -> None:
+        """Something else is counted from here on."""
+        self.started = time.monotonic()
         self.first: int | None = None  # what was done when it began: more than 0 where a run is resumed
 
     def __call__(self, done: int, total: float | None, note: str) -> None:
@@ -165,6 +170,10 @@ class RunContext:
             lines = None if self.console.is_terminal else ProgressLines(self.console, what, unit)
 
             def call(done: int, total: int | None = None, note: str = "") -> None:
+                if done < bar.tasks[task].completed:  # the next part, whose speed is another
+                    bar.reset(task, total=total, completed=done)
+                    if lines:
+                        lines.restart()
                 bar.update(task, completed=done, total=total, note=note)
                 if lines:
                     lines(done, bar.tasks[task].total, note)

@@ -119,6 +119,23 @@ def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, monkeypatch):
     ]
 
 
+def test_the_eta_of_the_next_part_is_of_its_own_speed(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    with open(tmp_path / "log", "w") as log:
+        context = RunContext(command="evaluate", folder=tmp_path, config=Config())
+        context.console = PlainConsole(file=log)
+        with context.progress("evaluating", 100) as progress:
+            for seconds, done, total, note in (
+                (0.0, 0, 100, "reconstruct"), (1000.0, 100, 100, "reconstruct"),
+                (1000.0, 10, 50, "splice"), (1040.0, 30, 50, "splice"),
+            ):  # fmt: skip
+                clock[0] = seconds
+                progress(done, total, note=note)
+    said = [line for line in (tmp_path / "log").read_text().splitlines() if line]
+    assert said == ["evaluating: 10 of 50 tokens, splice", "evaluating: 30 of 50 tokens, ETA 0:00:40, splice"]
+
+
 def test_progress_on_a_terminal_is_a_bar_alone(tmp_path):
     with open(tmp_path / "log", "w") as log:
         context = RunContext(command="train", folder=tmp_path, config=Config())

@@ -60,9 +60,16 @@ def run(context: RunContext) -> None:
     context.three_lines(
         given,
         f"{summary['rows']:,} rows at {describe(map(HookPoint.parse, plan.hooks))} as {summary['dtype']}, {summary['flagged_share']:.2%} flagged, "
-        f"{summary['tokens_per_s']:,.0f} tokens/s, {counted(summary['shards_done'], 'shard')} written, {summary['shards_skipped']} were there",
+        f"{captured(summary)}{summary['shards_skipped']} were there",
         f"{relative(path)} ({store_sha256(path)[:12]}, {summary['bytes'] / 1e6:,.0f} MB)",
     )
+
+
+def captured(summary: dict[str, Any]) -> str:
+    """What this run did; nothing where the store was whole."""
+    if not summary["shards_done"]:
+        return "no shard missing, "
+    return f"{summary['tokens_per_s']:,.0f} tokens/s, {counted(summary['shards_done'], 'shard')} written, "
 
 
 def only_plan(context: RunContext, plan: Plan, cost: Estimate, given: str) -> None:

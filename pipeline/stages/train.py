@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 PICTURE = "metrics.png"
 MOST_WAITING = 0.05  # share of the time; a step that waits longer for its batch is a reader too slow
+LEAST_WAIT = 5.0  # seconds
 
 
 def run(context: RunContext) -> None:
@@ -165,8 +167,8 @@ def warn_useless(context: RunContext, found: dict[str, SAEWeights]) -> None:
 
 
 def warn_waiting(context: RunContext, share: float) -> None:
-    """A line where steps waited for rows for more than MOST_WAITING of the time."""
-    if share > MOST_WAITING:
+    """A line where steps waited for rows for more than MOST_WAITING of the time, and long enough to matter."""
+    if share > MOST_WAITING and share * (time.time() - context.started) > LEAST_WAIT:
         advice = (
             "the capture is the slower side: model.n_threads, model.n_gpu_layers, or a store for more than one epoch"
             if context.config.trainer.source == "stream"

@@ -45,6 +45,8 @@ def draw_stats(store: ActivationStore, path: Path) -> None:
             _norms(axes[0], stats, name)
             _dimensions(axes[1], stats)
             _means(axes[2], stats)
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
     else:
         _overview(figure, found)
     figure.savefig(path, format="png", metadata={"Software": None})
@@ -58,7 +60,7 @@ def _norms(ax: Any, stats: HookStats, name: str) -> None:
     def line(share: float) -> list[float]:
         return [found[share] for found in quantiles]
 
-    ax.fill_between(places, line(0.01), line(0.99), color=BAND, alpha=0.35, linewidth=0, label="1-99 %")
+    ax.fill_between(places, line(0.01), line(0.99), color=BAND, alpha=0.35, linewidth=0, label="norm, 1-99 %")
     ax.fill_between(places, line(0.05), line(0.95), color=BAND, alpha=0.9, linewidth=0, label="5-95 %")
     ax.plot(places, line(0.5), color=OWN, linewidth=1.6, marker="o", markersize=3.5, label="median")
     ax.axhline(stats.mean_norm, color=INK, linewidth=0.8, linestyle=":", label="mean, all positions")
@@ -66,7 +68,6 @@ def _norms(ax: Any, stats: HookStats, name: str) -> None:
     ax.margins(x=0.06)
     _titled(ax, name, "position in the window", "norm")
     _zoomed(ax, line(0.01), line(0.99))
-    ax.legend(fontsize=7.5, frameon=False)
 
 
 def _dimensions(ax: Any, stats: HookStats) -> None:

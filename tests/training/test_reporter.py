@@ -52,6 +52,10 @@ def test_waiting_for_rows_above_a_twentieth_of_the_time_is_a_warning(tmp_path, s
     config = replace(Config(), trainer=TrainerConfig(source=source))
     context = RunContext(command="train", folder=tmp_path, config=config)
     with context.console.capture() as said:
+        warn_waiting(context, share)  # of a training that has just begun
+    assert not said.get()
+    context.started -= 1000
+    with context.console.capture() as said:
         warn_waiting(context, share)
     line = " ".join(said.get().split())
     assert line.startswith(f"warning: {wanted}") if wanted else not line
