@@ -33,7 +33,7 @@ from .store.commits import committed_shards
 from .store.reader import ActivationStore
 from .store.schema import HookInfo, StoreMeta, is_store, read_meta
 from .store.summary import write_stats
-from .store.writer import StoreWriter
+from .store.writer import StoreWriter, refuse_difference
 
 if TYPE_CHECKING:
     from .capture.work import CaptureWork
@@ -186,6 +186,7 @@ def _prepare(capturer: Capturer, store_path: Location) -> tuple[StoreMeta, Estim
     there = read_meta(store_path) if is_store(store_path) else None
     missing = list(range(capturer.plan.n_shards))
     if there is not None:
+        refuse_difference(store_path, there, _meta(capturer, _known_hooks(capturer.plan, there)))
         missing = sorted(set(missing) - set(committed_shards(store_path)))
         calibration = measure_speed(capturer) if missing else Calibration(hooks=(), rows=0, tokens_per_s=1.0)
         meta = _meta(capturer, _known_hooks(capturer.plan, there))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import string
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -30,6 +31,7 @@ from .checks import finite, inside, of_kind, only_keys, parse_object, whole_numb
 
 SCHEMA_VERSION = 1
 MAX_SHARDS = 1 << 20
+SHA256_DIGITS = 64
 MAX_WIDTH = 1 << 24
 META_FILE = "meta.json"
 DOCS_FILE = "docs.jsonl"
@@ -145,15 +147,19 @@ class StoreMeta:
         return meta
 
     def differences(self, other: StoreMeta) -> list[str]:
-        """`key: mine, not theirs` for every leaf that differs."""
+        """`key: mine, not theirs` for every leaf that differs; of the hash of the rest only where that is all."""
         mine, theirs = flatten(self.as_dict()), flatten(other.as_dict())
         keys = sorted((mine.keys() | theirs.keys()) - {"model.name"})  # the file's hash decides, not its name
         absent = "absent"
-        return [
-            f"{key}: {mine.get(key, absent)}, not {theirs.get(key, absent)}"
-            for key in keys
-            if mine.get(key, absent) != theirs.get(key, absent)
-        ]
+        differ = [key for key in keys if mine.get(key, absent) != theirs.get(key, absent)]
+        named = [key for key in differ if key != "config_hash"] or differ
+        return [f"{key}: {_short(mine.get(key, absent))}, not {_short(theirs.get(key, absent))}" for key in named]
+
+
+def _short(value: Any) -> str:
+    """A hash by its first digits."""
+    text = str(value)
+    return text[:12] if len(text) == SHA256_DIGITS and set(text) <= set(string.hexdigits) else text
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
