@@ -12,7 +12,7 @@ from typing import Any, final
 
 import numpy as np
 
-from sae.encoders import PAIR, Encoder, RowReading, encoder_of, squared_gap
+from sae.encoders import PAIR, Encoder, encoder_of, squared_gap
 from sae.errors import ConfigError
 from sae.runtime import decode
 from sae.weights import SAEWeights
@@ -117,18 +117,24 @@ class Reader:
         self.weights, self.top, self.encoder = weights, top, encoder_of(weights, encoder)
         self.point = point if point is not None else output_point(weights)
         self.source = input_point(weights)
-        self._name = str(self.source or self.point)
+        self._name, self._name_out = str(self.source or self.point), "" if self.source is None else str(self.point)
         self._rows: dict[tuple[int, int], np.ndarray] = {}
         self._inputs: dict[tuple[int, int], np.ndarray] = {}  # a transcoder's
-        row = self.encoder.row_reading() if self.source is None else None
-        self._place = None if row is None else _Place(row)
+        self._row = row = self.encoder.row_reading()
+        self._place: _Place | None = None
+        self._input_place: _Place | None = None  # a transcoder's
+        if row is not None and self.source is None:
+            self._place = _Place(row.width, 0 if row.tensor else row.x_D.ctypes.data, row.tensor)
+        elif row is not None:
+            self._place = _Place(row.y_O.size, row.y_O.ctypes.data)
+            self._input_place = _Place(row.width, row.x_D.ctypes.data)
 
     def hook(self) -> Hook:
         return Hook(point=self.point, read=self._read, place=self._place)
 
     def input_hook(self) -> Hook | None:
         """To be put behind the edits; None of an SAE."""
-        return None if self.source is None else Hook(point=self.source, read=self._read_input)
+        return None if self.source is None else Hook(point=self.source, read=self._read_input, place=self._input_place)
 
     def _read(self, rows: Rows) -> None:
         _keep(rows, self._rows)
@@ -138,14 +144,18 @@ class Reader:
 
     def take(self, seq: int, positions: list[int]) -> list[Reading]:
         """Readings of the positions just decoded, in that order; forgets all captured rows."""
-        if self._place is not None and self._place.held is not None:
+        if self._row is not None and self._place is not None and self._place.held is not None:
             held, self._place.held = self._place.held, None
+            if self._input_place is not None:
+                self._input_place.held = None
             if not self._rows and positions == [held[1]] and seq == held[0]:
-                found = self._place.row.read(self.top)
+                found = self._row.read(self.top)
                 if found is not None:
                     pairs, l0, error = found
-                    return [Reading(self._name, pairs, l0, error / self.weights.variance)]
-            self._rows[held] = self._place.row.x_D.copy()
+                    return [Reading(self._name, pairs, l0, error / self.weights.variance, self._name_out)]
+            self._rows[held] = self._row.y_O.copy()
+            if self._input_place is not None:
+                self._inputs[held] = self._row.x_D.copy()
         rows = [self._rows[seq, pos] for pos in positions]
         inputs = [] if self.source is None else [self._inputs[seq, pos] for pos in positions]
         self._rows.clear()
@@ -168,8 +178,7 @@ class Reader:
     def _reading(self, idx_K: np.ndarray, vals_K: np.ndarray, l0: int, fvu: float) -> Reading:
         shown = min(l0, self.top)
         listed = zip(idx_K[:shown].tolist(), vals_K[:shown].tolist(), strict=True)
-        across = "" if self.source is None else str(self.point)
-        return Reading(self._name, b"".join(PAIR.pack(*pair) for pair in listed), l0, fvu, across)
+        return Reading(self._name, b"".join(PAIR.pack(*pair) for pair in listed), l0, fvu, self._name_out)
 
 
 def _keep(rows: Rows, into: dict[tuple[int, int], np.ndarray]) -> None:
@@ -181,9 +190,8 @@ def _keep(rows: Rows, into: dict[tuple[int, int], np.ndarray]) -> None:
 class _Place:
     """Where a session puts the row of a single token (`RowPlace`)."""
 
-    def __init__(self, row: RowReading) -> None:
-        self.row, self.width, self.tensor = row, row.width, row.tensor
-        self.address = 0 if row.tensor else row.x_D.ctypes.data
+    def __init__(self, width: int, address: int, tensor: int = 0) -> None:
+        self.width, self.address, self.tensor = width, address, tensor
         self.held: tuple[int, int] | None = None  # (sequence, position) of the row that is there
 
     def is_free(self) -> bool:

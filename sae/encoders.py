@@ -1,6 +1,6 @@
 """What computes the latents of a row: one interface for the numpy equations and for faster ways. numpy only.
 
-Shape letters: N rows, D d_in, K slots for active latents.
+Shape letters: N rows, D d_in, O d_out, K slots for active latents.
 """
 
 from __future__ import annotations
@@ -29,9 +29,14 @@ class RowReading(ABC):
     def x_D(self) -> np.ndarray:
         """... this float32 memory. With `tensor` a copy of what that holds."""
 
+    @property
+    def y_O(self) -> np.ndarray:
+        """What the reconstruction is compared with: `x_D`; of a transcoder memory for the row at its output."""
+        return self.x_D
+
     @abstractmethod
     def read(self, top: int) -> tuple[bytes, int, float] | None:
-        """PAIRs of the active latents of `x_D`, largest first, at most `top`; how many are active; ||x - x_hat||^2.
+        """PAIRs of the active latents of `x_D`, largest first, at most `top`; how many are active; ||y - y_hat||^2.
 
         None for a row that only `Encoder.encode` can take.
         """

@@ -120,7 +120,7 @@ class GgmlEncoder(Encoder):
 
     def row_reading(self) -> RowReading | None:
         if self._nodes is not None:
-            graph = self._nodes.row_graph()
+            graph = None if self.weights.is_transcoder else self._nodes.row_graph()
             return None if graph is None else DeviceRow(self, self._nodes, graph)
         w, plain = self.weights, self.weights.variant != "groupmax" and self.weights.norm_mode == "none"
         if self._native is None or self._decoder is None or not (self._one_row and plain):

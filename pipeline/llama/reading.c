@@ -146,6 +146,7 @@ struct reading {
     const float * threshold_F;
     float limit; /* values from here on are not held by the rounding to the product's type */
     const float * x_D;
+    const float * y_O; /* what the reconstruction is compared with: x_D, or the row at a transcoder's output */
     float * u_D;
     void * input;
     int64_t room; /* items of each thread */
@@ -221,7 +222,7 @@ static void sort_chosen(struct reading * r) {
     }
 }
 
-/* `fired`, `idx`, `vals`, `pairs` and, of a decoder that is known, `error` of x. 0: done, 1: x is beyond what the product holds,
+/* `fired`, `idx`, `vals`, `pairs` of x and, of a decoder that is known, `error` of y. 0: done, 1: x is beyond what the product holds,
    -2: no product of this type here. */
 int ggscope_read_row(struct reading * r) {
     if (!ggscope_has_affine(r->kind, r->F)) return -2;
@@ -232,7 +233,7 @@ int ggscope_read_row(struct reading * r) {
     }
     if (beyond) return 1;
     ggscope_round_input(r->kind, r->u_D, r->D, r->input);
-    int64_t pieces = pieces_of(r->D);
+    int64_t pieces = pieces_of(r->decoder.D);
     int known = r->decoder.W && knows_decoder(r->decoder.kind);
     #pragma omp parallel num_threads((int) r->threads)
     {
@@ -243,9 +244,9 @@ int ggscope_read_row(struct reading * r) {
         #pragma omp for schedule(static)
         for (int64_t part = 0; part < r->threads; part++) {
             int64_t first = pieces * part / r->threads * COLUMNS, last = pieces * (part + 1) / r->threads * COLUMNS;
-            last = last < r->D ? last : r->D;
+            last = last < r->decoder.D ? last : r->decoder.D;
             if (known && first < last) {
-                piece_errors(&r->decoder, r->x_D, r->idx, r->vals, r->fired, first, last, r->errors);
+                piece_errors(&r->decoder, r->y_O, r->idx, r->vals, r->fired, first, last, r->errors);
             }
         }
     }

@@ -107,7 +107,7 @@ class _Reading(ctypes.Structure):
         *((name, _I) for name in ("D", "F", "K", "threads")),
         *((name, _P) for name in ("W_enc", "b_enc_F", "subtracted_D", "threshold_F")),
         ("limit", ctypes.c_float),
-        *((name, _P) for name in ("x_D", "u_D", "input")),
+        *((name, _P) for name in ("x_D", "y_O", "u_D", "input")),
         ("room", _I),
         *((name, _P) for name in ("items", "counts", "errors", "idx", "vals", "pairs")),
         ("fired", _I),
@@ -125,6 +125,7 @@ class CompiledRow(RowReading):
     ) -> None:  # fmt: skip
         self._kept = w, decoder, kept
         self._x_D, self.width = np.zeros(w.d_in, np.float32), w.d_in
+        self._y_O = np.zeros(w.d_out, np.float32) if w.is_transcoder else self._x_D
         k, kind = (w.k if w.variant == "topk" else 0), _KINDS[type_name]
         room = kernels.room(w.num_latents, k, threads)
         slots = k or w.num_latents
@@ -133,6 +134,7 @@ class CompiledRow(RowReading):
             "subtracted_D": w.b_dec_D if w.b_dec_subtracted else None,
             "threshold_F": w.threshold_F,
             "x_D": self._x_D,
+            "y_O": self._y_O,
             "u_D": np.empty(w.d_in, np.float32),
             "input": np.empty(-(-kernels.input_bytes(kind, w.d_in) // 4), np.int32),
             "items": np.empty(threads * room, np.uint64),
@@ -153,6 +155,10 @@ class CompiledRow(RowReading):
     @property
     def x_D(self) -> np.ndarray:
         return self._x_D
+
+    @property
+    def y_O(self) -> np.ndarray:
+        return self._y_O
 
     def read(self, top: int) -> tuple[bytes, int, float] | None:
         if self._call(self._argument):

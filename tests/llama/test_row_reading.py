@@ -22,6 +22,7 @@ from sae.encoders import PAIR, Encoder, NumpyEncoder
 from sae.errors import LlamaError, ShapeError
 from sae.native.build import build
 from sae.runtime import select
+from tests.interventions.test_transcoders import INSIDE, MID, OUT, transcoder
 from tests.interventions.tiny import prompt, sae_at, session, tiny
 
 from .test_encoder import ROUNDING, D, F, check_support, oracle, sae
@@ -136,6 +137,10 @@ class Counted(Reader):
         type(self).calls += 1
         super()._read(rows)
 
+    def _read_input(self, rows):
+        type(self).calls += 1
+        super()._read_input(rows)
+
 
 def readings(saes, *, general, interventions=(), max_tokens=8):
     """Of a generation, with the calls of `_read`; `general`: without the compiled call."""
@@ -143,7 +148,7 @@ def readings(saes, *, general, interventions=(), max_tokens=8):
     readers = [Counted(w, top=4, encoder=GgmlEncoder(w, n_threads=1)) for w in saes]
     if general:
         for reader in readers:
-            reader._place = None
+            reader._place = reader._input_place = None
     stream = generate(
         session(), tiny()[0], prompt(), readers=readers, interventions=interventions, max_tokens=max_tokens
     )
@@ -159,6 +164,42 @@ def test_a_generation_reads_the_same_with_and_without_python_in_between():
     assert our_calls == len(saes), "Python sees the prompt"
     assert their_calls >= len(saes) * (1 + len(made))
     for a, b in zip(ours, theirs, strict=True):
+        assert a.to_json() == b.to_json()
+
+
+@pytest.mark.parametrize(("reads", "writes"), [(MID, OUT), (INSIDE, OUT)])
+def test_transcoders_are_read_the_same_with_and_without_python_in_between(reads, writes):
+    w = transcoder(reads, writes)
+    assert GgmlEncoder(w, n_threads=1).row_reading() is not None
+    saes = [w, sae_at(1, seed=1), transcoder(reads, writes, k=3)]
+    ours, our_calls = readings(saes, general=False)
+    theirs, their_calls = readings(saes, general=True)
+    made = [event for event in ours if event.phase == "response" and event.readings]
+    assert len(made) > 4
+    assert our_calls == 5, "Python sees the prompt, of a transcoder at two points"
+    assert their_calls >= 5 * (1 + len(made))
+    for a, b in zip(ours, theirs, strict=True):
+        for mine, general in zip(a.readings, b.readings, strict=True):
+            assert mine.latents == general.latents
+            assert (mine.hook, mine.hook_out, mine.l0) == (general.hook, general.hook_out, general.l0)
+            assert mine.fvu == pytest.approx(general.fvu, rel=1e-5)
+    assert {(r.hook, r.hook_out) for r in made[0].readings} == {(reads, writes), (saes[1].hook, "")}
+
+
+def test_a_transcoder_with_a_skip_matrix_is_read_by_python():
+    w = transcoder(skip=True)
+    assert GgmlEncoder(w, n_threads=1).row_reading() is None
+    assert [a.to_json() for a in readings([w], general=False)[0]] == [
+        a.to_json() for a in readings([w], general=True)[0]
+    ]
+
+
+def test_a_transcoders_row_that_the_type_cannot_hold_takes_the_general_way(monkeypatch):
+    w = transcoder()
+    expected = readings([w], general=True)[0]
+    monkeypatch.setattr(reading.CompiledRow, "read", lambda self, top: None)
+    found = readings([w], general=False)[0]
+    for a, b in zip(found, expected, strict=True):
         assert a.to_json() == b.to_json()
 
 
@@ -256,7 +297,7 @@ def test_a_point_seen_both_ways_has_the_same_values():
     assert reader._place.held == (0, 0)
     s.clear()
     decode(s, 5, 0, [Hook(point, read=lambda rows: seen.append(rows.values_ND.copy()))])
-    np.testing.assert_array_equal(reader._place.row.x_D, seen[0][0])
+    np.testing.assert_array_equal(reader._row.x_D, seen[0][0])
 
 
 def test_without_the_processors_own_instructions_the_parts_are_the_same():
