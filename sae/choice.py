@@ -23,7 +23,8 @@ from .sparse_products import offsets_of, sampled_products
 from .variants.groupmax import group_candidates, group_leaders, group_winners
 
 SAMPLE_ROWS = 32  # whose pre-activations give BatchTopK's first guess
-SPARSE_SHARE = 16  # more candidates than this part of a batch's entries cost more than all the exact values
+SPARSE_SHARE = 32  # more candidates than this part of the entries: all values are computed instead
+SAMPLED_ROW = 16  # in how many: whose candidates are counted
 # latents of a row that bounds name beside the k: this share of k, but at least so many; first, and where that is not enough
 NAMED = ((0.5, 8), (3.0, 32))
 TINY = torch.finfo(torch.float32).tiny
@@ -72,8 +73,10 @@ class RowPairs:
     def _by_bounds(self, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         idx_NK, vals_NK, open_M = self._named(centred_ND, NAMED[0])
         if len(open_M):
-            idx_NK[open_M], vals_NK[open_M], still = self._named(centred_ND[open_M], NAMED[1], again=True)
-            dense_M = open_M[still]
+            dense_M = open_M
+            if 2 * len(open_M) <= len(centred_ND):  # else wide bounds are the rule
+                idx_NK[open_M], vals_NK[open_M], still = self._named(centred_ND[open_M], NAMED[1], again=True)
+                dense_M = open_M[still]
             if len(dense_M):
                 found = _each(grouped_topk, self._pre_acts, centred_ND[dense_M], self.model.k)
                 vals_NK[dense_M], idx_NK[dense_M] = found
@@ -143,14 +146,24 @@ class BatchPairs:
     def _reaching(self, centred_ND: torch.Tensor, least: float) -> Entries:
         """The entries of at least `least`, and those that are no number, by their values in the dtype that chooses."""
         if self._bounded and least > TINY:
-            found = self._entries(self._bounds, centred_ND, least)
-            if len(found.value_P) * SPARSE_SHARE <= len(centred_ND) * self.model.num_latents:
+            found = self._entries(self._bounds, centred_ND, least, only_few=True)
+            if found is not None:
                 found = self._exact(centred_ND, found)
                 return take(found, ~(found.value_P < least))
-        return self._entries(self._pre_acts, centred_ND, least)
+        found = self._entries(self._pre_acts, centred_ND, least)
+        assert found is not None
+        return found
 
-    def _entries(self, values: PreActs | Bounds, centred_ND: torch.Tensor, least: float) -> Entries:
-        parts = [entries_from(values_NF, least, self.model.k, part.start) for part, values_NF in values(centred_ND)]
+    def _entries(
+        self, values: PreActs | Bounds, centred_ND: torch.Tensor, least: float, *, only_few: bool = False
+    ) -> Entries | None:
+        """None with `only_few` where they are not few, by some rows of a block."""
+        parts = []
+        for part, values_NF in values(centred_ND):
+            some_NF = values_NF[::SAMPLED_ROW]
+            if only_few and int((~(some_NF < least)).sum()) * SPARSE_SHARE > some_NF.numel():
+                return None
+            parts.append(entries_from(values_NF, least, self.model.k, part.start))
         return Entries(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _exact(self, centred_ND: torch.Tensor, found: Entries) -> Entries:

@@ -78,7 +78,7 @@ def _rounded_pre_acts(model: SparseCoder, input_ND: torch.Tensor, settings: Loss
     if settings.encoder_dtype != torch.bfloat16:
         return None
     with torch.no_grad():
-        centred_ND = (input_ND - model.b_dec_D).bfloat16()
+        centred_ND = model.centred(input_ND).bfloat16()
         return functional.linear(centred_ND, model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16())
 
 

@@ -1,13 +1,18 @@
 """Pre-activations of a batch, block of rows by block of rows: in the dtype that chooses, or bounds on them from 8 bits.
 
-Bounds: with x' = x / balance and w' = w * balance rounded to s q and c p, the error of s c <q, p> is a sum of D
-rounding errors of variance s^2 / 12 times w'^2 and c^2 / 12 times x'^2. SIGMAS standard deviations of it on top, with
-the |x'| / s of the batch's flattest row, make an upper bound,
+Bounds: x' = x / balance is rounded to s (q - e), where e is a dither: a random number in +-1/2 for each dimension, added
+before the rounding and taken off after it. So the errors are uniform and independent of the row, however few values it
+has, zero among them (Schuchman 1964). w' = w * balance is rounded to c p, its errors taken as independent too. Then
 
-    bound_nf = b_f + s_n (c_f <q_n, p_f> + A_f),   A_f = SIGMAS / sqrt(12) sqrt(|w'_f|^2 + (c_f max_n |x'_n| / s_n)^2)
+    <w', x'> - s (c <q, p> - <w', e>) = <w', x' - s (q - e)> + s <w' - c p, q>
+
+is a sum of D errors of variance s^2 / 12 times w'^2 and c^2 / 12 times (s q)^2. SIGMAS standard deviations of it on top,
+with the |q|^2 of the batch's flattest row, make an upper bound,
+
+    bound_nf = b_f + s_n (c_f <q_n, p_f> + A_f),   A_f = SIGMAS / sqrt(12) sqrt(|w'_f|^2 + (c_f max_n |q_n|)^2) - <w'_f, e>
 
 and a latent whose bound is below an exact value that is to be chosen need not be computed (`native/candidates.c` does
-the same in C). A row of which most is rounded to zero has errors that are the row itself: its bounds are NaN.
+the same in C, without a dither). A row that is not finite has bounds that are NaN.
 
 Shape letters: N rows, D d_in, F latents.
 """
@@ -24,7 +29,9 @@ from .model import SparseCoder
 BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
 BLOCK_ROWS = 512  # but never fewer rows than this: W_enc is read once per block
 SIGMAS = 4.0
+STEPS = 126  # of a row's largest value: with the dither 127 at most
 LATENTS_PER_K = 48  # of fewer latents too many would be candidates
+LEAST_DIMENSIONS = 2  # of one, torch 2.13 leaves the product's memory as it was
 MOST_DIMENSIONS = 32768  # an 8-bit product of more would not fit 32 bits
 LATENTS_ROUNDED = 1024  # at a time: they stay in cache
 LEAST_BALANCE = 1e-6
@@ -64,7 +71,9 @@ class Bounds:
     def __init__(self, model: SparseCoder) -> None:
         self.model = model
         self._p_FD = torch.empty(0, dtype=torch.int8)
-        self._scale_F, self._norm_F, self._balance_D = torch.empty(0), torch.empty(0), torch.empty(0)
+        self._scale_F, self._norm_F, self._shift_F = torch.empty(0), torch.empty(0), torch.empty(0)
+        self._balance_D = torch.empty(0)
+        self._dither_D = torch.rand(model.W_enc_FD.shape[1], generator=torch.Generator().manual_seed(0)) - 0.5
         self._product = torch.empty(0, dtype=torch.int32)
 
     def __call__(self, centred_ND: torch.Tensor, *, again: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -73,8 +82,8 @@ class Bounds:
         if not again:
             self._balance_D = balance(centred_ND[:: max(1, rows // BALANCE_ROWS)])
             self._round_weights(self._balance_D)
-        q_ND, scale_N1, flat = rounded_rows(centred_ND / self._balance_D)
-        slack_F = torch.hypot(self._norm_F, self._scale_F * flat).mul_(SIGMAS / math.sqrt(12))
+        q_ND, scale_N1, longest = rounded_rows(centred_ND / self._balance_D, self._dither_D)
+        slack_F = torch.hypot(self._norm_F, self._scale_F * longest).mul_(SIGMAS / math.sqrt(12)).sub_(self._shift_F)
         block = block_rows(rows, latents, centred_ND.device)
         if len(self._product) < block:
             self._product = torch.empty(block, latents, dtype=torch.int32)
@@ -91,35 +100,32 @@ class Bounds:
         W_enc_FD = self.model.W_enc_FD
         if self._p_FD.shape != W_enc_FD.shape:
             self._p_FD = torch.empty(W_enc_FD.shape, dtype=torch.int8)
-            self._scale_F, self._norm_F = torch.empty(len(W_enc_FD)), torch.empty(len(W_enc_FD))
+            self._scale_F, self._norm_F, self._shift_F = torch.empty(3, len(W_enc_FD))
         scaled_FD = torch.empty(min(LATENTS_ROUNDED, len(W_enc_FD)), W_enc_FD.shape[1])
         for start in range(0, len(W_enc_FD), LATENTS_ROUNDED):
             part = slice(start, min(len(W_enc_FD), start + LATENTS_ROUNDED))
             some_FD = torch.mul(W_enc_FD[part], balance_D, out=scaled_FD[: part.stop - start])
             torch.linalg.vector_norm(some_FD, dim=1, out=self._norm_F[part])
+            torch.mv(some_FD, self._dither_D, out=self._shift_F[part])
             scale_F = torch.div(some_FD.abs().amax(1), 127, out=self._scale_F[part]).clamp_min_(_TINY)
             self._p_FD[part] = some_FD.mul_(scale_F.reciprocal().unsqueeze(1)).round_()
 
 
-def rounded_rows(balanced_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q_ND int8 and s_N1 with x' ~ s q, and the largest |x'_n| / s_n. s is NaN where there is no bound."""
-    norm_N = torch.linalg.vector_norm(balanced_ND, dim=1)
-    scale_N = balanced_ND.abs().amax(1).div_(127).clamp_min_(_TINY)
-    scaled_ND = balanced_ND.mul_(scale_N.reciprocal().unsqueeze(1))
-    q_ND = scaled_ND.round().to(torch.int8)
-    lost_N = (q_ND == 0).sum(1, dtype=torch.int32)
-    sparse_M = (2 * lost_N > q_ND.shape[1]).nonzero().squeeze(1)  # where zeros were zero already?
-    lost_N[sparse_M] -= (scaled_ND[sparse_M] == 0).sum(1, dtype=torch.int32)
-    bounded_N = norm_N.isfinite() & (2 * lost_N <= q_ND.shape[1])
-    flat_N = torch.where(bounded_N, norm_N / scale_N, 0.0)
-    return q_ND, torch.where(bounded_N, scale_N, torch.nan).unsqueeze(1), flat_N.max()
+def rounded_rows(balanced_ND: torch.Tensor, dither_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q_ND int8 and s_N1 with x' ~ s (q - dither), s NaN where a row is not finite, and the largest |q_n|."""
+    scale_N = balanced_ND.abs().amax(1).div_(STEPS).clamp_min_(_TINY)
+    rounded_ND = balanced_ND.mul_(scale_N.reciprocal().unsqueeze(1)).add_(dither_D).round_()
+    length_N = torch.linalg.vector_norm(rounded_ND, dim=1)
+    finite_N = scale_N.isfinite() & length_N.isfinite()
+    longest = torch.where(finite_N, length_N, 0.0).max()
+    return rounded_ND.to(torch.int8), torch.where(finite_N, scale_N, torch.nan).unsqueeze(1), longest
 
 
 def balance(centred_ND: torch.Tensor) -> torch.Tensor:
     """What input dimensions are divided by before they are rounded to 8 bits, and those of W_enc multiplied by.
 
     The square root of their root mean square shares the spread of unequal dimensions between both sides (Xiao et al.
-    2023, SmoothQuant, with exponent 1/2); it changes the number of candidates, never which latents are taken.
+    2023, SmoothQuant, with exponent 1/2); it changes the number of candidates, not which latents are taken.
     """
     rms_D = centred_ND.double().square().mean(0).sqrt()
     finite_D = torch.where(rms_D.isfinite(), rms_D, 0.0)
@@ -133,11 +139,9 @@ def has_int8_products(device: torch.device) -> bool:
 
 
 def finds_by_bounds(model: SparseCoder, k: int) -> bool:
-    """Whether a step in torch finds the latents by `Bounds`, their exact float32 values deciding: faster than bfloat16."""
+    """Whether a step in torch finds the latents by `Bounds`, their exact float32 values deciding: faster than bfloat16 but
+    on rows with values hundreds of times as large as the rest, whose bounds are too wide."""
     W_enc_FD = model.W_enc_FD
-    fits = (
-        model.selects in ("topk", "batchtopk")
-        and W_enc_FD.shape[1] <= MOST_DIMENSIONS
-        and W_enc_FD.dtype == torch.float32
-    )
-    return fits and model.num_latents >= LATENTS_PER_K * k and has_int8_products(W_enc_FD.device)
+    holds = LEAST_DIMENSIONS <= W_enc_FD.shape[1] <= MOST_DIMENSIONS and W_enc_FD.dtype == torch.float32
+    fits = holds and model.selects in ("topk", "batchtopk") and model.num_latents >= LATENTS_PER_K * k
+    return fits and has_int8_products(W_enc_FD.device)

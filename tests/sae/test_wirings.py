@@ -11,9 +11,12 @@ import torch
 
 from sae.errors import ConfigError
 from sae.kernels import FastStep, has_fast_step
+from sae.latent_ranks import shard_
 from sae.losses import dense_step
 from sae.options import SAEOptions
+from sae.ranks import Ranks
 from sae.runtime import decode, encode
+from sae.steppers import make_stepper
 from sae.train_config import TrainConfig
 from sae.trainer import Trainer
 from sae.variants.build import build
@@ -195,6 +198,35 @@ def test_the_fast_step_has_the_gradients_of_float64_autograd(name, variant, dead
         wanted = theirs[parameter_name].grad
         gap = float((parameter.grad.double() - wanted).norm() / wanted.norm())
         assert gap < 2e-5, parameter_name
+
+
+@pytest.mark.parametrize("name", ["transcoder", "skip"])
+def test_a_transcoders_step_tells_the_latents_of_its_input(name):
+    model, settings, rows = make(name)
+    u_NW = torch.from_numpy((rows.rows(N, 1) / model.scale).astype(np.float32))
+    stepper = make_stepper(model, settings, TrainConfig(num_latents=F, k=K, kernel="torch"))
+    wanted_NK = model.double().pre_acts(u_NW[:, : model.wiring.d_in].double()).topk(K).indices
+    model.float()
+    assert torch.equal(stepper.chosen(u_NW).sort(1).values, wanted_NK.sort(1).values)
+
+
+def test_in_bfloat16_the_general_path_reads_a_transcoders_input():
+    model, settings, rows = make("transcoder")
+    u_NW = torch.from_numpy((rows.rows(N, 1) / model.scale).astype(np.float32))
+    settings = replace(settings, encoder_dtype=torch.bfloat16)
+    result = FastStep(model, settings)(u_NW)
+    fast = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    expected = dense_step(model, u_NW, settings)
+    assert torch.equal(result.fired_F, expected.fired_F)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(fast[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_latents_of_a_transcoder_are_not_shared_out():
+    model, _, _ = make("transcoder")
+    config = TrainConfig(num_latents=F, k=K, parallel="latent")
+    with pytest.raises(ConfigError, match="that reconstructs what it reads"):
+        shard_(model, config=config, ranks=Ranks(0, 2))
 
 
 def test_a_cross_layer_transcoder_trains_by_autograd():
