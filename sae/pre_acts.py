@@ -101,12 +101,12 @@ class Bounds:
         if self._p_FD.shape != W_enc_FD.shape:
             self._p_FD = torch.empty(W_enc_FD.shape, dtype=torch.int8)
             self._scale_F, self._norm_F, self._shift_F = torch.empty(3, len(W_enc_FD))
+        torch.mv(W_enc_FD, balance_D * self._dither_D, out=self._shift_F)
         scaled_FD = torch.empty(min(LATENTS_ROUNDED, len(W_enc_FD)), W_enc_FD.shape[1])
         for start in range(0, len(W_enc_FD), LATENTS_ROUNDED):
             part = slice(start, min(len(W_enc_FD), start + LATENTS_ROUNDED))
             some_FD = torch.mul(W_enc_FD[part], balance_D, out=scaled_FD[: part.stop - start])
             torch.linalg.vector_norm(some_FD, dim=1, out=self._norm_F[part])
-            torch.mv(some_FD, self._dither_D, out=self._shift_F[part])
             scale_F = torch.div(some_FD.abs().amax(1), 127, out=self._scale_F[part]).clamp_min_(_TINY)
             self._p_FD[part] = some_FD.mul_(scale_F.reciprocal().unsqueeze(1)).round_()
 

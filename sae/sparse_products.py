@@ -35,7 +35,7 @@ def sparse_sums(
     grad_vals: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dW_enc, dW_dec and db_enc of the module docstring, for `latents` latents; the first two in `out` if it is given:
+    """dW_enc, dW_dec and db_enc as `kernels.py` writes them, for `latents` latents; the first two in `out` if it is given:
     new arrays of their size cost more in page faults than the sums."""
     latent_P, order_P = chosen.idx.flatten().sort(stable=True)
     row_P = order_P // chosen.idx.shape[1] if chosen.row_P is None else chosen.row_P[order_P]
