@@ -90,7 +90,7 @@ class Bounds:
         for start in range(0, rows, block):
             part = slice(start, min(rows, start + block))
             product_NF = self._product[: part.stop - start]
-            torch._int_mm(q_ND[part], self._p_FD.t(), out=product_NF)
+            torch.ops.aten._int_mm.out(q_ND[part], self._p_FD.t(), out=product_NF)
             bound_NF = product_NF.view(torch.float32).copy_(product_NF)  # in its own place: that is in cache
             torch.addcmul(slack_F, bound_NF, self._scale_F, out=bound_NF)
             torch.addcmul(b_F, bound_NF, scale_N1[part], out=bound_NF)
