@@ -186,10 +186,10 @@ def _prepare(capturer: Capturer, store_path: Location) -> tuple[StoreMeta, Estim
     there = read_meta(store_path) if is_store(store_path) else None
     missing = list(range(capturer.plan.n_shards))
     if there is not None:
-        refuse_difference(store_path, there, _meta(capturer, _known_hooks(capturer.plan, there)))
+        meta = _meta(capturer, _known_hooks(capturer.plan, there))
+        refuse_difference(store_path, there, meta)
         missing = sorted(set(missing) - set(committed_shards(store_path)))
         calibration = measure_speed(capturer) if missing else Calibration(hooks=(), rows=0, tokens_per_s=1.0)
-        meta = _meta(capturer, _known_hooks(capturer.plan, there))
     else:
         calibration = calibrate(capturer)
         meta = _meta(capturer, calibration.hooks)

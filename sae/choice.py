@@ -67,7 +67,7 @@ class RowPairs:
         vals_NC, idx_NC = _each(choose, self._pre_acts, centred_ND, count)
         if not low:
             return idx_NC, vals_NC
-        vals_NK, at_NK = (group_winners if group else select_topk)(self._exact(centred_ND, idx_NC), model.k)
+        vals_NK, at_NK = (group_winners if group else select_topk)(_exact(model, centred_ND, idx_NC), model.k)
         return idx_NC.gather(1, at_NK), vals_NK
 
     def _by_bounds(self, centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,13 +89,17 @@ class RowPairs:
         k, (share, least) = self.model.k, spare
         count = min(self.model.num_latents, k + max(least, int(share * k)))
         bound_NC, idx_NC = _each(grouped_topk, partial(self._bounds, again=again), centred_ND, count)
-        vals_NK, at_NK = select_topk(self._exact(centred_ND, idx_NC), k)
+        vals_NK, at_NK = select_topk(_exact(self.model, centred_ND, idx_NC), k)
         # what was left out is at most the least bound, and nothing below zero fires; NaN leaves it open
         open_N = ~(bound_NC.amin(1) <= vals_NK.amin(1).clamp_min_(0))
         return idx_NC.gather(1, at_NK), vals_NK, open_N.nonzero().squeeze(1)
 
-    def _exact(self, centred_ND: torch.Tensor, idx_NC: torch.Tensor) -> torch.Tensor:
-        return sampled_products(centred_ND, self.model.W_enc_FD, idx_NC) + self.model.b_enc_F[idx_NC]
+
+def _exact(
+    model: SparseCoder, centred_ND: torch.Tensor, idx: torch.Tensor, offsets_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Float32 pre-activations of these latents, (N, C) or (P,)."""
+    return sampled_products(centred_ND, model.W_enc_FD, idx, offsets_N) + model.b_enc_F[idx]
 
 
 def _each(
@@ -168,6 +172,5 @@ class BatchPairs:
 
     def _exact(self, centred_ND: torch.Tensor, found: Entries) -> Entries:
         """With float32 values."""
-        model, latent_P, offsets_N = self.model, found.latent_P, offsets_of(found.row_P, len(centred_ND))
-        exact_P = sampled_products(centred_ND, model.W_enc_FD, latent_P, offsets_N) + model.b_enc_F[latent_P]
-        return found._replace(value_P=exact_P)
+        offsets_N = offsets_of(found.row_P, len(centred_ND))
+        return found._replace(value_P=_exact(self.model, centred_ND, found.latent_P, offsets_N))

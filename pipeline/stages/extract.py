@@ -66,7 +66,7 @@ def run(context: RunContext) -> None:
 
 
 def captured(summary: dict[str, Any]) -> str:
-    """What this run did; nothing where the store was whole."""
+    """What this run captured, in front of the shards that were there."""
     if not summary["shards_done"]:
         return "no shard missing, "
     return f"{summary['tokens_per_s']:,.0f} tokens/s, {counted(summary['shards_done'], 'shard')} written, "

@@ -14,6 +14,7 @@ import torch
 
 from ..kernels import rest_
 from ..model import SparseCoder
+from ..pre_acts import MOST_DIMENSIONS
 from ..train_config import TrainConfig
 from .build import BuildError, build, processor
 
@@ -21,7 +22,6 @@ FOLDER = Path(__file__).parent
 UNIT = 96  # as in vectors.h
 AMX = 16  # height of a tile, as in vectors.h
 LATENTS_PER_K = 48  # fewer latents than this for each of the k, and tiles tell too little about the k largest
-MOST_DIMENSIONS = 32768  # an 8-bit product of more would not fit 32 bits
 
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 VARIANTS = (

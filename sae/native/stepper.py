@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ..batch_select import Guess
-from ..choice import BatchPairs
+from ..choice import SAMPLE_ROWS, BatchPairs
 from ..kernels import auxk_gradients
 from ..losses import LossSettings, StepResult
 from ..model import SparseCoder, named_count
@@ -38,7 +38,6 @@ from ..train_config import TrainConfig
 from . import pages
 from .library import UNIT, Library, Step, finds_in_int8
 
-SAMPLE_ROWS = 32  # whose pre-activations give BatchTopK's first guess
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
 PARAMETERS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
 
