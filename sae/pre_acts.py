@@ -12,7 +12,7 @@ with the |q|^2 of the batch's flattest row, make an upper bound,
     bound_nf = b_f + s_n (c_f <q_n, p_f> + A_f),   A_f = SIGMAS / sqrt(12) sqrt(|w'_f|^2 + (c_f max_n |q_n|)^2) - <w'_f, e>
 
 and a latent whose bound is below an exact value that is to be chosen need not be computed (`native/candidates.c` does
-the same in C, without a dither). A row that is not finite has bounds that are NaN.
+the same in C). A row that is not finite has bounds that are NaN.
 
 Shape letters: N rows, D d_in, F latents.
 """
@@ -73,7 +73,7 @@ class Bounds:
         self._p_FD = torch.empty(0, dtype=torch.int8)
         self._scale_F, self._norm_F, self._shift_F = torch.empty(0), torch.empty(0), torch.empty(0)
         self._balance_D = torch.empty(0)
-        self._dither_D = torch.rand(model.W_enc_FD.shape[1], generator=torch.Generator().manual_seed(0)) - 0.5
+        self._dither_D = dither(model.W_enc_FD.shape[1])
         self._product = torch.empty(0, dtype=torch.int32)
 
     def __call__(self, centred_ND: torch.Tensor, *, again: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -109,6 +109,11 @@ class Bounds:
             torch.linalg.vector_norm(some_FD, dim=1, out=self._norm_F[part])
             scale_F = torch.div(some_FD.abs().amax(1), 127, out=self._scale_F[part]).clamp_min_(_TINY)
             self._p_FD[part] = some_FD.mul_(scale_F.reciprocal().unsqueeze(1)).round_()
+
+
+def dither(d_in: int) -> torch.Tensor:
+    """dither_D float32 in +-1/2, the same for every model of that width."""
+    return torch.rand(d_in, generator=torch.Generator().manual_seed(0)) - 0.5
 
 
 def rounded_rows(balanced_ND: torch.Tensor, dither_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,12 +1,12 @@
 /* Which latents a row takes: an 8-bit product that leaves so few candidates that computing those exactly is cheap.
-   With x' = x / balance and w' = w * balance rounded to sx qx and sw qw, the error of sx sw <qx, qw> is a sum of D
-   rounding errors of variance sx^2 / 12 times w'^2 and sw^2 / 12 times x'^2. SIGMAS standard deviations of it on
-   either side are taken as bounds; a latent whose upper bound is below the K-th largest lower bound is left out.
-   A row of which most is rounded to zero, beside a few values that are hundreds of times as large, has errors that are
-   the row itself, and no bounds: all its latents are computed exactly. */
+   x' = x / balance is rounded to sx (qx - e) and w' = w * balance to sw qw, with e a dither, as in `pre_acts.py`: then
+   the error of sx (sw <qx, qw> - <w', e>) is a sum of D errors of variance sx^2 / 12 times w'^2 and sw^2 / 12 times
+   (sx qx)^2. SIGMAS standard deviations of both on either side are taken as bounds; a latent whose upper bound is below
+   the K-th largest lower bound is left out. */
 #include "product.h"
 
 #define HALVINGS 10
+#define STEPS 126.0f /* of a row's largest value: with the dither 127 at most */
 #define FINE 24000.0f /* a bound of all but the latents with the largest biases, in 16 bits */
 #define EARLY 8 /* candidates whose weights are fetched ahead where there is no product to do it meanwhile */
 
@@ -33,28 +33,27 @@ static void quantise_row(const struct step * s, struct strip * b, float * restri
     float most, norm = sqrtf(dot(t, t, s->D));
     memcpy(&most, &largest, sizeof most);
     b->finite[r] = isfinite(norm) && isfinite(most);
-    float inverse = b->finite[r] && most > 1e-30f ? 127.0f / most : 0.0f;
+    float inverse = b->finite[r] && most > 1e-30f ? STEPS / most : 0.0f;
     b->inverse[r] = inverse > 0 ? inverse : 1.0f;
-    b->ratio[r] = b->finite[r] ? norm * b->inverse[r] : 0.0f;
-    float largest_bound = b->ratio[r] * most_norm; /* by Cauchy and Schwarz, but for the bias and rounding */
+    /* by Cauchy and Schwarz, but for the bias and rounding */
+    float largest_bound = b->finite[r] ? norm * b->inverse[r] * most_norm : 0.0f;
     b->fine[r] = largest_bound > 1e-30f ? FINE / largest_bound : 1.0f;
     int64_t quads = (s->D + 3) / 4;
     for (int64_t j = s->D; j < 4 * quads; j++) t[j] = 0;
     for (int64_t j = 0; j < 4 * quads && !b->finite[r]; j++) t[j] = 0;
     int32_t * out = (int32_t *) (void *) b->q + r;
-    int64_t lost = 0;
+    __m512 square = _mm512_setzero_ps();
     for (int64_t j = 0; j < quads; j += 4) { /* four dwords at a time: 16 values to 16 bytes */
         int64_t left = quads - j < 4 ? quads - j : 4;
         __m512 v = _mm512_maskz_loadu_ps((__mmask16) ((1u << (4 * left)) - 1), t + 4 * j);
-        __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(inverse)));
-        __mmask16 there = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-        lost += __builtin_popcount(_mm512_mask_testn_epi32_mask(there, whole, whole));
-        __m512i q = _mm512_add_epi32(whole, _mm512_set1_epi32(128));
+        __m512i q = _mm512_cvtps_epi32(_mm512_fmadd_ps(v, _mm512_set1_ps(inverse), _mm512_loadu_ps(s->dither_D + 4 * j)));
+        __m512 whole = _mm512_cvtepi32_ps(q);
+        square = _mm512_fmadd_ps(whole, whole, square);
         int32_t four[4];
-        _mm_storeu_si128((__m128i *) four, _mm512_cvtepi32_epi8(q));
+        _mm_storeu_si128((__m128i *) four, _mm512_cvtepi32_epi8(_mm512_add_epi32(q, _mm512_set1_epi32(128))));
         for (int64_t i = 0; i < left; i++) out[(j + i) * STRIP] = four[i];
     }
-    b->coarse[r] = 2 * lost > s->D;
+    b->length[r] = sqrtf(_mm512_reduce_add_ps(square));
 }
 
 /* A bound that the largest lower bounds of at least K tiles reach, by bisection for 16 rows at once; 0 where fewer
@@ -89,7 +88,6 @@ static void find_candidates(const struct step * s, struct block * b) {
         int16_t of_rows[STRIP];
         for (int r = 0; r < STRIP; r++) { /* not finite: no latent will do; the row's error is not finite either */
             of_rows[r] = (int16_t) floorf(fminf(fmaxf(strip->least[r] * strip->fine[r], 0), INT16_MAX));
-            if (strip->coarse[r]) of_rows[r] = INT16_MIN;
             there[p] |= (uint32_t) strip->finite[r] << r;
         }
         least[p] = _mm512_loadu_si512(of_rows);
@@ -286,7 +284,7 @@ static void close_block(struct block * b) {
 static void open_strip(const struct step * s, struct block * b, int64_t p, int64_t first, int64_t rows) {
     struct strip * strip = b->strips + p;
     memset(strip->q, 128, strip_bytes(s));
-    for (int r = 0; r < STRIP; r++) strip->inverse[r] = strip->ratio[r] = strip->fine[r] = 1, strip->finite[r] = strip->coarse[r] = 0;
+    for (int r = 0; r < STRIP; r++) strip->inverse[r] = strip->length[r] = strip->fine[r] = 1, strip->finite[r] = 0;
     for (int r = 0; r < rows; r++) {
         const float * restrict u = s->u_ND + (first + r) * s->D;
         float * restrict centred = s->centred_ND + (first + r) * s->D;

@@ -20,6 +20,7 @@ from .build import BuildError, build, processor
 
 FOLDER = Path(__file__).parent
 UNIT = 96  # as in vectors.h
+LANES = 16  # as in vectors.h
 AMX = 16  # height of a tile, as in vectors.h
 LATENTS_PER_K = 48  # fewer latents than this for each of the k, and tiles tell too little about the k largest
 
@@ -38,7 +39,7 @@ _BEFORE = (
     "W_dec_FD", "W_dec_m", "W_dec_v", "b_dec_D", "b_dec_m", "b_dec_v",
 )  # fmt: skip
 _AFTER = (
-    "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_offset_F", "balance_D",
+    "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_shift_F", "q_offset_F", "balance_D", "dither_D",
     "u_ND", "named_NC", "centred_ND", "grad_ND", "first_N1", "row_P", "idx_P", "vals_P", "grad_vals_P", "error_N", "candidates_N",
     "pool", "pool_used", "pool_at_N", "pool_count_N", "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
 )  # fmt: skip

@@ -30,9 +30,9 @@ struct strip {
     uint8_t * q;         /* (D / 4, STRIP, 4), D up to a multiple of 64 */
     int16_t * upper_FR;  /* upper bounds of the pre-activations divided by the row's scale, times fine[r] */
     float * lower_TR;    /* the largest lower bound of every tile, divided by the row's scale */
-    float inverse[STRIP], ratio[STRIP], least[STRIP]; /* 1 / sx; ||x'|| / sx; the bound to reach */
+    float inverse[STRIP], length[STRIP], least[STRIP]; /* 1 / sx; ||qx||; the bound to reach */
     float fine[STRIP];   /* so that the bounds of latents of ordinary norm use the 16 bits */
-    int finite[STRIP], coarse[STRIP]; /* coarse: most of the row is rounded to zero */
+    int finite[STRIP];
 };
 
 /* A thread's rows: a block is multiplied while what is left to do for the one before is done. */
@@ -67,12 +67,12 @@ static inline __m512i up_to_16(__m512 x0, __m512 x1) {
 static inline void bounds_of_latent(const struct step * s, struct strip * b, int64_t i, __m512i sum0, __m512i sum1,
                                     __m512 * top0, __m512 * top1) {
     const float root12 = 3.4641016f;
-    __m512 scale = _mm512_set1_ps(s->q_scale_F[i]), bias = _mm512_set1_ps(s->b_enc_F[i]);
+    __m512 scale = _mm512_set1_ps(s->q_scale_F[i]), bias = _mm512_set1_ps(s->b_enc_F[i]), shift = _mm512_set1_ps(s->q_shift_F[i]);
     __m512 of_x = _mm512_set1_ps(SIGMAS / root12 * s->q_norm_F[i]), of_w = _mm512_set1_ps(SIGMAS / root12 * s->q_scale_F[i]);
-    __m512 value0 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum0), scale, _mm512_mul_ps(bias, _mm512_loadu_ps(b->inverse)));
-    __m512 value1 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum1), scale, _mm512_mul_ps(bias, _mm512_loadu_ps(b->inverse + 16)));
-    __m512 error0 = _mm512_fmadd_ps(_mm512_loadu_ps(b->ratio), of_w, of_x);
-    __m512 error1 = _mm512_fmadd_ps(_mm512_loadu_ps(b->ratio + 16), of_w, of_x);
+    __m512 value0 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum0), scale, _mm512_fmsub_ps(bias, _mm512_loadu_ps(b->inverse), shift));
+    __m512 value1 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum1), scale, _mm512_fmsub_ps(bias, _mm512_loadu_ps(b->inverse + 16), shift));
+    __m512 error0 = _mm512_fmadd_ps(_mm512_loadu_ps(b->length), of_w, of_x);
+    __m512 error1 = _mm512_fmadd_ps(_mm512_loadu_ps(b->length + 16), of_w, of_x);
     *top0 = _mm512_max_ps(_mm512_sub_ps(value0, error0), *top0); /* NaN leaves top as it is */
     *top1 = _mm512_max_ps(_mm512_sub_ps(value1, error1), *top1);
     __m512 upper0 = _mm512_mul_ps(_mm512_add_ps(value0, error0), _mm512_loadu_ps(b->fine));

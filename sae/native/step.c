@@ -237,6 +237,7 @@ static void to_tile(const struct step * s, int64_t i, float * restrict t) {
         most = 0;
         norm = INFINITY;
     }
+    s->q_shift_F[i] = dot(t, s->dither_D, D);
     float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
     for (int64_t j = 0; j < D; j++) t[j] = t[j] * inverse + 12582912.0f; /* 1.5 * 2^23: the low byte is the rounded value */
     for (int64_t j = D; j < 4 * quads; j++) t[j] = 12582912.0f;

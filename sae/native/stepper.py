@@ -30,13 +30,13 @@ from ..choice import SAMPLE_ROWS, BatchPairs
 from ..kernels import auxk_gradients
 from ..losses import LossSettings, StepResult
 from ..model import SparseCoder, named_count
-from ..pre_acts import balance
+from ..pre_acts import balance, dither
 from ..ranks import Ranks
 from ..sparse_products import offsets_of
 from ..steppers import Stepper
 from ..train_config import TrainConfig
 from . import pages
-from .library import UNIT, Library, Step, finds_in_int8
+from .library import LANES, UNIT, Library, Step, finds_in_int8
 
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
 PARAMETERS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
@@ -62,6 +62,8 @@ class NativeStepper(Stepper):
         }
         self._balance_D = torch.zeros(model.d_in)  # zeros: not measured yet
         latents, d_in = model.num_latents, model.d_in
+        self._dither_D = torch.zeros(-(-d_in // LANES) * LANES)
+        self._dither_D[:d_in] = dither(d_in)
         self._copies: dict[str, torch.Tensor] = {}
         if self._int8:
             padded, width = library.tile_shape(latents, d_in)
@@ -69,6 +71,7 @@ class NativeStepper(Stepper):
                 "q_tiles": pages.zeros(padded * width, dtype=torch.int8),
                 "q_scale_F": torch.zeros(latents),
                 "q_norm_F": torch.zeros(latents),
+                "q_shift_F": torch.zeros(latents),
                 "q_offset_F": torch.zeros(padded, dtype=torch.int32),
             }
         elif settings.encoder_dtype == torch.bfloat16:
@@ -84,7 +87,9 @@ class NativeStepper(Stepper):
         self._step = Step(
             D=d_in, F=latents, tile=library.tile, beta1=config.betas[0], beta2=config.betas[1], eps=config.eps
         )
-        self._step.point(**self._moments, **self._copies, **self._sums, balance_D=self._balance_D)
+        self._step.point(
+            **self._moments, **self._copies, **self._sums, balance_D=self._balance_D, dither_D=self._dither_D
+        )
         self._fresh = False  # whether the copies are those of the weights
 
     @torch.no_grad()

@@ -155,8 +155,10 @@ struct step {
     uint16_t * bf16_FD;
     int8_t * q_tiles;         /* as product.h says, zeros beyond F and D */
     float *q_scale_F, *q_norm_F; /* W_enc[i] * balance ~ q_scale[i] * q[i]; norm of W_enc[i] * balance */
+    float * q_shift_F;        /* <W_enc[i] * balance, dither> */
     int32_t * q_offset_F;     /* -128 sum(q): the rows are stored with 128 added */
     const float * balance_D;  /* input dimensions are divided by it, those of W_enc multiplied */
+    const float * dither_D;   /* added to a row before it is rounded; zeros beyond D up to a multiple of 16 */
     /* the batch */
     const float * u_ND;
     const int32_t * named_NC; /* latents of every row whose exact values decide, where a matrix product named them */

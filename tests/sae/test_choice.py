@@ -122,12 +122,13 @@ def test_rows_whose_bounds_leave_it_open_are_done_again(monkeypatch):
         assert sum(dense) in at_last
 
 
-@pytest.mark.parametrize("variant", ["topk", "batchtopk"])
-@pytest.mark.parametrize("step", [0.49, 1.49, 2.49, 8.45])
-def test_rows_of_few_different_values_are_no_exception(variant, step, monkeypatch):
-    """Without a dither all roundings of such a row are one error, times the pattern that the latents look for."""
-    d, latents, k, rows = 128, 1024, 8, 400
-    model = make(d=d, latents=latents, k=k, kind=VARIANTS[variant])
+STEPS_OF_SIGNS = (0.49, 1.49, 2.49, 8.45)
+
+
+def rows_of_signs(model, step, rows):
+    """Rows of +-step beside one 126, for a model of signs (changed in place), and the exact pre-activations: without a
+    dither all roundings of such a row are one error, times the pattern that the latents look for."""
+    latents, d = model.W_enc_FD.shape
     rng = np.random.default_rng(8)
     signs_FD = np.sign(rng.standard_normal((latents, d)))
     u_ND = step * np.sign(signs_FD[rng.integers(0, latents, (rows, 5))].sum(1))
@@ -137,8 +138,17 @@ def test_rows_of_few_different_values_are_no_exception(variant, step, monkeypatc
         model.b_enc_F.copy_(1e-3 * torch.from_numpy(rng.standard_normal(latents)))  # no ties
         model.b_dec_D.zero_()
         u_ND = torch.from_numpy(u_ND.astype(np.float32))
-        pre_NF = exact(model, u_ND)
-        monkeypatch.setattr("sae.pre_acts.balance", lambda x_ND: torch.ones(d))
+    return u_ND, exact(model, u_ND)
+
+
+@pytest.mark.parametrize("variant", ["topk", "batchtopk"])
+@pytest.mark.parametrize("step", STEPS_OF_SIGNS)
+def test_rows_of_few_different_values_are_no_exception(variant, step, monkeypatch):
+    k, rows = 8, 400
+    model = make(d=128, latents=1024, k=k, kind=VARIANTS[variant])
+    u_ND, pre_NF = rows_of_signs(model, step, rows)
+    monkeypatch.setattr("sae.pre_acts.balance", lambda x_ND: torch.ones(128))
+    with torch.no_grad():
         if variant == "batchtopk":
             wanted = pre_NF.flatten().topk(k * rows).values.sort().values
             pairs = BatchPairs(model, torch.float32)

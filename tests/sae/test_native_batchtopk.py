@@ -20,6 +20,7 @@ from sae.train_config import TrainConfig
 from sae.variants import VARIANTS
 from sae.variants.batchtopk import BatchTopKSAE
 
+from .test_choice import STEPS_OF_SIGNS, rows_of_signs
 from .test_model_and_kernels import NAMES, batch, loss_settings, relative
 from .test_native import dead_mask
 
@@ -62,6 +63,17 @@ def test_batchtopk_steps_equal_float64_autograd_and_torchs_adam(lib, monkeypatch
     for name in NAMES:
         assert relative(getattr(model, name).detach(), getattr(oracle, name).detach()) < 3e-6, name
     assert float(model.theta) == pytest.approx(float(oracle.theta), rel=1e-5)
+
+
+@pytest.mark.parametrize("step", STEPS_OF_SIGNS)
+def test_a_batch_of_few_different_values_is_no_exception(lib, step):
+    model, native, _ = batch_topk(128, 1024, 8, 1, loss_settings(), lib)
+    u_ND, pre_NF = rows_of_signs(model, step, 400)
+    wanted = pre_NF.flatten().topk(8 * 400).values.sort().values
+    native._balance_D.fill_(1.0)
+    native._pairs.guess.load([float(wanted[0]) * 0.999, 0.1])
+    native.step(u_ND, lr=1e-3)
+    torch.testing.assert_close(native._batch["vals_P"].double().sort().values, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("least", [0.0, 1e-30, 0.3, 1e9])

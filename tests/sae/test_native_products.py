@@ -7,6 +7,7 @@ import ctypes
 import mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,7 +75,30 @@ def test_bounds_beyond_sixteen_bits_and_latents_of_very_unequal_norm_are_chosen_
     assert not bool((chosen(native, k) == 18).any())
 
 
-def test_a_row_that_one_value_rounds_to_zero_is_chosen_by_all_its_exact_values(product):
+def test_rows_of_few_different_values_are_no_exception(product):
+    """Half of the dimensions +-1.49, the others +-1.51, beside one 126, and latents of signs in either half: without a
+    dither the pre-activations of the first lose a third, those of the others gain one."""
+    d, latents, k, rows = 512, 1024, 8, 200
+    rng, model = np.random.default_rng(3), make(d=d, latents=latents, k=k)
+    signs_FD = np.sign(rng.standard_normal((latents, d)))
+    signs_FD[::2, : d // 2] = signs_FD[1::2, d // 2 :] = 0
+    u_ND = np.zeros((rows, d))
+    for first, few, level in ((1, 5, 1.49), (0, 9, 1.51)):  # each row is near a few latents of each half
+        own = 2 * rng.integers(0, latents // 2, (rows, few)) + first
+        u_ND += level * np.sign(signs_FD[own].sum(1))
+    u_ND[np.arange(rows), rng.integers(0, d, rows)] = 126.0
+    with torch.no_grad():
+        model.W_enc_FD.copy_(torch.from_numpy(signs_FD))
+        model.b_enc_F.copy_(1e-3 * torch.from_numpy(rng.standard_normal(latents)))  # no ties
+        model.b_dec_D.zero_()
+    u_ND = torch.from_numpy(u_ND.astype(np.float32))
+    oracle, native = copy.deepcopy(model).double(), stepper(model, loss_settings(), product)
+    native._balance_D.fill_(1.0)
+    native.step(u_ND, lr=1e-3)
+    assert torch.equal(chosen(native, k), oracle.pre_acts(u_ND.double()).topk(k).indices.sort(1).values)
+
+
+def test_a_row_that_one_value_rounds_to_zero_needs_few_more_exact_values(product):
     d, latents, k, rows = 1024, 4096, 16, 60
     generator = torch.Generator().manual_seed(2)
     model, place = make(d=d, latents=latents, k=k), torch.arange(0, rows, 3)
@@ -91,9 +115,8 @@ def test_a_row_that_one_value_rounds_to_zero_is_chosen_by_all_its_exact_values(p
     native._balance_D.fill_(1.0)  # as measured on a batch that had no such row
     native.step(u_ND, lr=1e-3)
     assert torch.equal(chosen(native, k), oracle.pre_acts(u_ND.double()).topk(k).indices.sort(1).values)
-    candidates_N = native._batch["candidates_N"]
-    assert bool((candidates_N[place] == latents).all())
-    assert int(candidates_N[1]) < latents / 4
+    assert int(native._batch["candidates_N"][place].max()) < latents
+    assert int(native._batch["candidates_N"][1]) < latents / 4
 
 
 def test_a_row_that_is_not_finite_changes_no_other_rows_choice(product):
