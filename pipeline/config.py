@@ -197,7 +197,7 @@ class LoggerConfig:
 class EvaluateConfig:
     tokens: int = 500_000  # rows for the reconstruction metrics, at most what is held out
     splice_tokens: int = 65_536  # rows for CE and KL, each run several times through the model
-    baselines: bool = True  # PCA, an untrained SAE, mean and zero ablation beside it
+    baselines: bool = True  # PCA, an untrained SAE (transcoders: linear maps), mean and zero ablation beside it
     random_sae: str = ""  # an SAE trained on the same architecture with re-drawn weights (`run` makes one)
     random_model_tokens: int = 300_000  # rows captured for it
     also: list[str] = field(default_factory=list)  # SAEs at other hook points, spliced together with sae.path

@@ -13,6 +13,8 @@ from .measure import MEAN, ZERO
 OWN, SECOND, OTHER, MARK, INK, GRID = "#1667c9", "#e08a1e", "#9aa7b5", "#c8371e", "#1d2126", "#e3e6ea"
 NAMES = {
     "pca": "PCA, same L0",
+    "linear": "linear map, same L0",
+    "affine": "linear map, any rank",
     "untrained": "untrained SAE",
     "random_model": "SAE of a random model",
     MEAN: "mean ablation",

@@ -47,19 +47,20 @@ def evaluate_wired(
     windows: WindowTable,
     *,
     config: EvaluateConfig,
+    baselines: Mapping[str, Replacement] | None = None,
     statistics: LatentStatistics | None = None,
     session: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The numbers of `evaluate` for what is reconstructed, without its fitted baselines and further SAEs.
+    """The numbers of `evaluate` for what is reconstructed, without further SAEs.
 
     `fvu_of` has FVU = sum ||y - y_hat||^2 / sum ||y - mean||^2 of each output p by itself. `fvu` is that of all, each
     divided by its scale s_p, as in training: sum_p (sum ||y - y_hat||^2)_p / s_p^2 over sum_p (sum ||y - mean||^2)_p / s_p^2.
     `scale_of` has the s_p (`output_scales`), `scatter` the sum ||y - mean||^2 of each. The other reconstruction metrics
     are those of the raw columns side by side.
 
-    `ce_recovered`, `delta_ce_nats`, `kl` are of the model with all outputs replaced (see above); `baselines` has all of
-    them on zero and on their means, and CE recovered is on the scale of these.
+    `ce_recovered`, `delta_ce_nats`, `kl` are of the model with all outputs replaced (see above), also by each of
+    `baselines`, by zero and by their means; CE recovered is on the scale of these two.
 
     Rows that the table flags, that are not finite, or whose norm at a hook point exceeds the outlier threshold of the
     training there are left out; `flagged_share` says how many. `statistics` (its parts: the outputs) is filled.
@@ -79,6 +80,7 @@ def evaluate_wired(
 
     runs: dict[str, Replacement] = {
         SAE: SAEReplacement(weights),
+        **(baselines or {}),
         MEAN: ConstantReplacement(weights.mean_D),
         ZERO: ConstantReplacement(np.zeros(weights.d_out)),
     }
@@ -139,7 +141,7 @@ def wired_run(run: Replacement, metrics: OutputMetrics, inputs: Ports, outputs: 
         x_NI, y_NO = (side_by_side(ports, acts) for ports in (inputs, outputs))
         idx_NK, vals_NK = run.code(x_NI)
         y_hat_NO = run.decode(idx_NK, vals_NK, x_NI)
-        metrics.update(y_NO, y_hat_NO, idx_NK, vals_NK)
+        metrics.update(y_NO, y_hat_NO, idx_NK, np.abs(vals_NK))  # of a linear map the values have both signs
         return {point: y_hat_NO[:, part] for point, part in zip(written, metrics.parts, strict=True)}
 
     return Wired(points=tuple(dict.fromkeys([*read, *written])), reconstruct=reconstruct)

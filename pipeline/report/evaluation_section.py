@@ -11,6 +11,8 @@ from .svg import Axes, bar_chart
 
 BASELINE_NAMES = {
     "pca": "PCA at the same L0",
+    "linear": "a linear map of the same L0",
+    "affine": "a linear map of any rank",
     "untrained": "SAE before training",
     "random_model": "SAE of a random-weights model",
     "mean": "the mean everywhere",

@@ -13,6 +13,8 @@ from .svg import short
 BARS = {
     "sae": "this SAE",
     "pca": "PCA, same L0",
+    "linear": "linear map,\nsame L0",
+    "affine": "linear map,\nany rank",
     "untrained": "SAE before\ntraining",
     "random_model": "SAE of a random-\nweights model",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from sae.weights import SAEWeights
 from ..corpus.windows import WindowTable
 from ..evaluation.evaluate import captured_rows, reconstruction_on_store, store_rows
 from ..evaluation.fitted import RowSource, first_rows
+from ..evaluation.linear import PairSource
+from ..evaluation.ports import ports_of, side_by_side
+from ..evaluation.wired import limits_of, rows_at
 from ..llama.hooks import HookPoint
 from ..llama.identity import check_same_model
 from ..llama.model import Model
@@ -53,17 +56,47 @@ def training_rows(context: RunContext, weights: SAEWeights, model: Model, store:
     return captured
 
 
+def training_pairs(context: RunContext, weights: SAEWeights, model: Model, store: ActivationStore | None) -> PairSource:
+    """`training_rows` of an SAE over several hook points: what it reads and what it reconstructs, side by side."""
+    inputs, outputs = ports_of(weights)
+    names = list(dict.fromkeys(name for name, _ in (*inputs, *outputs)))
+
+    def pair(found: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        acts = {HookPoint.parse(name): x_ND for name, x_ND in found.items()}
+        return side_by_side(inputs, acts), side_by_side(outputs, acts)
+
+    if store is not None:
+        check_store(weights, store, model)
+        return lambda rows: (
+            pair(dict(zip(names, parts, strict=True)))
+            for parts in zip(*(store_rows(store, name, rows) for name in names), strict=True)
+        )
+    table = window_table(context, model, max_tokens=STREAM_ROWS)
+    session, limits = session_options(context.config.model), limits_of(weights)
+
+    def captured(_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with context.progress("capturing rows for the baselines", table.rows) as progress:
+            done = 0
+            for rows, found in rows_at(model, table, np.arange(table.n_windows), names, limits, session):
+                done += rows
+                progress(done)
+                yield pair(found)
+
+    return captured
+
+
 def check_store(weights: SAEWeights, store: ActivationStore, model: Model) -> None:
-    """Refuse a store whose rows are not those of the SAE's hook point in this model."""
+    """Refuse a store whose rows are not those of the SAE's hook points in this model."""
     check_same_model(store.meta.model, model.id)
-    if weights.hook not in store.hooks:
-        raise ConfigError(
-            f"the store holds {', '.join(store.hooks)}, the SAE belongs to {weights.hook}; name its store with store.path"
-        )
-    if store.hooks[weights.hook].width != weights.d_in:
-        raise ModelMismatchError(
-            f"the store's rows are {store.hooks[weights.hook].width} wide, the SAE's {weights.d_in}"
-        )
+    for hook, width in {port for ports in ports_of(weights) for port in ports}:
+        if hook not in store.hooks:
+            raise ConfigError(
+                f"the store holds {', '.join(store.hooks)}, the SAE belongs to {hook}; name its store with store.path"
+            )
+        if store.hooks[hook].width != width:
+            raise ModelMismatchError(
+                f"the store's rows are {store.hooks[hook].width} wide at {hook}, the SAE's {width}"
+            )
 
 
 def documents_of_training(weights: SAEWeights) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from sae.weights import SAEWeights
 from sae.wiring import spans
 
 from ..evaluation.latents import dictionary_summary, wired_columns
+from ..evaluation.linear import MOST_COLUMNS, linear_baselines
 from ..evaluation.measure import json_safe
 from ..evaluation.ports import Ports, ports_of
 from ..evaluation.wired import evaluate_wired
@@ -19,9 +20,9 @@ from ..run import RunContext
 from ..store.reader import ActivationStore
 from .corpora import window_table
 from .evaluate_files import EVALUATION_NAME, write
-from .evaluate_rows import seen_in_training
+from .evaluate_rows import seen_in_training, training_pairs, warn_other_corpus
 from .evaluate_text import numbers
-from .inputs import check_host, counted, describe_model, open_model, own_store, relative, session_options
+from .inputs import check_host, counted, describe_model, open_model, open_store, own_store, relative, session_options
 
 AT_ONE_POINT = ("also", "against", "probe", "random_sae")  # settings of what is not measured here
 NAMED = 2  # hook points in a title
@@ -35,18 +36,30 @@ def evaluate_several(context: RunContext, path: Path, weights: SAEWeights) -> No
             raise ConfigError(f"evaluate.{key} is for SAEs at one hook point; leave it out for this one")
     inputs, outputs = ports_of(weights)
     statistics = LatentStatistics(weights.W_dec_FD, spans(outputs))
+    place = own_store(weights.training.get("store_sha256", ""))
+    store = open_store(context, weights) if config.baselines and (place or context.config.store.path) else None
+    if store is not None:
+        warn_other_corpus(context, store)
     with open_model(context) as model:
         check_host(context, weights, model)
+        found = {}
+        if config.baselines:
+            found = linear_baselines(weights, training_pairs(context, weights, model, store))
+            if not found:
+                context.console.print(
+                    f"no linear maps beside it: more than {MOST_COLUMNS:,} columns on one side",
+                    style="dim",
+                    highlight=False,
+                )
         table = window_table(context, model, split="held_out", max_tokens=0)
         with context.progress("evaluating", config.tokens) as progress:
             result = evaluate_wired(
-                model, weights, table, config=config, statistics=statistics,
+                model, weights, table, config=config, baselines=found, statistics=statistics,
                 session=session_options(context.config.model),
                 progress=lambda what, done, total: progress(done, total, note=what),
             )  # fmt: skip
         given = f"{relative(path)} in {describe_model(model)}, {counted(len(table.documents), 'held-out document')}"
     result["sae_id"] = weights.training.get("id")
-    place = own_store(weights.training.get("store_sha256", ""))
     seen = seen_in_training(context, ActivationStore(place).iter_documents(), table) if place is not None else None
     result["documents_trained_on"] = seen
     columns = wired_columns(

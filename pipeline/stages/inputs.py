@@ -32,6 +32,8 @@ SAE_NAME = "sae"
 LABELS = {
     "sae": "SAE",
     "pca": "PCA, k components",
+    "linear": "linear map of rank k",
+    "affine": "linear map of any rank",
     "untrained": "untrained SAE",
     "random_model": "SAE of a random model",
     "mean": "mean ablation",

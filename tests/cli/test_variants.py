@@ -21,6 +21,7 @@ from sae.runtime import decode, encode
 from .conftest import QUICK, ggscope, last_line
 
 POINTS = ["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]
+D = 256  # the demo model's width
 SMALL = [
     "sae.num_latents=128", "sae.k=8", "trainer.tokens=40960", "trainer.batch_tokens=1024", "trainer.n_threads=1", "trainer.log_steps=1",
     "trainer.warmup_steps=5", "trainer.lr=5e-3",
@@ -82,7 +83,11 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
     assert f"from {POINTS[0]}: FVU {result['fvu']:.4f} ({POINTS[1]} {result['fvu']:.4f}), L0 8.0" in done.stdout
     assert f"CE recovered {result['ce_recovered']:.4f} [{low:.4f}, {high:.4f}], delta CE" in done.stdout
     assert "SAE FVU" in done.stdout
-    assert set(result["baselines"]) == {"mean", "zero"}
+    baselines = result["baselines"]
+    assert list(baselines) == ["linear", "affine", "mean", "zero"]
+    assert (baselines["linear"]["l0"], baselines["affine"]["l0"]) == (8, D)
+    assert baselines["affine"]["fvu"] < baselines["linear"]["fvu"] < baselines["zero"]["fvu"]
+    assert f"linear map of rank k FVU {baselines['linear']['fvu']:.4f} CE" in done.stdout
     clean, sae, zero = (result[f"ce_{name}"] for name in ("clean", "sae", "zero"))
     assert result["ce_recovered"] == pytest.approx((zero - sae) / (zero - clean), rel=1e-9)
     assert len({clean, sae, zero}) == 3
@@ -92,6 +97,23 @@ def test_a_skip_transcoder_reconstructs_the_mlps_output_from_its_input(folder):
     assert result["documents_trained_on"] == 0
     refused = ggscope("evaluate", "sae.path=skip/sae", "evaluate.against=skip/sae", *FEW, cwd=folder, code=2)
     assert "evaluate.against is for SAEs at one hook point" in last_line(refused)
+    ggscope("extract", "corpus.max_tokens=600", QUICK, f"hook.points=[{POINTS[0]}]", "run_dir=other", cwd=folder)
+    other = "store.path=other/activations.zarr"
+    refused = last_line(ggscope("evaluate", "sae.path=skip/sae", other, *FEW, cwd=folder, code=2))
+    assert f"the store holds {POINTS[0]}, the SAE belongs to {POINTS[1]}" in refused
+
+
+def test_linear_maps_are_fitted_on_rows_captured_anew_where_the_store_is_not_known(folder, tmp_path):
+    found = {}
+    for name, *settings in (("with",), ("without", "evaluate.baselines=false")):
+        ggscope("evaluate", f"sae.path={folder}/skip/sae", *FEW, *settings, f"run_dir={name}", cwd=tmp_path)
+        found[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
+    before = json.loads((folder / "runs" / "evaluate" / "skip" / "evaluation.json").read_text())
+    assert list(found["without"]["baselines"]) == ["mean", "zero"]
+    assert found["with"]["fvu"] == found["without"]["fvu"] == before["fvu"]
+    linear, of_store = found["with"]["baselines"]["linear"], before["baselines"]["linear"]
+    assert linear["fvu"] == pytest.approx(of_store["fvu"], rel=0.2)
+    assert linear["fvu"] != of_store["fvu"]
 
 
 def test_a_crosscoder_reconstructs_both_of_its_hook_points(folder):
@@ -112,6 +134,7 @@ def test_a_crosscoder_reconstructs_both_of_its_hook_points(folder):
     assert set(result["fvu_of"]) == set(POINTS)
     assert max(result["fvu_of"].values()) < 1
     assert result["l0"] == pytest.approx(8, abs=1e-6)
+    assert list(result["baselines"]) == ["pca", "mean", "zero"]
     assert latents["outputs"].tolist() == POINTS
     assert latents["explained_of"].shape == latents["decoder_norm_of"].shape == (128, 2)
     np.testing.assert_allclose(latents["decoder_norm"], 1, rtol=1e-5)  # at the scales it was trained at

@@ -79,8 +79,8 @@ class Tiny:
         ends = np.cumsum([width for _, width in outputs])
         return {name: part for (name, _), part in zip(outputs, np.split(y_hat_NO, ends[:-1], axis=1), strict=True)}
 
-    def evaluate(self, w):
-        return evaluate_wired(self.model, w, self.table, config=ALL, session=ONE)
+    def evaluate(self, w, baselines=None):
+        return evaluate_wired(self.model, w, self.table, config=ALL, baselines=baselines, session=ONE)
 
 
 @pytest.fixture(scope="module")
