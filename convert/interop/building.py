@@ -41,6 +41,7 @@ class Foreign:
     input_scale: float = 1.0
     output_scale: float = 1.0
     by_norm: bool = False
+    centred: bool = False  # u has its mean over the dimensions taken off: the model's writing weights were centred
     layer_norm_eps: float | None = None  # sigma with D - 1 below the root, as torch has it
     hook_out: str = ""
     W_skip_OD: np.ndarray | None = None
@@ -65,7 +66,7 @@ class Imported:
 def build(found: Foreign, format_name: str, label: str) -> Imported:
     """Folds and checks.
 
-    W_enc input_scale; W_dec and b_dec over output_scale; b_dec's subtraction goes into b_enc where it cannot stay
+    `centred`: W_enc less the mean of each row. W_enc input_scale; W_dec and b_dec over output_scale; b_dec's subtraction goes into b_enc where it cannot stay
     (unequal scales, transcoders); with `by_norm` n = ||W_dec[i]||: n W_enc, n b_enc, W_dec / n.
 
     FormatError where the arrays do not fit, hold NaN, a scale is not positive, or what comes out is beyond float32.
@@ -80,9 +81,11 @@ def build(found: Foreign, format_name: str, label: str) -> Imported:
             raise FormatError(f"{label}: the scale of the activations is {getattr(found, name)}, expected above 0")
     W_enc_FD, b_enc_F, W_dec_FO, b_dec_O = found.W_enc_FD, found.b_enc_F, found.W_dec_FO, found.b_dec_O
     subtracts = found.subtracts_b_dec
-    if subtracts and (found.hook_out or found.input_scale != found.output_scale):
+    if subtracts and (found.hook_out or found.centred or found.input_scale != found.output_scale):
         b_enc_F = (b_enc_F - W_enc_FD.astype(np.float64) @ b_dec_O).astype(np.float32)
         subtracts = False
+    if found.centred:  # <w, x - mean(x)> = <w - mean(w), x>
+        W_enc_FD = W_enc_FD - W_enc_FD.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
     if found.by_norm:
         norm_F = np.linalg.norm(W_dec_FO, axis=1)
         W_enc_FD, b_enc_F = W_enc_FD * norm_F[:, None], b_enc_F * norm_F
@@ -177,6 +180,10 @@ def optional(arrays: dict[str, Any], name: str, label: str, ndim: int | tuple[in
     if found.ndim not in wanted or not found.size:
         wanted_said = " or ".join(RANKS[n] for n in wanted)
         raise FormatError(f"{label}: {name!r} should be {wanted_said} and not empty, got {shown(found)}")
+    if found.dtype.kind != "f" and found.size > 1:
+        raise FormatError(
+            f"{label}: {name!r} holds whole numbers, expected floating-point ones; a quantised SAE has to be written out first"
+        )
     return found.astype(np.float32, copy=False)
 
 

@@ -14,12 +14,12 @@ from .source import Source
 
 NAME = "circuit_tracer"
 CONFIG = "config.yaml"
+KEYS = ("model_name", "feature_input_hook", "feature_output_hook")
 FILES = (CONFIG,)
 TENSORS = {"W_enc", "W_dec", "b_enc", "b_dec"}
 # what a config calls the input and the output of a block's MLP, as a module's place
 _MLP = {
     "mlp.hook_in": "mlp.input",
-    "hook_mlp_in": "mlp.input",
     "mlp.hook_out": "mlp.output",
     "hook_mlp_out": "mlp.output",
 }
@@ -33,7 +33,7 @@ def recognises(source: Source) -> bool:
 
 
 def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
-    label, arrays, settings = source.label, source.arrays(), source.yaml(CONFIG)
+    label, arrays, settings = source.label, source.arrays(), source.yaml(CONFIG, *KEYS)
     layer = layer_in(source.weights.name if source.weights else "", _LAYER)
     notes: list[str] = []
     return Foreign(

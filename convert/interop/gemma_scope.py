@@ -57,7 +57,8 @@ class GemmaScope1:
         else:
             name = f"blocks.{layer}.{SITES[site]}" if layer and site in SITES else ""
         if site == "transcoders":
-            found.hook = to_hook("" if not layer else f"layers.{layer}.mlp.input", hook, label, found.notes)
+            # the gain of the norm before the MLP was folded into the MLP: they read what comes before it
+            found.hook = to_hook(f"blocks.{layer}.ln2.hook_normalized" if layer else "", hook, label, found.notes)
             found.hook_out = to_hook(
                 f"blocks.{layer}.hook_mlp_out" if layer else "", hook_out, label, found.notes, key="convert.hook_out"
             )

@@ -1,6 +1,6 @@
 """Hook points as other libraries name them, to ours. The one place where conventions meet.
 
-TransformerLens   blocks.3.hook_resid_post: as ours, but for hook_q and hook_k (another place), hook_mlp_in and the norms (none here)
+TransformerLens   blocks.3.hook_resid_post: as ours, but for hook_q and hook_k (another place) and ln_final (behind its gain here); hook_mlp_in is hook_resid_mid
 Hugging Face      model.layers.3: the output of the module; `.input` and `.output` at the end say which
 """
 
@@ -14,7 +14,7 @@ from ..keys import hook_block
 
 OURS = {
     "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "mlp.hook_post",
-    "attn.hook_z", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k",
+    "attn.hook_z", "attn.hook_v", "attn.hook_rot_q", "attn.hook_rot_k", "ln1.hook_normalized", "ln2.hook_normalized",
 }  # fmt: skip
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.(.+)")
 _MODULE = re.compile(
@@ -29,7 +29,7 @@ MODULES = {
     "attention": "hook_attn_out", "self_attn.o_proj.input": "attn.hook_z", "self_attn.o_proj.output": "hook_attn_out",
     "post_feedforward_layernorm.output": "hook_mlp_out",
 }  # fmt: skip
-# the input of the MLP after its norm: no site of ours, but llama.cpp names the tensor
+# the input of the MLP after its norm and that norm's gain: no site of ours, but llama.cpp names the tensor
 MLP_INPUTS = ("mlp.input", "pre_feedforward_layernorm.output")
 BEFORE_NORM = (
     "hook {} is the output of a module; where the model has a norm behind it (gemma2, gemma3, olmo2) "
@@ -45,8 +45,10 @@ def to_hook(name: str, override: str, label: str, notes: list[str], *, key: str 
     if override:
         hook_block(override)
         return override
-    if (match := _BLOCK.fullmatch(name)) and match[2] in OURS:
-        return f"blocks.{int(match[1])}.{match[2]}"
+    if match := _BLOCK.fullmatch(name):
+        site = "hook_resid_mid" if match[2] == "hook_mlp_in" else match[2]
+        if site in OURS:
+            return f"blocks.{int(match[1])}.{site}"
     if match := _MODULE.fullmatch(name):
         block, module = int(match[1]), match[2] or ""
         if module in MLP_INPUTS:

@@ -48,7 +48,7 @@ class R1Distill:
 def _two_layers(source: Source, hook: str, layers: tuple[str, str], pattern: str, model_name: str) -> Foreign:
     label, arrays, notes = source.label, source.arrays(), []
     encoder, decoder = layers
-    layer = layer_in(label, pattern)
+    layer = layer_in(source.named, pattern)
     return Foreign(
         W_enc_FD=required(arrays, f"{encoder}.weight", label, 2),
         b_enc_F=required(arrays, f"{encoder}.bias", label, 1),

@@ -32,7 +32,7 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
             f"{label}: k stands in the repository's name only; keep the file in a folder named like SAE-Res-Qwen3-8B-Base-W64K-L0_50"
         )
     W_enc_FD = required(arrays, "W_enc", label, 2)
-    layer = layer_in(label, r"layer(\d+)\.sae\.pt")
+    layer = layer_in(source.named, r"layer(\d+)\.sae\.pt")
     return Foreign(
         W_enc_FD=W_enc_FD,
         b_enc_F=required(arrays, "b_enc", label, 1),

@@ -15,7 +15,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_yaml(path: Path) -> dict[str, str]:
-    """The top-level `key: text` lines of a YAML file of at most MAX_JSON bytes: all that is asked of one here."""
+def read_yaml(path: Path, keys: Sequence[str]) -> dict[str, str]:
+    """Of these keys the top-level `key: text` lines of a YAML file of at most MAX_JSON bytes: all that is asked of one here.
+    A key that stands there in another form is refused."""
     try:
         if path.stat().st_size > MAX_JSON:
             raise FormatError(f"{path} is larger than {MAX_JSON >> 20} MiB; no SAE's settings are")
@@ -70,8 +71,14 @@ def read_yaml(path: Path) -> dict[str, str]:
         raise FormatError(f"{path} is no text") from None
     except OSError as error:
         raise FormatError(f"{path} cannot be read ({error.strerror or error})") from None
-    found = (_YAML_LINE.fullmatch(line) for line in text.splitlines())
-    return {match[1]: match[2].strip("\"'") for match in found if match}
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    found = {match[1]: match[2].strip("\"'") for line in lines if (match := _YAML_LINE.fullmatch(line))}
+    for key in keys:
+        if key not in found and any(key in line for line in lines):
+            raise FormatError(
+                f"{path}: {key} is not given as a line `{key}: text`, which is all that is read of YAML here"
+            )
+    return {key: found[key] for key in keys if key in found}
 
 
 def read_arrays(path: Path) -> dict[str, Any]:

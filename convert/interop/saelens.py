@@ -25,6 +25,21 @@ LAYER_NORM_EPS = 1e-5
 THRESHOLDS = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 TRAINING = ("batchtopk", "matryoshka_batchtopk")  # checkpoints; finished ones are saved as jumprelu
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+# What SAELens 6.54 knows of releases beside their files. SCALES: what activations were multiplied by in training.
+CENTRED = (
+    "tommmcgrath/gpt2-small-mlp-out-saes", "jbloom/GPT2-Small-SAEs-Reformatted",
+    "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8",
+)  # fmt: skip
+SCALES = {
+    "tommmcgrath/gpt2-small-mlp-out-saes": dict(
+        zip(
+            (f"blocks.{block}.hook_mlp_out" for block in range(12)),
+            (1.049317, 2.369398, 1.641193, 1.895852, 1.816735, 1.550234, 1.323774, 1.104291, 0.912376, 0.695534, 0.361973, 0.285155),
+            strict=True,
+        )
+    ),
+    "jbloom/Gemma-2b-Residual-Stream-SAEs": {"blocks.12.hook_resid_post": 0.213819},
+}  # fmt: skip
 KNOWN = ("standard", "topk", "gated", *THRESHOLDS, *TRAINING, *TRANSCODERS[:2])
 
 
@@ -59,6 +74,7 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
         found.hook_out = to_hook(config["hook_name_out"], hook_out, label, notes, key="convert.hook_out")
         found.W_skip_OD = optional(arrays, "W_skip", label, 2)
     _activation(found, kind, config, arrays, label)
+    _centring(found, source, config["centred"])
     _normalisation(found, source, config["normalize_activations"])
     _old_scaling(found, arrays, config["finetuning_scaling_factor"], label)
     if source.has(SPARSITY):  # log10 of the share of tokens
@@ -81,7 +97,7 @@ def settings(raw: dict[str, Any]) -> dict[str, Any]:
         architecture = "topk"
     elif function not in ("relu", "topk"):
         architecture = function  # refused by name
-    norm = flat.get("normalize_activations")
+    norm, loaded = flat.get("normalize_activations"), flat.get("model_from_pretrained_kwargs")
     if norm is None or isinstance(norm, bool):
         norm = "expected_average_only_in" if norm else "none"
     return {
@@ -97,6 +113,7 @@ def settings(raw: dict[str, Any]) -> dict[str, Any]:
         "finetuning_scaling_factor": bool(flat.get("finetuning_scaling_factor", False)),
         "bos_excluded": _bos_excluded(flat.get("exclude_special_tokens"), flat.get("prepend_bos")),
         "model_name": text(flat.get("model_name")),
+        "centred": isinstance(loaded, dict) and loaded.get("center_writing_weights") is True,
     }
 
 
@@ -138,8 +155,11 @@ def _normalisation(found: Foreign, source: Source, mode: Any) -> None:
     if mode == "expected_average_only_in":
         scale = source.json(SCALER).get("scaling_factor")
         if scale is None:
+            scale = next((by_hook.get(found.hook) for repo, by_hook in SCALES.items() if repo in source.label), None)
+        if scale is None:
             found.notes.append(
-                "normalize_activations=expected_average_only_in without a scaling factor: taken as folded, as SAELens does"
+                "trained on scaled activations (expected_average_only_in), and the files do not say by how much: taken as "
+                "folded into the weights; if FVU is poor it was not"
             )
             return
         if found.hook_out:
@@ -149,6 +169,16 @@ def _normalisation(found: Foreign, source: Source, mode: Any) -> None:
     raise FormatError(
         f"{source.label}: normalize_activations={str(mode)[:40]!r} cannot be folded into the weights; read are none, layer_norm, expected_average_only_in"
     )
+
+
+def _centring(found: Foreign, source: Source, said: bool) -> None:
+    """Rows of the residual stream less their mean: TransformerLens's center_writing_weights."""
+    if said or any(repo in source.label for repo in CENTRED):
+        found.centred = True
+        found.notes.append(
+            "trained on a model with centred writing weights: folded into the encoder; its reconstructions are of rows less "
+            "their mean over the dimensions"
+        )
 
 
 def _old_scaling(found: Foreign, arrays: dict[str, Any], used: bool, label: str) -> None:

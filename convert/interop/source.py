@@ -41,9 +41,9 @@ class Source:
             self._json[name] = read_json(self.folder / name) if self.has(name) else {}
         return self._json[name]
 
-    def yaml(self, name: str) -> dict[str, str]:
-        """The top-level `key: text` lines of a YAML file of the folder; nothing nested, {} where there is none."""
-        return read_yaml(self.folder / name) if self.has(name) else {}
+    def yaml(self, name: str, *keys: str) -> dict[str, str]:
+        """What a YAML file of the folder gives for these keys, as `read_yaml`; {} where there is none."""
+        return read_yaml(self.folder / name, keys) if self.has(name) else {}
 
     def arrays(self, name: str = "") -> dict[str, Any]:
         """The arrays of a file of the folder; without a name of the file that was given, or the only one there."""
@@ -61,6 +61,11 @@ class Source:
             return self.file if self.file.suffix in WEIGHT_SUFFIXES else None
         found = sorted(p for p in self.folder.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.is_file())
         return found[0] if len(found) == 1 else None
+
+    @property
+    def named(self) -> str:
+        """`label` with the name of the weights file: what says the layer where the files say nothing."""
+        return self.label if self.file is not None or self.weights is None else f"{self.label}/{self.weights.name}"
 
     def torch_names(self) -> set[str]:
         """Names in the torch file that was given, or the only one; empty where there is none."""

@@ -19,9 +19,10 @@ from .inventory import Inventory, Node, root, rows_only, score_product, strip
 
 _NOT_ATTENTION = re.compile("SSM_|RWKV_|GATED_LINEAR_ATTN|GATED_DELTA|LIGHTNING")
 _SITES_OF = {
-    "attn": ("attn_out", "q", "k", "v", "rot_q", "rot_k", "z", "pattern"),
-    "mlp": ("mlp_out", "mlp_post", "router", "expert_weights"),
+    "attn": ("ln1", "attn_out", "q", "k", "v", "rot_q", "rot_k", "z", "pattern"),
+    "mlp": ("ln2", "mlp_out", "mlp_post", "router", "expert_weights"),
 }
+NORMS = ("NORM", "RMS_NORM")
 _WEIGHT = re.compile(r"blk\.(\d+)\.")
 # Architectures whose GGUF has the rows of q and k as RoPE pairs beside each other where HF has them half a head apart:
 # a matter of the converter, not to be seen in the graph. llama and mistral are tested, the others follow llama.cpp's
@@ -115,7 +116,7 @@ class Resolver:
     @staticmethod
     def _before_norm(node: Node) -> Node | None:
         """The input of the normalisation below an affine part."""
-        while not node.is_leaf and node.op not in ("NORM", "RMS_NORM"):
+        while not node.is_leaf and node.op not in NORMS:
             if node.op not in ("MUL", "ADD", "SCALE") and strip(node) is node:
                 return None
             node = node.src[0]
@@ -177,6 +178,8 @@ class Resolver:
                     continue
                 block, kind = max(blocks), self._kind(inside)
                 taken.setdefault(block, []).append((kind, step))
+                if norm := self._norm_of(step, inside):
+                    self._add("ln1" if kind == "attn" else "ln2", block, norm)
                 if kind == "attn":
                     self._add("attn_out", block, branch)
                     self._attention(block, inside)
@@ -193,6 +196,11 @@ class Resolver:
                 if kinds.count(kind) > 1:  # which one is meant cannot be said
                     for site in sites:
                         self.targets.pop(HookPoint(site, block), None)
+
+    @staticmethod
+    def _norm_of(step: Step, inside: list[Node]) -> Node | None:
+        """The normalisation that a branch begins with, before its gain."""
+        return next((n for n in inside if n.op in NORMS and strip(n.src[0], rows=True) is step.before), None)
 
     def _kind(self, inside: list[Node]) -> str:
         if any(_NOT_ATTENTION.match(n.op) for n in inside):

@@ -1,7 +1,8 @@
 """Hook points by the field's names, `blocks.3.hook_resid_post`; blocks count from 0. No llama_cpp here.
 
 TransformerLens's names, with two differences: `hook_q` and `hook_k` are what RoPE turns, so after the norm of q and k
-where a model has one, and heads lie side by side in one row.
+where a model has one, and heads lie side by side in one row. `ln1` and `ln2` are before the norm's gain and bias, as there;
+`ln_final` is behind it, what the unembedding reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ BLOCK_SITES: dict[str, str] = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_resid_post",
+    "ln1": "ln1.hook_normalized",  # the norm before the attention, without its gain and bias: of unit (root mean) square
+    "ln2": "ln2.hook_normalized",  # ... before the MLP
     "attn_out": "hook_attn_out",  # what the attention adds to the residual
     "mlp_out": "hook_mlp_out",  # what the MLP adds to the residual
     "mlp_post": "mlp.hook_post",  # input of the MLP's down projection

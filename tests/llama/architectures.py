@@ -26,8 +26,11 @@ COMMON = {
 }  # fmt: skip
 GROUPED = {"num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-6}
 
-# Hook point -> HF's module in a block; `<` is that module's input. `qkv` is one product for all three.
+# Hook point -> HF's module in a block; `<` is that module's input, `~` a norm's output before its gain and bias. `qkv` is
+# one product for all three.
 LLAMA_PARTS = {
+    "ln1.hook_normalized": "~input_layernorm",
+    "ln2.hook_normalized": "~post_attention_layernorm",
     "hook_resid_mid": "<post_attention_layernorm",
     "hook_attn_out": "self_attn",
     "hook_mlp_out": "mlp",
@@ -39,19 +42,26 @@ LLAMA_PARTS = {
 }
 QK_NORM = {"attn.hook_q": "self_attn.q_norm", "attn.hook_k": "self_attn.k_norm"}
 POST_NORMS = {"hook_attn_out": "post_attention_layernorm", "hook_mlp_out": "post_feedforward_layernorm"}
-GEMMA_PARTS = LLAMA_PARTS | POST_NORMS | {"hook_resid_mid": "<pre_feedforward_layernorm"}
+GEMMA_PARTS = LLAMA_PARTS | POST_NORMS | {
+    "hook_resid_mid": "<pre_feedforward_layernorm", "ln2.hook_normalized": "~pre_feedforward_layernorm",
+}  # fmt: skip
 GPT2_PARTS = {
+    "ln1.hook_normalized": "~ln_1", "ln2.hook_normalized": "~ln_2",
     "hook_resid_mid": "<ln_2", "hook_attn_out": "attn", "hook_mlp_out": "mlp",
     "mlp.hook_post": "<mlp.c_proj", "qkv": "attn.c_attn", "attn.hook_z": "<attn.c_proj",
 }  # fmt: skip
 GPTNEOX_PARTS = {
+    "ln1.hook_normalized": "~input_layernorm", "ln2.hook_normalized": "~post_attention_layernorm",
     "hook_resid_mid": "<post_attention_layernorm", "hook_attn_out": "attention", "hook_mlp_out": "mlp",
     "mlp.hook_post": "<mlp.dense_4h_to_h", "qkv": "attention.query_key_value", "attn.hook_z": "<attention.dense",
 }  # fmt: skip
 
-PHI2_PARTS = LLAMA_PARTS | {"attn.hook_z": "<self_attn.dense", "mlp.hook_post": "<mlp.fc2"}
+PHI2_PARTS = LLAMA_PARTS | {
+    "attn.hook_z": "<self_attn.dense", "mlp.hook_post": "<mlp.fc2", "ln2.hook_normalized": "~input_layernorm",
+}  # fmt: skip
 
 Weights = Iterator[tuple[str, np.ndarray]]
+NORM_SITES = ("ln1.hook_normalized", "ln2.hook_normalized")
 ROUTER_SITES = ("mlp.hook_router_scores", "mlp.hook_expert_weights")
 MOE_PARTS = {site: place for site, place in LLAMA_PARTS.items() if site != "mlp.hook_post"} | {
     ROUTER_SITES[0]: "mlp.gate"
@@ -256,6 +266,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     # norms only after attention and MLP, and over all heads of q and k at once
     "olmo2": Architecture(
         gguf="olmo2", hf="Olmo2", settings=GROUPED,
-        parts=LLAMA_PARTS | QK_NORM | POST_NORMS | {"hook_resid_mid": "<mlp"},
+        parts=LLAMA_PARTS | QK_NORM | POST_NORMS | {"hook_resid_mid": "<mlp"}, lacks=(*NORM_SITES, *ROUTER_SITES),
     ),
 }  # fmt: skip

@@ -130,6 +130,7 @@ def hf_values(name: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
 
     architecture, twin = ARCHITECTURES[name], loaded(name)[1]
     got: dict[str, np.ndarray] = {}
+    norms: dict[str, Any] = {}
     handles = []
 
     def keep(point: str, module: Any, *, before: bool) -> None:
@@ -145,8 +146,10 @@ def hf_values(name: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
         for site, place in architecture.parts.items():
             if site in architecture.lacks:
                 continue
-            module = operator.attrgetter(place.removeprefix("<"))(layer)
-            keep(f"blocks.{b}.{site}", module, before=place.startswith("<"))
+            module = operator.attrgetter(place.lstrip("<~"))(layer)
+            keep(f"blocks.{b}.{site}", module, before=place[0] in "<~")
+            if place.startswith("~"):
+                norms[f"blocks.{b}.{site}"] = module
         keep(f"blocks.{b}.hook_resid_pre", layer, before=True)
         keep(f"blocks.{b}.hook_resid_post", layer, before=False)
     keep("ln_final.hook_normalized", operator.attrgetter(architecture.final_norm)(twin), before=False)
@@ -154,10 +157,20 @@ def hf_values(name: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
         got["logits"] = twin(torch.from_numpy(tokens[None])).logits[0].numpy()
     for handle in handles:
         handle.remove()
+    for point, module in norms.items():
+        got[point] = normalised(got[point], module)
     _split_fused(got, architecture, twin.config)
     _add_expert_weights(got)
     lacks = {f"blocks.{b}.{site}" for b in range(BLOCKS) for site in architecture.lacks}
     return {point: x for point, x in (_attention | got).items() if point not in lacks}
+
+
+def normalised(x_ND: np.ndarray, module: Any) -> np.ndarray:
+    """What a norm of HF's makes of its input before gain and bias, in float64."""
+    x_ND, eps = x_ND.astype(np.float64), getattr(module, "variance_epsilon", None) or module.eps
+    if "RMSNorm" not in type(module).__name__:
+        x_ND = x_ND - x_ND.mean(axis=1, keepdims=True)
+    return x_ND / np.sqrt((x_ND**2).mean(axis=1, keepdims=True) + eps)
 
 
 def _split_fused(got: dict[str, np.ndarray], architecture: Architecture, config: Any) -> None:

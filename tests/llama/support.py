@@ -89,6 +89,7 @@ def hf_values(weights: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, n
 
     model = hf_model(weights, heads=HEADS)
     got: dict[str, np.ndarray] = {}
+    epsilon: dict[str, float] = {}
 
     def output(name):
         return lambda _m, _i, o: got.__setitem__(name, (o[0] if isinstance(o, tuple) else o)[0].numpy())
@@ -100,6 +101,7 @@ def hf_values(weights: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, n
         p, a = f"blocks.{i}.", layer.self_attn
         layer.register_forward_pre_hook(inputs(p + "hook_resid_pre"))
         layer.post_attention_layernorm.register_forward_pre_hook(inputs(p + "hook_resid_mid"))
+        epsilon[p] = layer.input_layernorm.variance_epsilon
         layer.register_forward_hook(output(p + "hook_resid_post"))
         a.register_forward_hook(output(p + "hook_attn_out"))
         layer.mlp.register_forward_hook(output(p + "hook_mlp_out"))
@@ -111,6 +113,10 @@ def hf_values(weights: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, n
     with torch.no_grad():
         out = model(torch.from_numpy(tokens[None].astype(np.int64)), output_attentions=True)
     got["logits"] = out.logits[0].numpy()
+    for p, eps in epsilon.items():
+        for name, before in (("ln1", "hook_resid_pre"), ("ln2", "hook_resid_mid")):
+            x = got[p + before].astype(np.float64)
+            got[f"{p}{name}.hook_normalized"] = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + eps)
     for i, weights_HTT in enumerate(out.attentions):
         got[f"blocks.{i}.attn.hook_pattern"] = weights_HTT[0].numpy().transpose(1, 0, 2)
         for letter in "qk":

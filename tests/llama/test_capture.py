@@ -15,6 +15,8 @@ SITES = [
     "hook_resid_pre",
     "hook_resid_mid",
     "hook_resid_post",
+    "ln1.hook_normalized",
+    "ln2.hook_normalized",
     "hook_attn_out",
     "hook_mlp_out",
     "mlp.hook_post",

@@ -19,6 +19,8 @@ EDITABLE = [
     "hook_resid_pre",
     "hook_resid_mid",
     "hook_resid_post",
+    "ln1.hook_normalized",
+    "ln2.hook_normalized",
     "hook_attn_out",
     "hook_mlp_out",
     "mlp.hook_post",
@@ -101,6 +103,16 @@ def test_an_edit_equals_the_same_edit_in_transformers(site, place, inputs, block
         theirs = hf_edited(lambda m: place(m.model.layers[block]), delta, inputs=inputs)
     assert relative(mine, theirs) < 1e-5
     assert relative(plain, theirs) > 1e-2  # the edit matters
+
+
+@pytest.mark.parametrize(("site", "norm"), [("ln1", "input_layernorm"), ("ln2", "post_attention_layernorm")])
+def test_an_edit_before_a_norms_gain_is_multiplied_by_it(site, norm):
+    delta, weight = steering(), getattr(twin().model.layers[1], norm).weight.detach().numpy()
+    assert np.ptp(weight) > 0.01
+    with exact() as session:
+        hook = editing(f"blocks.1.{site}.hook_normalized", delta)
+        mine = session.decode(*ONE, hooks=[hook], logits="all", edits_key="x")
+    assert relative(mine, hf_edited(lambda m: getattr(m.model.layers[1], norm), delta * weight)) < 1e-5
 
 
 def test_a_steered_point_moves_by_exactly_the_vector():

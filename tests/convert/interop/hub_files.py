@@ -123,7 +123,7 @@ def gemma(a, npz, lower, size):
         Place(repo="google/gemma-scope-2b-pt-res", inside=at, hook="blocks.20.hook_resid_post", files={f"{at}/params.npz": npz}, overrides=size, **one),
         Place(repo="google/gemma-scope-2b-pt-att", inside=at, hook="blocks.20.attn.hook_z", files={f"{at}/params.npz": npz}, overrides=size | {"reshape_activations": "none"}, **one),
         Place(
-            repo="google/gemma-scope-2b-pt-transcoders", inside=at, hook="ggml:ffn_norm-20", hook_out="blocks.20.hook_mlp_out",
+            repo="google/gemma-scope-2b-pt-transcoders", inside=at, hook="blocks.20.ln2.hook_normalized", hook_out="blocks.20.hook_mlp_out",
             files={f"{at}/params.npz": npz}, overrides=size | {"d_out": D}, **one | {"saelens": "gemma_2_transcoder"},
         ),
         Place(repo="google/gemma-scope-2-1b-pt", inside=post, hook="blocks.7.hook_resid_post", files={f"{post}/params.safetensors": lower, f"{post}/config.json": config}, **two),

@@ -252,6 +252,8 @@ def test_goodfire_and_r1_distill_are_relu_on_raw_rows(tmp_path):
         found = imported(torch_file(tmp_path / file, stored))
         same(found.weights, a["x"], acts, out(a, acts))
         assert found.weights.hook == hook
+        (tmp_path / file).rename(torch_file(tmp_path / f"only-{hook}" / file, stored))
+        assert imported(tmp_path / f"only-{hook}").weights.hook == hook  # a folder with that file alone
         assert found.weights.host["name"] in (
             "meta-llama/Llama-3.1-8B-Instruct",
             "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
@@ -268,8 +270,19 @@ def test_qwen_scope_has_its_k_in_the_repository_s_name(tmp_path):
     assert (found.format, found.weights.hook, found.weights.k) == ("qwen_scope", "blocks.3.hook_resid_post", 6)
     assert found.weights.host["name"] == "Qwen/Qwen3-1.7B-Base"
     assert found.published == {"l0": 6}
+    folder = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_6"
+    assert imported(tmp_path, label=folder).weights.hook == "blocks.3.hook_resid_post"
     with pytest.raises(FormatError, match="repository's name"):
         imported(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.uint8])
+def test_whole_numbers_are_no_weights(tmp_path, dtype):
+    a = draw()
+    stored = {"W_enc": torch.from_numpy(a["W_enc_FD"]).mul(9).to(dtype), "W_dec": a["W_dec_FD"].T.copy()}
+    path = torch_file(tmp_path / "layer3.sae.pt", stored | {"b_enc": a["b_enc"], "b_dec": a["b_dec"]})
+    with pytest.raises(FormatError, match="'W_enc' holds whole numbers, expected floating-point ones"):
+        imported(path, label="Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_6/layer3.sae.pt")
 
 
 @pytest.mark.parametrize("by_norm", [True, False])
@@ -347,6 +360,8 @@ def test_circuit_tracer_s_transcoders_say_their_layer_in_the_file_s_name(tmp_pat
     place = write(tmp_path / "qwen3-4b-transcoders", "", None, "layer_11.safetensors", arrays)
     for config, read, name in (
         ("", "ggml:ffn_norm-11", ""),
+        ("feature_input_hook: hook_mlp_in\n# feature_output_hook: x\n", "blocks.11.hook_resid_mid", ""),
+        ("feature_input_hook: ln2.hook_normalized\n", "blocks.11.ln2.hook_normalized", ""),
         ("model_name: Qwen/Qwen3-4B\nfeature_input_hook: 'hook_resid_mid'  # before the norm\ntranscoders:\n  - a: b\n", "blocks.11.hook_resid_mid", "Qwen/Qwen3-4B"),
     ):  # fmt: skip
         (place / "config.yaml").write_text(config)
@@ -359,11 +374,15 @@ def test_circuit_tracer_s_transcoders_say_their_layer_in_the_file_s_name(tmp_pat
             "blocks.11.hook_mlp_out",
         )
         assert found.weights.host.get("name", "") == name
-    (place / "config.yaml").write_text("feature_input_hook: ln2.hook_normalized\n")
+    (place / "config.yaml").write_text("feature_input_hook: ln2.hook_scale\n")
     with pytest.raises(
-        FormatError, match=r"'blocks.11.ln2.hook_normalized' has no counterpart here; name it with convert.hook="
+        FormatError, match=r"'blocks.11.ln2.hook_scale' has no counterpart here; name it with convert.hook="
     ):
         imported(place / "layer_11.safetensors")
+    for line in ('"feature_input_hook": hook_resid_mid', '{"feature_input_hook": "x"}', "a:\n  feature_output_hook: x"):
+        (place / "config.yaml").write_text(line + "\n")
+        with pytest.raises(FormatError, match=r"feature_\w+_hook is not given as a line `feature_\w+_hook: text`"):
+            imported(place / "layer_11.safetensors")
 
 
 @pytest.mark.parametrize(("site", "hook", "hook_out"), [

@@ -109,12 +109,40 @@ def test_an_average_norm_is_folded_where_its_factor_is_there(tmp_path):
         tensors(a, threshold=a["threshold"]),
     )
     found = imported(place)
-    assert "without a scaling factor" in found.notes[0]
+    assert "the files do not say by how much" in found.notes[0]
     same(found.weights, a["x"], jump(pre(a), a["threshold"]), out(a, jump(pre(a), a["threshold"])))
     (place / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.4}))
     scaled = a | {"x": a["x"] * 0.4}
     acts = jump(pre(scaled), a["threshold"])
     same(imported(place).weights, a["x"], acts, out(a, acts) / 0.4)
+
+
+def test_a_factor_that_saelens_knows_beside_the_files_is_folded_by_the_place_s_name(tmp_path):
+    a, settings = draw(), config("standard", normalize_activations="expected_average_only_in")
+    settings["metadata"]["hook_name"] = "blocks.9.hook_mlp_out"
+    place = folder(tmp_path, settings, tensors(a))
+    for repo, scale in (("somebody/else", 1), ("tommmcgrath/gpt2-small-mlp-out-saes", 0.695534)):
+        found = imported(place, label=f"{repo}/sae_group_gpt2_blocks.9.hook_mlp_out_24576:v0")
+        x = (a["x"] - (a["x"].mean(1, keepdims=True) if scale != 1 else 0)) * scale  # and its rows were centred
+        acts = relu(pre(a | {"x": x}))
+        same(found.weights, a["x"], acts, out(a, acts) / scale)
+
+
+@pytest.mark.parametrize("where", ["settings", "name", "nowhere"])
+@pytest.mark.parametrize("kind", ["standard", "topk"])
+def test_centred_writing_weights_are_folded_into_the_encoder(tmp_path, where, kind):
+    a = draw()
+    a["x"] += np.linspace(-2, 3, len(a["x"]), dtype="f4")[:, None]  # a mean that differs from row to row
+    settings = config(kind, k=5)
+    if where == "settings":
+        settings["metadata"]["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
+    label = "jbloom/GPT2-Small-SAEs-Reformatted/blocks.3.hook_resid_post" if where == "name" else "a/b"
+    found = imported(folder(tmp_path, settings, tensors(a)), label=label)
+    x = a["x"] - a["x"].mean(1, keepdims=True) if where != "nowhere" else a["x"]
+    acts = relu(pre(a | {"x": x}))
+    acts = topk(acts, 5) if kind == "topk" else acts
+    same(found.weights, a["x"], acts, out(a, acts))
+    assert ["centred" in note for note in found.notes] == [True] * (where != "nowhere")
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -162,7 +190,7 @@ def test_log_frequencies_are_read(tmp_path):
     ({"architecture": "temporal"}, "'temporal' is not read"),
     ({"normalize_activations": "constant_norm_rescale"}, "cannot be folded"),
     ({"metadata": {"hook_name": "blocks.1.attn.hook_z", "hook_head_index": 3}}, "one head"),
-    ({"metadata": {"hook_name": "blocks.1.ln2.hook_normalized"}}, "convert.hook="),
+    ({"metadata": {"hook_name": "blocks.1.ln2.hook_scale"}}, "convert.hook="),
     ({"metadata": {}}, "do not say which hook point"),
     ({"architecture": "topk", "k": 0}, "from 1 to 40"),
     ({"architecture": "topk", "k": F + 1}, "from 1 to 40"),
