@@ -12,7 +12,7 @@ from sae.metrics import mean_overlap, top_k_overlap
 from sae.runtime import decode, encode
 from sae.weights import SAEWeights
 
-from .sae_gguf import read_sae_gguf, sae_file_info
+from .sae_gguf import read_decoder_norms, read_sae_gguf, sae_file_info
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +69,11 @@ def verify(weights: SAEWeights, path: str | Path, probe_ND: np.ndarray, entry: i
     for name in _ARRAYS:
         report |= _compare_array(name, getattr(weights, name), getattr(stored, name), path)
     _judge(report, info.encoder_type, info.decoder_type, path)
+    norm_F, wanted_F = read_decoder_norms(path, entry), np.linalg.norm(weights.W_dec_FD, axis=1)
+    if norm_F is not None and not np.allclose(norm_F, wanted_F, rtol=1e-5, atol=0):
+        raise CheckFailedError(
+            f"{path} does not match its source: dec.norm holds other lengths than its decoder's rows have"
+        )
     return report
 
 

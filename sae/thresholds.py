@@ -39,7 +39,7 @@ def to_thresholds(w: SAEWeights, x_ND: np.ndarray, mode: str = "global") -> SAEW
     """
     if mode not in MODES:
         raise ConfigError(f"thresholds must be one of {', '.join(MODES)}, got {mode!r}")
-    if not _is_one(w.threshold_F):
+    if not is_one(w.threshold_F):
         raise ConfigError(
             "this SAE has a threshold for each latent already (JumpReLU, gated); thresholds are fitted for a top-k choice "
             "or one threshold for all latents: leave convert.thresholds at none"
@@ -58,7 +58,7 @@ def to_thresholds(w: SAEWeights, x_ND: np.ndarray, mode: str = "global") -> SAEW
     return replace(w, variant="threshold", threshold_F=theta_F)
 
 
-def _is_one(threshold_F: np.ndarray | None) -> bool:
+def is_one(threshold_F: np.ndarray | None) -> bool:
     """Whether no threshold is there, or the same for all latents."""
     return threshold_F is None or float(np.ptp(threshold_F)) <= ONE * float(threshold_F.max())
 

@@ -29,11 +29,7 @@ def export_folder(folder: Path, weights: SAEWeights, target: str) -> Path:
 
     ConfigError where the target has no such SAE; DiskError where the folder cannot be written.
     """
-    if target not in TARGETS:
-        raise ConfigError(f"convert.export={target!r}; expected one of {', '.join(TARGETS)}")
-    if weights.is_wired and not weights.is_transcoder:
-        raise ConfigError(f"{target} has no SAEs over several hook points")
-    config, arrays = (_saelens if target == "saelens" else _sparsify)(weights)
+    config, arrays = _form(weights, target)
     module = saelens if target == "saelens" else sparsify
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +40,19 @@ def export_folder(folder: Path, weights: SAEWeights, target: str) -> Path:
     text = json.dumps(config, indent=1, allow_nan=False).encode()
     write_atomic(folder / module.CONFIG, lambda file: file.write(text))
     return folder
+
+
+def check_export(weights: SAEWeights, target: str) -> None:
+    """ConfigError where the target has no such SAE."""
+    _form(weights, target)
+
+
+def _form(weights: SAEWeights, target: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if target not in TARGETS:
+        raise ConfigError(f"convert.export={target!r}; expected one of {', '.join(TARGETS)}")
+    if weights.is_wired and not weights.is_transcoder:
+        raise ConfigError(f"{target} has no SAEs over several hook points")
+    return (_saelens if target == "saelens" else _sparsify)(weights)
 
 
 def _saelens(w: SAEWeights) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -63,9 +63,9 @@ def recovered(ablated_N: np.ndarray, run_N: np.ndarray, clean_N: np.ndarray) -> 
 def quality(metrics: ReconstructionMetrics) -> dict[str, Any]:
     """The reconstruction metrics shown beside each run."""
     if metrics.rows < 2:
-        return {"fvu": math.nan, "l0": math.nan}
+        return {"fvu": math.nan, "l0": math.nan, "rows": metrics.rows}
     result = metrics.result()
-    return {key: result[key] for key in ("fvu", "l0", "cosine", "l2_ratio")}
+    return {key: result[key] for key in ("fvu", "l0", "cosine", "l2_ratio", "rows")}
 
 
 def _recovered_bounds(

@@ -8,14 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from convert.control_vector import write_control_vector
-from convert.interop.exporting import export_folder
+from convert.interop.exporting import check_export, export_folder
 from convert.sae_gguf import write_sae_gguf
 from convert.verify import verify
-from sae.errors import ConfigError
+from sae.errors import CheckFailedError, ConfigError
+from sae.runtime import decode, encode
 from sae.thresholds import to_thresholds
 from sae.weights import SAEWeights
 
+from ..evaluation.proof import proof
 from ..llama.model import Model
 from ..run import RunContext
 from .convert_verify import check_file, said
@@ -47,11 +51,19 @@ def write_file(context: RunContext) -> None:
     with open_model(context) as model:
         made = [tried(context, model, source, config.probe_tokens) for source in sources]
         vector = control_vector(context, made[0][0].weights, model) if config.latent >= 0 else None
-    written = [source.weights for source, _ in made]
-    if config.thresholds != "none":
-        written = [to_thresholds(one.weights, probe, config.thresholds) for one, probe in made]
-    write_sae_gguf(out, written, encoder_type=config.encoder_type, decoder_type=config.decoder_type)
-    reports = [verify(w, out, probe, i) for i, (w, (_, probe)) in enumerate(zip(written, made, strict=True))]
+    written = [with_thresholds(context, source.weights, probe) for source, probe in made]
+    if config.export:
+        check_export(written[0], config.export)
+    reports: list[dict[str, float]] = []
+
+    def check(partial: Path) -> None:
+        try:
+            for i, (w, (_, probe_ND)) in enumerate(zip(written, made, strict=True)):
+                reports.append(verify(w, partial, probe_ND, i))
+        except CheckFailedError as error:
+            raise CheckFailedError(f"{str(error).replace(str(partial), relative(out))}; it was not written") from None
+
+    write_sae_gguf(out, written, encoder_type=config.encoder_type, decoder_type=config.decoder_type, check=check)
     context.outputs["sae"] = str(out)
     if config.export:
         context.outputs["export"] = str(export_folder(context.folder / config.export, written[0], config.export))
@@ -67,6 +79,23 @@ def write_file(context: RunContext) -> None:
         + said(reports, written, [len(probe) for _, probe in made]),
         " and ".join(relative(path) for path in (out, vector, context.outputs.get("export")) if path),
     )
+
+
+def with_thresholds(context: RunContext, weights: SAEWeights, probe_ND: np.ndarray) -> SAEWeights:
+    """With `convert.thresholds` the SAE with these, and a line of what it does before and after."""
+    mode = context.config.convert.thresholds
+    if mode == "none":
+        return weights
+    found = to_thresholds(weights, probe_ND, mode)
+    # of a transcoder what it should give is not among the rows: its output before
+    target_NO = decode(weights, *encode(weights, probe_ND), probe_ND) if weights.hook_out else probe_ND
+    before, after = (proof(one, probe_ND, target_NO) for one in (weights, found))
+    what = "FVU of its output against the one before" if weights.hook_out else f"FVU {before['fvu']:.4f} ->"
+    context.console.print(
+        f"thresholds ({mode}), fitted on {len(probe_ND):,} held-out rows: {what} {after['fvu']:.4f}, "
+        f"L0 {before['l0']:.2f} -> {after['l0']:.2f}", highlight=False,
+    )  # fmt: skip
+    return found
 
 
 def control_vector(context: RunContext, weights: SAEWeights, model: Model) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
 from ..evaluation.joint import Further, hooks_of
@@ -48,7 +49,12 @@ def open_extras(context: RunContext, weights: SAEWeights) -> Extras:
         context.add_input("against", path, sae_sha256(path))
     if config.probe:
         needed("sklearn.linear_model", SETTING)
-        path = Path(config.probe).expanduser()
+        most, path = min(weights.num_latents, weights.d_in), Path(config.probe).expanduser()
+        if max(config.probe_k) > most:
+            raise ConfigError(
+                f"evaluate.probe_k={config.probe_k}: expected at most {most}, this SAE has {weights.num_latents} latents of "
+                f"width {weights.d_in}"
+            )
         labelled = read_labelled(path, text_key=config.probe_text, label_key=config.probe_label)
         context.add_input("probe", path, file_sha256(path), texts=len(labelled.texts))
     return Extras(also=also, against=against, labelled=labelled)

@@ -30,10 +30,11 @@ def at_each(result: dict[str, Any]) -> str:
 
 
 def beside(result: dict[str, Any]) -> str:
-    """The baselines, and the SAE on the same rows: those spliced, fewer than its own FVU is over."""
+    """The baselines, and the SAE on the same rows: those spliced, fewer than its own FVU is over. The last token of a window
+    is reconstructed and has no next one: FVU is over a few rows more than CE."""
     own = {"sae": {**result["same_rows"], "ce_recovered": result["ce_recovered"]}}
     rows = [
         f"{LABELS.get(name, name)} FVU {number(row['fvu'])} CE {number(row['ce_recovered'])}"
         for name, row in (own | result["baselines"]).items()
     ]
-    return f"over the same {result['splice_rows']:,} rows " + ", ".join(rows)
+    return f"on the {result['same_rows']['rows']:,} rows of these texts " + ", ".join(rows)

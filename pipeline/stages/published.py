@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -99,9 +100,19 @@ def measured(imported: Imported, probe_ND: np.ndarray, target_NO: np.ndarray, mo
     return replace(weights, host=host | {"name": weights.host.get("name", model.id.name)}, training=training, **fields)
 
 
-def report_proof(context: RunContext, imported: Imported, found: dict[str, float]) -> None:
+def is_named(named: str, model: str) -> bool:
+    """Whether a model's own name may be the one that an SAE's files name: one is within the other, but for owner and signs."""
+    one, other = (re.sub(r"[^a-z0-9]", "", name.rpartition("/")[2].lower()) for name in (named, model))
+    return one in other or other in one
+
+
+def report_proof(context: RunContext, imported: Imported, found: dict[str, float], model_name: str) -> None:
     """Says it, beside what its publisher says, and warns where it does not look like an SAE of this place."""
-    published = imported.published
+    published, named = imported.published, str(imported.weights.host.get("name", ""))
+    if named and not is_named(named, model_name):
+        context.console.print(
+            f"its files name the model {named}, this one is {model_name}", highlight=False, markup=False
+        )
     said = ", ".join(f"{name} {published[key]:.4g}" for key, name in (("fvu", "FVU"), ("l0", "L0")) if key in published)
     context.console.print(
         f"it reconstructs {found['rows']:,} held-out rows with FVU {found['fvu']:.4f} and L0 {found['l0']:.1f}"

@@ -84,14 +84,15 @@ def tried(context: RunContext, model: Model, source: Source, tokens: int) -> tup
         probe_ND, target_NO = probe_ND[here_N], out_NO[there_N]
     weights = measured(source.imported, probe_ND, target_NO, model)
     found = proof(weights, probe_ND, target_NO)
-    report_proof(context, source.imported, found)
+    report_proof(context, source.imported, found, model.id.name)
     return replace(source, weights=weights, proof=found), probe_ND
 
 
 def probe_rows(context: RunContext, model: Model, weights: SAEWeights, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fresh held-out activations at the SAE's hook, (N, D), and which rows of the text they are, (N,)."""
+    """Fresh held-out activations at the SAE's hook, (N, D), and which rows of the text they are, (N,): windows spread over
+    all documents."""
     table = window_table(context, model, split="held_out", max_tokens=0)
-    chosen = take_windows(table, np.arange(table.n_windows), tokens)
+    chosen = take_windows(table, np.random.default_rng(0).permutation(table.n_windows), tokens)
     hook = HookPoint.parse(weights.hook)
     parts = list(
         captured_rows(

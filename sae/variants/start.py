@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ConfigError
 from ..model import SparseCoder
+from ..thresholds import is_one
 from ..weights import SAEWeights
 from ..wiring import Wiring
 from .batchtopk import BatchSelecting
@@ -41,9 +42,10 @@ def load_start_(model: SparseCoder, w: SAEWeights) -> None:
     b_enc_F, threshold_F = w.b_enc_F.astype(np.float64) / common, w.threshold_F
     b_dec_O = w.b_dec_D.astype(np.float64) / out_O
     theta_F = threshold_F.astype(np.float64) / common if threshold_F is not None else np.zeros_like(b_enc_F)
+    norm_F = np.linalg.norm(W_dec_FO, axis=1)
+    norm_F = np.where(norm_F > 0, norm_F, 1.0)
+    ranked_F = theta_F * norm_F  # latents are compared by pre ||W_dec[i]||
     if model.unit_rows:
-        norm_F = np.linalg.norm(W_dec_FO, axis=1)
-        norm_F = np.where(norm_F > 0, norm_F, 1.0)
         W_dec_FO, W_enc_FD = W_dec_FO / norm_F[:, None], W_enc_FD * norm_F[:, None]
         b_enc_F, theta_F = b_enc_F * norm_F, theta_F * norm_F
     if wiring.two_sided:
@@ -62,7 +64,7 @@ def load_start_(model: SparseCoder, w: SAEWeights) -> None:
         (model.b_dec_D, b_dec_O),
     ):
         _put(parameter, value)
-    _put_thresholds(model, theta_F)
+    _put_thresholds(model, theta_F, ranked_F)
 
 
 def start_identity(w: SAEWeights | None, wiring: Wiring) -> dict[str, Any]:
@@ -76,12 +78,12 @@ def start_identity(w: SAEWeights | None, wiring: Wiring) -> dict[str, Any]:
     return found
 
 
-def _put_thresholds(model: SparseCoder, theta_F: np.ndarray) -> None:
+def _put_thresholds(model: SparseCoder, theta_F: np.ndarray, ranked_F: np.ndarray) -> None:
     if isinstance(model, JumpReLUSAE):
         least = min(LEAST_THETA * model.unit, float(model.log_theta_F.exp().min()))
         _put(model.log_theta_F, np.log(np.maximum(theta_F, least)))
     elif isinstance(model, BatchSelecting) and theta_F.any():
-        _put(model.theta, np.asarray(theta_F.mean()))
+        _put(model.theta, np.asarray(ranked_F.mean()))
         model.batches += 1
     elif isinstance(model, GatedSAE):  # mag = pre, and the gate opens where pre > theta
         _put(model.r_F, np.zeros_like(theta_F))
@@ -107,9 +109,23 @@ def _check(model: SparseCoder, w: SAEWeights) -> None:
         raise ConfigError(f"the SAE to start from has norm mode {w.norm_mode!r}; set input_norm to match")
     norm_F = np.linalg.norm(w.W_dec_FD, axis=1)
     # unit and free rows alike compare pre ||W_dec[i]||: the choice is that of pre where all norms are equal
-    if w.variant == "topk" and model.wiring.kind == "sae" and norm_F.min() < (1 - EQUAL) * norm_F.max():
+    if model.wiring.kind != "sae" or norm_F.min() >= (1 - EQUAL) * norm_F.max():
+        return
+    unequal = f"the SAE to start from has decoder rows of norm {norm_F.min():.3g} to {norm_F.max():.3g}: "
+    if w.variant == "topk":
         raise ConfigError(
-            f"the SAE to start from has decoder rows of norm {norm_F.min():.3g} to {norm_F.max():.3g}: "
-            "its top-k would choose others, as latents are compared by pre times that norm here; convert it to thresholds "
-            "first"
+            unequal
+            + "its top-k would choose others, as latents are compared by pre times that norm here; convert it to "
+            "thresholds first"
+        )
+    if (
+        isinstance(model, BatchSelecting)
+        and w.threshold_F is not None
+        and w.threshold_F.any()
+        and is_one(w.threshold_F)
+    ):
+        raise ConfigError(
+            unequal
+            + "its one threshold would choose others, as latents are compared by pre times that norm here; start "
+            "sae.variant=jumprelu from it, which has a threshold for each"
         )

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from convert.interop.registry import import_sae
 from convert.sae_gguf import read_sae_gguf
 from pipeline.stages.hub import parse_address
+from pipeline.stages.published import is_named
 from sae.errors import ConfigError
 from sae.runtime import decode, encode
 
@@ -126,11 +127,21 @@ def test_an_sae_proves_itself_beside_what_its_publisher_says(tmp_path):
     assert "warning: it" not in said
     found, said = proof(np.log10(0.01), {"W_dec": -eye})  # x_hat = -x, five times sparser published
     assert found["fvu"] > 4
+    assert "its files name" not in said
     assert "no better than their mean does and with an L0 far from the published one" in " ".join(said.split())
     across = {"hook_name": "blocks.1.hook_resid_mid", "hook_name_out": "blocks.1.hook_resid_post"}
-    residual, _ = proof(np.log10(0.5), {}, "transcoder", **across)
+    residual, said = proof(np.log10(0.5), {}, "transcoder", **across | {"model_name": "meta-llama/Llama-3.1-8B"})
+    assert "its files name the model meta-llama/Llama-3.1-8B, this one is pylm" in " ".join(said.split())
     nothing, _ = proof(np.log10(0.5), {"W_dec": 0 * eye}, "transcoder", **across)
     assert 1e-3 < residual["fvu"] < 1 < nothing["fvu"]  # the block's MLP is what the identity leaves out
+
+
+@pytest.mark.parametrize(("named", "model", "same"), [
+    ("meta-llama/Llama-3.1-8B-Instruct", "Meta Llama 3.1 8B Instruct", True), ("gpt2", "GPT-2 small", True),
+    ("Qwen/Qwen3-8B-Base", "Qwen3 8B", True), ("meta-llama/Llama-3.1-8B", "Mistral 7B v0.3", False),
+])  # fmt: skip
+def test_a_model_s_name_is_told_from_another(named, model, same):
+    assert is_named(named, model) == same
 
 
 def test_an_sae_of_another_width_or_an_unknown_place_is_one_line(tmp_path):

@@ -81,7 +81,8 @@ def test_further_forms_come_back_whole_and_only_they_are_version_2(tmp_path, kin
     version, changes = FURTHER[kind]
     sae = random_sae(**changes)
     probe_ND = np.random.default_rng(5).standard_normal((50, sae.d_in)).astype(np.float32)
-    path = write_sae_gguf(tmp_path / "sae.gguf", sae, encoder_type="F32", decoder_type="F32", probe=probe_ND)
+    path = write_sae_gguf(tmp_path / "sae.gguf", sae, encoder_type="F32", decoder_type="F32")
+    assert verify(sae, path, probe_ND)["topk_overlap"] == 1
     back = read_sae_gguf(path)
     for name in (*ARRAYS, "W_skip_OD"):
         left, right = getattr(back, name), getattr(sae, name)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from convert.sae_gguf import read_sae_gguf, write_sae_gguf
+from convert.sae_gguf import read_decoder_norms, read_sae_gguf, write_sae_gguf
 from convert.verify import TOLERANCES, verify
 from sae.errors import CheckFailedError, ShapeError
 
@@ -84,9 +84,26 @@ def test_one_percent_more_in_any_array_is_found(tmp_path, name):
         verify(sae, path, sparse_rows(sae))
 
 
-def test_a_probe_given_to_the_writer_is_checked_before_the_file_has_its_name(tmp_path):
+def test_other_norms_than_those_of_the_rows_are_found(tmp_path, monkeypatch):
     sae = random_sae()
-    write_sae_gguf(tmp_path / "good.gguf", sae, probe=sparse_rows(sae))
-    with pytest.raises(ShapeError, match=r"\(rows, 64\), got \(3, 65\)"):
-        write_sae_gguf(tmp_path / "bad.gguf", sae, probe=np.zeros((3, 65), np.float32))
+    assert read_decoder_norms(write_sae_gguf(tmp_path / "a.gguf", sae)) == pytest.approx(
+        np.linalg.norm(sae.W_dec_FD, axis=1)
+    )
+    monkeypatch.setattr("convert.sae_gguf.np.linalg.norm", lambda x, axis: np.full(len(x), 99.0))
+    path = write_sae_gguf(tmp_path / "b.gguf", sae)
+    monkeypatch.undo()
+    with pytest.raises(CheckFailedError, match=r"b.gguf does not match its source: dec.norm holds other lengths"):
+        verify(sae, path, sparse_rows(sae))
+
+
+def test_a_file_is_checked_before_it_has_its_name(tmp_path):
+    sae, reports = random_sae(), []
+    probe_ND = sparse_rows(sae)
+    good = write_sae_gguf(tmp_path / "good.gguf", sae, check=lambda path: reports.append(verify(sae, path, probe_ND)))
+    assert reports == [verify(sae, good, probe_ND)]
+    before = good.read_bytes()
+    for name in ("good.gguf", "bad.gguf"):
+        with pytest.raises(ShapeError, match=r"\(rows, 64\), got \(3, 65\)"):
+            write_sae_gguf(tmp_path / name, sae, check=lambda path: verify(sae, path, np.zeros((3, 65), np.float32)))
     assert [p.name for p in tmp_path.iterdir()] == ["good.gguf"]
+    assert good.read_bytes() == before

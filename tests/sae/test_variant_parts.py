@@ -269,17 +269,34 @@ def test_foreign_conventions_are_folded_in():
 def test_a_start_that_does_not_fit_is_refused():
     rng = np.random.default_rng(0)
     w = random_weights(rng, d=D, latents=F, k=K)
+    rows_FD = np.linspace(1, 2, F, dtype=np.float32)[:, None] * w.W_dec_FD
+    one_threshold = replace(w, variant="threshold", threshold_F=np.full(F, 0.5, np.float32), W_dec_FD=rows_FD)
     for start, model, said in (
         (random_weights(rng, d=D, latents=F // 2, k=K), make("topk"), "has 96 latents of width 24, this run 192"),
         (
-            replace(w, W_dec_FD=np.linspace(1, 2, F, dtype=np.float32)[:, None] * w.W_dec_FD),
+            replace(w, W_dec_FD=rows_FD),
             make("topk"),
             "rows of norm 1 to 2",
         ),
         (replace(w, norm_mode="layer"), make("topk"), "set input_norm to match"),
+        (one_threshold, make("batchtopk"), "its one threshold would choose others.*sae.variant=jumprelu"),
+        (one_threshold, make("matryoshka", decoder_rows="free"), "rows of norm 1 to 2"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_start_(model, start)
+
+
+@pytest.mark.parametrize("rows", ["unit", "free"])
+def test_a_batchs_choice_starts_from_thresholds_that_are_one_beside_the_norms(rows):
+    norm_F = np.linspace(1, 2, F, dtype=np.float32)
+    w = random_weights(np.random.default_rng(0), d=D, latents=F, k=K)
+    w = replace(w, variant="threshold", threshold_F=0.7 / norm_F, W_dec_FD=norm_F[:, None] * w.W_dec_FD)
+    model, x_ND = make("batchtopk", decoder_rows=rows, scale=8.0), batch().numpy()
+    load_start_(model, w)
+    found = exported(model)
+    assert 0.01 < active(w, x_ND).mean() < 0.9
+    np.testing.assert_array_equal(active(found, x_ND), active(w, x_ND))
+    np.testing.assert_allclose(decode(found, *encode(found, x_ND)), decode(w, *encode(w, x_ND)), rtol=1e-3, atol=1e-3)
 
 
 def test_topk_starts_from_rows_of_one_length_whatever_it_is():
