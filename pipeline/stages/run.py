@@ -19,6 +19,7 @@ from ..config import SAEConfig
 from ..llama.hooks import is_pattern
 from ..llama.identity import file_vocabulary
 from ..run import RunContext, read_manifest
+from ..training.memory import check_batch
 from ..training.settings import given
 from .corpora import check_held_out, check_settings
 from .inputs import LABELS, SAE_NAME, STORE_NAME, model_path, number, print_wide, relative
@@ -45,7 +46,8 @@ def run(context: RunContext) -> None:
             "then evaluate, convert and report each"
         )
     check_sae(config.sae)
-    check_hook(config.hook.points)  # before hours of capture, as the next
+    check_batch(config.trainer)  # before hours of capture, as the next
+    check_hook(config.hook.points)
     check_settings(config.corpus)
     check_held_out(config.corpus, file_vocabulary(model_path(config.model)) if config.corpus.kind == "tokens" else None)
     save_settings(context)
@@ -175,7 +177,7 @@ def random_baseline(context: RunContext, model: Path) -> str:
         "train",
         "random/train",
         f"store.path={store}",
-        f"trainer.tokens={int(config.trainer.tokens * share)}",
+        f"trainer.tokens={max(config.trainer.batch_tokens, int(config.trainer.tokens * share))}",
         f"trainer.warmup_steps={int(config.trainer.warmup_steps * share)}",
         f"trainer.lr={searched['best'] if searched else config.trainer.lr}",
         "trainer.lr_search=[]",

@@ -14,6 +14,7 @@ from ..config import ConvertConfig
 from ..loggers import open_loggers
 from ..run import RunContext
 from ..training.lr_search import search
+from ..training.memory import check_batch, check_memory
 from ..training.picture import draw_training
 from ..training.reporter import Reporter, result, searched_lines
 from ..training.settings import sae_folder, train_configs
@@ -33,6 +34,7 @@ LEAST_WAIT = 5.0  # seconds
 
 
 def run(context: RunContext) -> None:
+    check_batch(context.config.trainer)
     with training_rows(context) as rows:
         trainer, searched = fit(context, rows)
         if context.rank:  # the first rank has the same SAEs and writes them
@@ -68,6 +70,7 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
 
     torch.set_num_threads(trainer_threads(context.config))
     config, folder, configs = context.config, context.folder / CHECKPOINTS, train_configs(context.config)
+    check_memory(configs, rows.source.d_in)
     open_trainer = partial(
         JointTrainer, source=rows.source, mean_D=rows.mean_D, variance=rows.variance, hook=rows.hook, host=rows.host,
         start=start_sae(context, rows), wiring=rows.wiring, variances=rows.variances,
