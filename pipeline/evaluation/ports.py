@@ -24,13 +24,13 @@ Ports = tuple[tuple[str, int], ...]  # (hook point, width), in the order of the 
 
 
 def ports_of(weights: SAEWeights) -> tuple[Ports, Ports]:
-    """What is read, and what is reconstructed: of a crosscoder the same.
+    """What is read, and what is reconstructed: of a crosscoder and an SAE the same.
 
     Raises:
         ConfigError: the file's hook points do not divide into d_in and d_out columns, or one is named twice.
     """
     if not weights.ports:
-        return ((weights.hook, weights.d_in),), ((weights.hook_out, weights.d_out),)
+        return ((weights.hook, weights.d_in),), ((weights.hook_out or weights.hook, weights.d_out),)
     ends = np.cumsum([width for _, width in weights.ports])
     read = int(np.searchsorted(ends, weights.d_in)) + 1
     inputs, outputs = weights.ports[:read], weights.ports[read:] if weights.hook_out else weights.ports

@@ -185,3 +185,5 @@ def test_the_columns_belong_to_what_is_read_and_what_is_written():
         ports=(*read, *written),
     )  # fmt: skip
     assert ports_of(w) == (read, written)
+    plain = random_weights(np.random.default_rng(0), d=5, latents=8, k=2, hook="a")
+    assert ports_of(plain) == ((("a", 5),), (("a", 5),)), "an SAE reconstructs the hook point it reads"
