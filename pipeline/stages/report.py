@@ -36,6 +36,7 @@ EVALUATION_PICTURE = "evaluation.png"
 def run(context: RunContext) -> None:
     config = context.config.report
     path, weights = open_sae(context)
+    check_steered(config.steer_latent, weights)
     evaluation = read_evaluation(context, weights)
     metrics = Path(config.metrics or run_of_sae("train", weights)["metrics"])
     if not metrics.is_file():
@@ -83,6 +84,12 @@ def run(context: RunContext) -> None:
         f"{len(data.latents)} latents with their strongest contexts in {data.latent_rows:,} held-out rows, {out.stat().st_size / 1e6:.1f} MB",
         f"{relative(out)} and {relative(picture)}",
     )
+
+
+def check_steered(latent: int, weights: SAEWeights) -> None:
+    """ConfigError for a latent that the SAE lacks; -1 stands for none."""
+    if latent >= weights.num_latents:
+        raise ConfigError(f"report.steer_latent={latent}: this SAE has latents 0..{weights.num_latents - 1}")
 
 
 def read_evaluation(context: RunContext, weights: SAEWeights) -> dict[str, Any]:

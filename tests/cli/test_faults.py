@@ -230,6 +230,11 @@ def test_the_evaluation_of_another_sae_is_refused(copy):
     assert "of this SAE" in last_line(ggscope("report", cwd=copy, code=2))
 
 
+def test_a_report_on_a_latent_that_the_sae_lacks_is_refused(made):
+    line = last_line(ggscope("report", "report.steer_latent=256", cwd=made, code=2))
+    assert "report.steer_latent=256: this SAE has latents 0..255" in line
+
+
 def test_evaluate_takes_the_store_of_the_sae_not_the_newest(copy):
     (own,) = copy.glob("runs/extract/*/activations.zarr")
     ggscope("extract", "corpus.max_tokens=4000", QUICK, cwd=copy)
