@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FEW = 4
 OUTLIERS_NAMED = 5
+DIAGONAL = "standard deviation = mean"
 OWN, BAND, MARK, INK, GRID = "#1667c9", "#9cc3f0", "#c8371e", "#1d2126", "#e3e6ea"
 DARKEST, LIGHTEST = 0.05, 0.88  # of the colour map, so that the last lines can be seen on white
 
@@ -38,15 +39,18 @@ def draw_stats(store: ActivationStore, path: Path) -> None:
     figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     model = store.meta.model.get("name") or store.meta.model.get("architecture") or "model"
-    figure.suptitle(f"{model}: {rows:,} unflagged rows", fontsize=11, color=INK, x=0.01, ha="left")
+    figure.suptitle(f"{model}: {rows:,} unflagged row{'s' * (rows != 1)}", fontsize=11, color=INK, x=0.01, ha="left")
     if few:
         panels = figure.subplots(len(found), 3, squeeze=False)
         for axes, (name, stats) in zip(panels, found.items(), strict=True):
             _norms(axes[0], stats, name)
             _dimensions(axes[1], stats)
             _means(axes[2], stats)
-        handles, labels = panels[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
+        named = [dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True)) for ax in panels.flat]
+        entries = {label: handle for found in named for label, handle in found.items()}
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside lower left", ncols=len(entries), fontsize=8, frameon=False
+        )
     else:
         _overview(figure, found)
     figure.savefig(path, format="png", metadata={"Software": None})
@@ -101,7 +105,10 @@ def _means(ax: Any, stats: HookStats) -> None:
     if shown.any():
         low, high = max(mean_D[shown].min(), std_D[shown].min()), min(mean_D[shown].max(), std_D[shown].max())
         if low < high:
-            ax.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=":")
+            ax.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle="--", label=DIAGONAL)
+    else:
+        ax.text(0.5, 0.5, "no dimension has a mean and a spread", transform=ax.transAxes, ha="center", color=INK)
+        ax.set(xticks=[], yticks=[])
     _titled(ax, "mean and spread of each dimension", "|mean|", "standard deviation")
 
 
@@ -173,13 +180,18 @@ def _zoomed(ax: Any, low: Sequence[float], high: Sequence[float]) -> None:
     if min(low) > 0 and max(high) > 20 * min(low):
         _logarithmic(ax, "y")
     else:
-        ax.set_ylim(0, 1.08 * max(high))
+        ax.set_ylim(0, 1.08 * max(high) or 1)
 
 
 def _logarithmic(ax: Any, which: str) -> None:
-    """A logarithmic axis over what is drawn; ticks at 1, 2, 5 where it spans less than two decades, more if less."""
+    """A logarithmic axis over what is drawn; ticks at 1, 2, 5 where it spans less than two decades, more if less.
+
+    Linear where nothing above 0 is drawn: the spread of a single row.
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    if not np.isfinite(getattr(ax.dataLim, f"minpos{which}")):
+        return
     getattr(ax, f"set_{which}scale")("log")
     axis = getattr(ax, f"{which}axis")
     low, high = getattr(ax, f"get_{which}lim")()

@@ -165,6 +165,40 @@ def test_the_picture_is_drawn_for_one_hook_and_for_many(tmp_path, hooks):
     assert (tmp_path / "stats.png").read_bytes() == first
 
 
+@pytest.mark.parametrize("hooks", [1, 24])
+@pytest.mark.parametrize("factor", [0, 1])
+def test_a_single_row_and_one_of_zeros_are_drawn_without_what_a_logarithm_needs(tmp_path, hooks, factor):
+    widths = {f"blocks.{i}.hook_resid_post": 8 for i in range(hooks)}
+    acts, columns = known_rows(2, widths)
+    columns["flags"][:] = [1, 0]
+    fill(tmp_path, make_meta(2, widths), {hook: factor * x_ND for hook, x_ND in acts.items()}, columns)
+    draw_stats(ActivationStore(tmp_path), tmp_path / "stats.png")
+    assert (tmp_path / "stats.png").stat().st_size > 10_000
+
+
+def test_every_line_of_the_picture_that_is_no_curve_is_in_the_legend(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_more: drawn.append(figure))
+    acts, columns = known_rows(600, {HOOK: 32}, context=128)
+    fill(tmp_path, make_meta(600, {HOOK: 32}), acts, columns)
+    draw_stats(ActivationStore(tmp_path), tmp_path / "stats.png")
+    (figure,) = drawn
+    (legend,) = figure.legends
+    styles = {line.get_label(): line.get_linestyle() for line in legend.get_lines()}
+    straight = [
+        line
+        for ax in figure.axes
+        for line in ax.get_lines()
+        if line.get_linestyle() != "-" and line.get_linestyle() != "None"
+    ]
+    assert {line.get_label(): line.get_linestyle() for line in straight} == {
+        k: v for k, v in styles.items() if v != "-"
+    }
+    assert len(set(styles.values())) == len(styles) == 3
+
+
 MEMORY = """
 import sys
 from pathlib import Path
