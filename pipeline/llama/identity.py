@@ -197,27 +197,37 @@ _MUST_AGREE = {
 }
 
 
-def check_same_model(expected: dict[str, Any], actual: ModelId, *, allow_mismatch: bool = False) -> list[str]:
+def check_same_model(
+    expected: dict[str, Any],
+    actual: ModelId,
+    *,
+    what: str = "this SAE",
+    allow_mismatch: bool = False,
+    setting: str = "",
+) -> list[str]:
     """Warnings about differences that are fine (file, quantisation, unknown hashes) between two models.
 
-    ModelMismatchError where architecture, width, number of blocks or vocabulary differ, unless `allow_mismatch`,
-    which turns that into a warning too.
+    `what` was made on the expected one. ModelMismatchError where architecture, width, number of blocks or vocabulary
+    differ, unless `allow_mismatch`, which turns that into a warning too; `setting` is what would set it, where
+    something does.
     """
     warnings = []
     for key, label in _MUST_AGREE.items():
         want, came = expected.get(key), getattr(actual, key)
         if not want:
-            warnings.append(f"the {label} of the model it was made on is not recorded: not checked")
+            warnings.append(f"the {label} of the model that {what} was made on is not recorded: not checked")
         elif want != came:
             short = (str(want)[:12], str(came)[:12])
-            message = f"made on a model with {label} {short[0]}, '{actual.name}' has {short[1]}"
+            named = f" ({actual.name})" if actual.name else ""
+            message = f"{what} was made on a model with {label} {short[0]}, this model{named} has {short[1]}"
             if not allow_mismatch:
-                raise ModelMismatchError(
-                    f"{message}; give the model it belongs to, or allow_model_mismatch=true to try anyway"
-                )
+                advice = f", or {setting} to try anyway" if setting else ""
+                raise ModelMismatchError(f"{message}; give the model it belongs to{advice}")
             warnings.append(message)
     if expected.get("file_type") and expected["file_type"] != actual.file_type:
-        warnings.append(f"made on {expected['file_type']} weights, this file has {actual.file_type}")
+        warnings.append(f"{what} was made on {expected['file_type']} weights, this file has {actual.file_type}")
     elif expected.get("sha256") and expected["sha256"] != actual.sha256:
-        warnings.append("made on another file of this model (different sha256)")
+        warnings.append(
+            f"{what} was made on another file (different sha256) of the same shape: another quantisation, or other weights"
+        )
     return warnings

@@ -87,7 +87,7 @@ def training_pairs(context: RunContext, weights: SAEWeights, model: Model, store
 
 def check_store(weights: SAEWeights, store: ActivationStore, model: Model) -> None:
     """Refuse a store whose rows are not those of the SAE's hook points in this model."""
-    check_same_model(store.meta.model, model.id)
+    check_same_model(store.meta.model, model.id, what="this store")
     for hook, width in {port for ports in ports_of(weights) for port in ports}:
         if hook not in store.hooks:
             raise ConfigError(

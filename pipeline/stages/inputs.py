@@ -268,7 +268,8 @@ def check_host(context: RunContext, weights: SAEWeights, model: Model) -> None:
     from ..llama.identity import check_same_model
 
     allow = context.config.apply.allow_model_mismatch
-    for warning in check_same_model(weights.host, model.id, allow_mismatch=allow):
+    setting = "apply.allow_model_mismatch=true"  # read by every command that comes here
+    for warning in check_same_model(weights.host, model.id, allow_mismatch=allow, setting=setting):
         context.console.print(f"warning: {warning}", style="yellow", highlight=False)
 
 

@@ -71,7 +71,8 @@ def test_an_sae_of_another_model_is_refused(made, tmp_path):
     write_tiny_llama(tmp_path / "tiny.gguf")
     sae = next(made.glob("runs/train/*/sae"))
     line = last_line(ggscope("apply", f"sae.path={sae}", "model.path=tiny.gguf", "--prompt", "x", cwd=tmp_path, code=2))
-    assert "made on a model with" in line
+    assert "this SAE was made on a model with width 256, this model" in line
+    assert ", or apply.allow_model_mismatch=true to try anyway" in line
 
 
 def test_an_empty_corpus_and_a_missing_glob_are_refused(tmp_path):

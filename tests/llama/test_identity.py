@@ -127,7 +127,9 @@ def test_the_same_model_in_another_file_only_warns(gguf_file):
     actual = model_id(gguf_file)
     assert check_same_model(actual.as_dict(), actual) == []
     (warning,) = check_same_model(actual.as_dict() | {"sha256": "0" * 64}, actual)
-    assert "another file" in warning
+    assert warning == (
+        "this SAE was made on another file (different sha256) of the same shape: another quantisation, or other weights"
+    )
     (warning,) = check_same_model(actual.as_dict() | {"file_type": "Q4_K_M", "sha256": "0" * 64}, actual)
     assert "made on Q4_K_M weights, this file has F32" in warning
 
@@ -137,8 +139,10 @@ def test_the_same_model_in_another_file_only_warns(gguf_file):
 )
 def test_another_model_is_refused_unless_allowed(gguf_file, change):
     actual = model_id(gguf_file)
-    with pytest.raises(ModelMismatchError, match="allow_model_mismatch=true"):
+    with pytest.raises(ModelMismatchError, match=r"^this SAE was made on a model with .*give the model it belongs to$"):
         check_same_model(actual.as_dict() | change, actual)
+    with pytest.raises(ModelMismatchError, match=r"^this store .*, or apply\.allow=true to try anyway$"):
+        check_same_model(actual.as_dict() | change, actual, what="this store", setting="apply.allow=true")
     assert len(check_same_model(actual.as_dict() | change, actual, allow_mismatch=True)) == 1
 
 
