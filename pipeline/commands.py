@@ -24,6 +24,7 @@ class Command:
     verb_optional: bool = False  # without it the command does what it is named for
     path_key: str = ""  # config key of the path(s) that follow
     keeps_run: bool = True  # makes a run folder; those that only look do not
+    continues: bool = False  # with resume= it goes on where it stopped; others start again in the same folder
     not_read: tuple[str, ...] = NOT_READ  # beginnings of settings of its groups that are another command's
     also_reads: tuple[str, ...] = ()  # settings of groups that are not its own
 
@@ -31,12 +32,14 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "run": Command(
         summary="extract, train, evaluate, convert and report in one go",
+        continues=True,
         groups=("model", "hook", "corpus", "store", "extract", "executor", "sae", "trainer", "logger", "evaluate", "convert", "report"),
         not_read=(*NOT_READ, "model.n_ctx", "sae.path", "convert.source", "evaluate.random_sae", "report.evaluation", "report.metrics"),
         examples=("ggscope run experiment=demo_cpu", "ggscope run experiment=demo_cpu model.path=my.gguf", "ggscope run resume=latest experiment=demo_cpu"),
     ),
     "extract": Command(
         summary="capture activations of a GGUF model into a zarr store",
+        continues=True,
         groups=("model", "hook", "corpus", "store", "extract", "executor"),
         not_read=(*NOT_READ, "model.n_ctx"),
         examples=(
@@ -65,6 +68,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         summary="fit a k-sparse autoencoder on a store, or on a capture running beside it",
+        continues=True,
         groups=("store", "hook", "sae", "trainer", "together", "logger", "model", "corpus", "extract"),
         not_read=(*NOT_READ, "model.n_ctx", "sae.path", "store.verify", "extract.plan_only"),
         examples=("ggscope train sae.num_latents=4096 sae.k=32", "ggscope train 'together.k=[16,32,64]'", "ggscope train 'trainer.lr_search=[5e-4,1e-3,2e-3,4e-3]'", "ggscope train -m sae.k=16,32,64", "ggscope train sae.variant=batchtopk", "ggscope train sae.kind=transcoder 'sae.inputs=[blocks.3.hook_resid_mid]' 'sae.outputs=[blocks.3.hook_mlp_out]'", "ggscope train store.path=runs/extract/2026-01-31_12-00-00/activations.zarr", "ggscope train trainer.source=stream model.path=my.gguf 'hook.points=[blocks.12.hook_resid_post]' corpus=text 'corpus.paths=[notes/*.md]'"),

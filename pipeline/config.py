@@ -195,8 +195,10 @@ class LoggerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    tokens: int = 500_000  # rows for the reconstruction metrics, at most what is held out
-    splice_tokens: int = 65_536  # rows for CE and KL, each run several times through the model
+    tokens: int = 500_000  # rows for the reconstruction metrics; 0: all that are held out
+    splice_tokens: int = (
+        65_536  # rows for CE and KL, each run several times through the model; 0: all that are held out
+    )
     baselines: bool = True  # PCA, an untrained SAE (transcoders: linear maps), mean and zero ablation beside it
     random_sae: str = ""  # an SAE trained on the same architecture with re-drawn weights (`run` makes one)
     random_model_tokens: int = 300_000  # rows captured for it
@@ -257,7 +259,7 @@ class InterventionConfig:
     kind: str = "none"  # what is done with the latents
     latents: list[int] = field(default_factory=list)  # which ones
     sae: str = ""  # whose latents; empty: sae.path
-    coeff: float = 0.0  # steer: x' = x + coeff W_dec[f]
+    coeff: float = 0.0  # steer: x' = x + coeff W_dec[f]; intervention=steer takes 8 where none is given
     coeffs: list[float] = field(default_factory=list)  # ... or one for each latent
     value: float = 0.0  # clamp: the activation aimed at
     values: list[float] = field(default_factory=list)  # ... or one for each latent

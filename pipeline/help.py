@@ -68,7 +68,8 @@ def footer(name: str) -> list[str]:
         "--config-dir FOLDER adds your own yaml files",
     ]
     if COMMANDS[name].keeps_run:
-        lines[-1] += "; resume=RUN|latest continues; run_dir=FOLDER names the run folder"
+        again = "continues" if COMMANDS[name].continues else "starts again with a run's settings"
+        lines[-1] += f"; resume=RUN|latest {again}; run_dir=FOLDER names the run folder"
     return [*lines[:-1], lines[-1] + "."]
 
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sae.errors import ConfigError, InterruptedRunError, SAEError
 
+from .commands import COMMANDS
 from .config import Config
 from .console import PlainConsole
 from .terminal import shown
@@ -310,8 +311,9 @@ def _manifest_kept(context: RunContext) -> Iterator[None]:
         context.write("interrupted", str(error))
         if isinstance(error, InterruptedRunError):
             raise
+        again = "continue" if COMMANDS[context.command].continues else "start again"
         raise InterruptedRunError(
-            f"interrupted; continue with `ggscope {context.command} resume={context.folder}`"
+            f"interrupted; {again} with `ggscope {context.command} resume={context.folder}`"
         ) from error
     except BaseException as error:
         faulty = isinstance(error, SAEError) and error.exit_code == 2 and not context.resumed

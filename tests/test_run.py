@@ -59,6 +59,16 @@ def test_a_run_that_ends_badly_says_so(error, status):
     assert read_manifest(context.folder)["status"] == status
 
 
+@pytest.mark.parametrize(("command", "said"), [("train", "continue with"), ("evaluate", "start again with")])
+def test_an_interrupted_run_continues_only_where_the_command_does(command, said):
+    context = started(command)
+    with (
+        pytest.raises(InterruptedRunError, match=f"^interrupted; {said} `ggscope {command} resume="),
+        running(context),
+    ):
+        raise KeyboardInterrupt
+
+
 def test_the_newest_finished_run_is_taken_and_unfinished_ones_are_not():
     with pytest.raises(ConfigError, match="ggscope train"):
         newest_finished("train")

@@ -14,7 +14,14 @@ from ..run import RunContext
 from .corpora import window_table
 from .evaluate_extras import measure_extras, open_extras, pool_texts
 from .evaluate_files import EVALUATION_NAME, write
-from .evaluate_rows import documents_of_training, own_quality, seen_in_training, training_rows, warn_other_corpus
+from .evaluate_rows import (
+    documents_of_training,
+    own_quality,
+    say_measured,
+    seen_in_training,
+    training_rows,
+    warn_other_corpus,
+)
 from .evaluate_text import numbers
 from .evaluate_wired import evaluate_several
 from .inputs import (
@@ -52,13 +59,7 @@ def run(context: RunContext) -> None:
             rows = training_rows(context, weights, model, store)
             found = fitted_baselines(weights, rows, config.seed, random_model)
         table = window_table(context, model, split="held_out", max_tokens=0)
-        held_out = int(table.window_starts[-1])
-        context.console.print(
-            f"measuring {min(config.tokens, held_out):,} of {held_out:,} held-out tokens (evaluate.tokens), "
-            f"CE on {min(config.splice_tokens, held_out):,} of them (evaluate.splice_tokens)",
-            style="dim", highlight=False,
-        )  # fmt: skip
-        with context.progress("evaluating", config.tokens) as progress:
+        with context.progress("evaluating", say_measured(context, table)) as progress:
             result = evaluate(
                 model, weights, table, config=config, baselines=found, also=extras.also, statistics=statistics,
                 outlier_norm=outlier_norm(weights),

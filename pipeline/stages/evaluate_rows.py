@@ -14,7 +14,7 @@ from sae.errors import ConfigError, ModelMismatchError
 from sae.weights import SAEWeights
 
 from ..corpus.windows import WindowTable
-from ..evaluation.evaluate import captured_rows, reconstruction_on_store, store_rows
+from ..evaluation.evaluate import captured_rows, reconstruction_on_store, store_rows, take_windows
 from ..evaluation.fitted import RowSource, first_rows
 from ..evaluation.linear import PairSource
 from ..evaluation.ports import ports_of, side_by_side
@@ -97,6 +97,20 @@ def check_store(weights: SAEWeights, store: ActivationStore, model: Model) -> No
             raise ModelMismatchError(
                 f"the store's rows are {store.hooks[hook].width} wide at {hook}, the SAE's {width}"
             )
+
+
+def say_measured(context: RunContext, table: WindowTable) -> int:
+    """Print how many held-out tokens will be measured: whole windows, so a few more than asked for. Returns the first number."""
+    config, lengths_W = context.config.evaluate, np.diff(table.window_starts)
+    order_W = np.random.default_rng(config.seed).permutation(table.n_windows)
+    rows, spliced = (
+        int(lengths_W[take_windows(table, order_W, asked)].sum()) for asked in (config.tokens, config.splice_tokens)
+    )
+    context.console.print(
+        f"measuring {rows:,} of {table.rows:,} held-out tokens (evaluate.tokens), CE on {spliced:,} (evaluate.splice_tokens)",
+        style="dim", highlight=False,
+    )  # fmt: skip
+    return rows
 
 
 def documents_of_training(weights: SAEWeights) -> Iterator[dict[str, Any]]:

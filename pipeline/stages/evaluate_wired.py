@@ -20,7 +20,7 @@ from ..run import RunContext
 from ..store.reader import ActivationStore
 from .corpora import window_table
 from .evaluate_files import EVALUATION_NAME, write
-from .evaluate_rows import seen_in_training, training_pairs, warn_other_corpus
+from .evaluate_rows import say_measured, seen_in_training, training_pairs, warn_other_corpus
 from .evaluate_text import numbers
 from .inputs import check_host, counted, describe_model, open_model, open_store, own_store, relative, session_options
 
@@ -52,7 +52,7 @@ def evaluate_several(context: RunContext, path: Path, weights: SAEWeights) -> No
                     highlight=False,
                 )
         table = window_table(context, model, split="held_out", max_tokens=0)
-        with context.progress("evaluating", config.tokens) as progress:
+        with context.progress("evaluating", say_measured(context, table)) as progress:
             result = evaluate_wired(
                 model, weights, table, config=config, baselines=found, statistics=statistics,
                 session=session_options(context.config.model),

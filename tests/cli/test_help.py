@@ -50,6 +50,19 @@ def test_settings_and_groups_show_their_choices_beside_the_default(capsys):
     assert "logger=jsonl (jsonl | mlflow | tensorboard | trackio | wandb)" in help_lines("train", capsys)
 
 
+def test_what_a_0_stands_for_is_said(capsys):
+    lines = help_lines("evaluate", capsys)
+    assert "evaluate.tokens=500000 rows for the reconstruction metrics; 0: all that are held out" in lines
+    assert any(line.endswith("0: all that are held out") for line in lines if "CE and KL" in line)
+    assert "intervention=steer takes 8 where none is given" in " ".join(help_lines("apply", capsys))
+
+
+def test_only_commands_that_go_on_where_they_stopped_say_that_resuming_continues(capsys):
+    for name in ("run", "extract", "train"):
+        assert "resume=RUN|latest continues;" in help_lines(name, capsys)[-1]
+    assert "resume=RUN|latest starts again with a run's settings;" in help_lines("evaluate", capsys)[-1]
+
+
 def test_every_setting_of_every_command_says_what_it_means():
     said, silent = meanings(), set()
     for name, command in COMMANDS.items():

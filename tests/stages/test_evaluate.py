@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import tracemalloc
 
-from pipeline.config import Config
+import pytest
+from rich.console import Console
+
+from pipeline.config import Config, EvaluateConfig
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
 from pipeline.llama.model import Model
 from pipeline.run import RunContext
-from pipeline.stages.evaluate_rows import seen_in_training
+from pipeline.stages.evaluate_rows import say_measured, seen_in_training
 from tests.tiny_llama import write_tiny_llama
 
 TRAINED = 100_000
@@ -30,3 +34,18 @@ def test_documents_are_counted_one_after_another_and_not_held(tmp_path, capsys):
     assert seen == 2
     assert "2 of 5 evaluation documents were trained on" in capsys.readouterr().err
     assert peak < 10 * TRAINED  # bytes: a hash alone is more
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spliced", "said"),
+    [(0, 0, "100 of 100 held-out tokens (evaluate.tokens), CE on 100"), (15, 10_000, "20 of 100 held-out tokens (evaluate.tokens), CE on 100")],
+)  # fmt: skip
+def test_what_will_be_measured_is_said_in_whole_windows_and_0_is_all(tokens, spliced, said, tmp_path):
+    write_tiny_llama(tmp_path / "tiny.gguf")
+    with Model(tmp_path / "tiny.gguf") as model:
+        table = windows(model, [Document(name="a.py", text="x = 1\n" * 200)], 10, max_tokens=100)
+    heard = io.StringIO()
+    config = Config(evaluate=EvaluateConfig(tokens=tokens, splice_tokens=spliced))
+    context = RunContext(command="evaluate", folder=tmp_path, config=config, console=Console(file=heard, width=400))
+    assert say_measured(context, table) == int(said.split()[0])
+    assert said in heard.getvalue()
