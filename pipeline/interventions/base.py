@@ -84,15 +84,19 @@ class Where:
 
     def mask(self, rows: Rows, sequences: Sequences) -> np.ndarray:
         """Boolean (N,): the rows to change."""
+        return self.covers(rows.seq_N, rows.pos_N, sequences)
+
+    def covers(self, seq_N: np.ndarray, pos_N: np.ndarray, sequences: Sequences) -> np.ndarray:
+        """Boolean (N,): which rows at these places are to be changed."""
         if self.positions is None:
-            mask_N = ~sequences.flagged(rows.seq_N, rows.pos_N)
+            mask_N = ~sequences.flagged(seq_N, pos_N)
         else:
-            mask_N = np.isin(rows.pos_N, self.positions)
+            mask_N = np.isin(pos_N, self.positions)
         if self.phase != "all":
-            length_N = sequences.prompt_lengths(rows.seq_N)
-            mask_N &= rows.pos_N < length_N if self.phase == "prompt" else rows.pos_N >= length_N - 1
+            length_N = sequences.prompt_lengths(seq_N)
+            mask_N &= pos_N < length_N if self.phase == "prompt" else pos_N >= length_N - 1
         if self.sequences is not None:
-            mask_N &= np.isin(rows.seq_N, self.sequences)
+            mask_N &= np.isin(seq_N, self.sequences)
         return mask_N
 
     def key(self) -> str:

@@ -21,7 +21,7 @@ from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
 from ..run import RunContext
 from .inputs import context_tokens, describe_model, open_model, relative, sae_path, session_options
-from .live import LiveSAEs, interventions, said
+from .live import LiveSAEs, interventions, said, without_rows
 
 READOUT_NAME = "readout.jsonl"
 
@@ -55,6 +55,9 @@ def run(context: RunContext) -> None:
         places = ", ".join(f"{relative(sae.path)} at {place_of(sae.weights)}" for sae in read)
         edits = [said(one) for one in (context.config.intervention, *config.interventions) if one.kind != "none"]
         given = "; ".join([f"{describe_model(model)} and {places}", *edits])
+    for edit, one in zip(edits, chosen, strict=True):
+        if why := without_rows(one.where, events):
+            context.console.print(f"warning: {edit} changed nothing: {why}", style="yellow", highlight=False)
     made = [e for e in events if e.phase == "response"]
     context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made)}
     context.metrics |= means(events, 0)

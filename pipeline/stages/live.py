@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from sae.encoders import Encoder
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
 from ..config import InterventionConfig
 from ..interventions.ablate import Ablate
-from ..interventions.base import Intervention, Where
+from ..interventions.base import Intervention, Sequences, Where
 from ..interventions.clamp import Clamp
 from ..interventions.inputs import output_point
 from ..interventions.replace import Reconstruct
@@ -20,12 +22,14 @@ from ..interventions.steer import Steer
 from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..llama.placement import device_at
+from ..readout import ReadoutEvent
 from ..run import RunContext
 from .inputs import check_host, check_one_point, load_sae, sae_sha256, threads
 from .sae_files import located
 
 KINDS = ("none", "steer", "clamp", "ablate", "reconstruct")
 LONGEST = 1 << 20  # positions
+NAMED = 4  # positions in a warning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +92,22 @@ def said(config: InterventionConfig) -> str:
     numbers = f"{word}{', '.join(f'{number:g}' for number in given)}"
     latents = ", ".join(map(str, config.latents))
     return f"{config.kind} {'latent' if len(config.latents) == 1 else 'latents'} {latents}{numbers}"
+
+
+def without_rows(where: Where, events: Sequence[ReadoutEvent]) -> str:
+    """Why an intervention changed nothing of what was read: no row was where it acts. "" where there was one."""
+    sequences, pos_N = Sequences(), np.arange(len(events))
+    sequences.start(0, [event.flagged for event in events if event.phase == "prompt"])
+    for event in events:
+        if event.phase != "prompt":
+            sequences.append(0, event.flagged)
+    if where.covers(np.zeros_like(pos_N), pos_N, sequences).any():
+        return ""
+    phase = "" if where.phase == "all" else f" of the {where.phase}"
+    if where.positions is None:
+        return f"every row{phase} is BOS or a special token"
+    named = ", ".join(map(str, where.positions[:NAMED])) + (", ..." if len(where.positions) > NAMED else "")
+    return f"no row{phase} was at {named}; the positions were 0 to {len(events) - 1}"
 
 
 def intervention(config: InterventionConfig, saes: LiveSAEs) -> Intervention:

@@ -57,6 +57,19 @@ def test_the_ggml_encoder_reads_what_numpy_reads(sae, tmp_path):
         np.testing.assert_allclose([a for _, a in ours["latents"]], [a for _, a in numpys["latents"]], rtol=1e-3)
 
 
+def test_an_edit_where_no_row_is_says_that_it_changed_nothing(sae, tmp_path):
+    steer = ["intervention=steer", "intervention.latents=[1]", "intervention.coeff=5"]
+    done = apply(sae, tmp_path, *steer, "intervention.positions=[999]")
+    last = len(events(done)) - 1
+    said = " ".join(done.stderr.split())
+    assert f"warning: steer latent 1 by 5 changed nothing: no row was at 999; the positions were 0 to {last}" in said
+    done = apply(sae, tmp_path, *steer, "intervention.phase=prompt", f"intervention.token_range=[{last},{last + 9}]")
+    assert f"no row of the prompt was at {last}, {last + 1}, {last + 2}, {last + 3}, ...;" in " ".join(
+        done.stderr.split()
+    )
+    assert "changed nothing" not in apply(sae, tmp_path, *steer, f"intervention.positions=[{last},999]").stderr
+
+
 def test_a_gguf_is_read_in_its_stored_type(sae, tmp_path):
     done = ggscope("convert", f"convert.source={sae}", "convert.encoder_type=Q8_0", "run_dir=made", cwd=tmp_path)
     assert done.returncode == 0
