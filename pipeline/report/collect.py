@@ -59,6 +59,7 @@ class ReportInputs:
     config: ReportConfig = field(default_factory=ReportConfig)
     metrics_path: Path | None = None  # the metrics.jsonl of the training run
     dead_after_tokens: int = 0
+    rows_captured: int = 0  # for the training; 0: not known
     corpus_name: str = "text"
     sources: Mapping[str, bytes] | None = None
     outlier_norm: float = 0.0
@@ -146,13 +147,32 @@ def _model_name(model: Model) -> str:
 
 def _summary(i: ReportInputs) -> str:
     w = i.weights
-    trained = w.training.get("tokens")
-    on = f", trained on {count(trained)} activations" if trained else ""
     active = f"{'about' if w.variant == 'threshold' else 'at most'} {w.k} active per token"
     return (
-        f"{count(w.num_latents)} latents, {active}{on} that llama.cpp computed while the model "
-        f"read {i.corpus_name}; judged on documents kept out of the training."
+        f"{count(w.num_latents)} latents, {active}, trained on {trained_on(w.training.get('tokens'), i.rows_captured)} "
+        f"that llama.cpp computed while the model read {i.corpus_name}; judged on {judged_on(i.evaluation)}."
     )
+
+
+def trained_on(rows: int | None, captured: int) -> str:
+    """The rows of the training, beside those captured where that is known."""
+    if not rows:
+        return "activations"
+    if not captured:
+        return f"{count(rows)} rows of activations"
+    passes = f" in {rows / captured:.1f} passes" if rows > captured else ""
+    return f"{count(rows)} rows, drawn{passes} from {count(captured)} activations"
+
+
+def judged_on(evaluation: Mapping[str, Any]) -> str:
+    """The documents of the evaluation, and how many of them the training had too."""
+    seen = evaluation.get("documents_trained_on")
+    if seen is None:  # nobody looked
+        return "held-out documents"
+    if seen == 0:
+        return "documents kept out of the training"
+    were = "1 of which was" if seen == 1 else f"{count(seen)} of which were"
+    return f"held-out documents, {were} trained on too"
 
 
 def _identity(i: ReportInputs) -> list[tuple[str, str]]:

@@ -15,6 +15,16 @@ class TrainingCurve:
     dead_share: list[float] = field(default_factory=list)
     dead_after_tokens: int = 0  # what "dead" means in this curve
 
+    @property
+    def start(self) -> int:
+        """The first point that a chart of the FVU shows: those before lie far above the rest and would flatten it."""
+        return min(len(self.tokens) // 20, 20)
+
+    @property
+    def left_out(self) -> str:
+        """`, the first 5 % left out`; nothing where all points are shown."""
+        return f", the first {100 * self.start / len(self.tokens):.2g} % left out" if self.start else ""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:

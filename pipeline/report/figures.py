@@ -44,11 +44,11 @@ def summary_figure(path: Path, training: TrainingCurve | None, evaluation: Mappi
 
 
 def _training(ax: Any, training: TrainingCurve | None) -> None:
-    ax.set_title("FVU while training", fontsize=9.5, loc="left", color=INK)
+    left_out = training.left_out if training is not None else ""
+    ax.set_title(f"FVU while training{left_out}", fontsize=9.5, loc="left", color=INK)
     if training is not None and training.tokens:
-        start = min(len(training.tokens) // 20, 20)
-        tokens, marker = training.tokens[start:], "o" if len(training.tokens) <= FEW_ROWS else None
-        ax.plot(tokens, training.fvu[start:], color=OWN, linewidth=1.4, marker=marker, markersize=3.5)
+        start, marker = training.start, "o" if len(training.tokens) <= FEW_ROWS else None
+        ax.plot(training.tokens[start:], training.fvu[start:], color=OWN, linewidth=1.4, marker=marker, markersize=3.5)
     ax.set_xlabel("tokens trained on", fontsize=8.5)
     ax.xaxis.set_major_formatter(lambda value, _: short(value))
     ax.set_xlim(left=0)

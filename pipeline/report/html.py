@@ -53,17 +53,18 @@ def _training(curve: TrainingCurve | None) -> str:
     if curve is None or not curve.tokens:
         return ""
     out = ["<h3>Training</h3>"]
-    axes = Axes(x_label="tokens trained on", y_label="FVU", x_format=short)
-    # The first steps lie far above the rest and would flatten the curve.
-    start = min(len(curve.tokens) // 20, 20)
-    fvu = Series(label="FVU", x=curve.tokens[start:], y=curve.fvu[start:])
-    out.append(line_chart([fvu], axes, title="FVU of the training batches (lower is better)"))
+    whole = (0.0, max(curve.tokens))  # both charts over the same tokens
+    axes = Axes(x_label="tokens trained on", y_label="FVU", x_format=short, x_range=whole)
+    fvu = Series(label="FVU", x=curve.tokens[curve.start :], y=curve.fvu[curve.start :])
+    title = f"FVU of the training batches (lower is better){curve.left_out}"
+    out.append(line_chart([fvu], axes, title=title))
     if curve.dead_share:
         axes = Axes(
             x_label="tokens trained on",
             y_label="dead share",
             x_format=short,
             y_format=lambda v: percent(v, 0),
+            x_range=whole,
             y_range=(0.0, max(0.05, 1.1 * max(curve.dead_share))),
         )
         dead = Series(label="dead", x=curve.tokens, y=curve.dead_share, style="s2")

@@ -33,6 +33,7 @@ class Axes:
     y_label: str
     x_format: Format = lambda v: f"{v:g}"
     y_format: Format = lambda v: f"{v:g}"
+    x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     guides_x: tuple[tuple[float, str], ...] = ()
 
@@ -63,7 +64,7 @@ def line_chart(series: Sequence[Series], axes: Axes, *, title: str) -> str:
     points = [p for line in lines for p in line]
     if not points:
         return '<p class="none">no data</p>'
-    x_low, x_high = _widen(min(p[0] for p in points), max(p[0] for p in points))
+    x_low, x_high = _widen(*(axes.x_range or (min(p[0] for p in points), max(p[0] for p in points))))
     y_low, y_high = axes.y_range or _padded(min(p[1] for p in points), max(p[1] for p in points))
 
     def at(x: float, y: float) -> tuple[float, float]:

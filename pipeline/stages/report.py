@@ -16,6 +16,7 @@ from ..llama.model import Model
 from ..report.collect import ReportInputs, build_report, read_training_curve
 from ..report.figures import summary_figure
 from ..run import RunContext, versions
+from ..store.reader import ActivationStore
 from .corpora import window_table
 from .inputs import (
     check_host,
@@ -23,6 +24,7 @@ from .inputs import (
     open_model,
     open_sae,
     outlier_norm,
+    own_store,
     relative,
     run_of_sae,
     session_options,
@@ -43,6 +45,7 @@ def run(context: RunContext) -> None:
         raise ConfigError(f"report.metrics={metrics}: no such file; name the metrics.jsonl of the training")
     dead_after = weights.training.get("config", {}).get("dead_after_tokens", 0)
     context.add_input("metrics", metrics)
+    captured = rows_captured(weights)
     out, picture = context.folder / REPORT_NAME, context.folder / PICTURE_NAME
     with open_model(context) as model:
         check_host(context, weights, model)
@@ -66,10 +69,11 @@ def run(context: RunContext) -> None:
             config=config,
             metrics_path=metrics,
             dead_after_tokens=dead_after,
+            rows_captured=captured,
             outlier_norm=outlier_norm(weights),
             corpus_name=corpus_name(context.config.corpus),
             sources=sources(context.config.corpus, table),
-            provenance=provenance(context, model, weights, path),
+            provenance=provenance(context, model, weights, path, captured),
             session=session_options(context.config.model),
         )
         with context.progress("report", config.tokens, "rows") as progress:
@@ -127,14 +131,26 @@ def sources(config: CorpusConfig, table: WindowTable) -> dict[str, bytes] | None
     return {d.name: (stdlib_root() / d.name).read_bytes() for d in table.documents}
 
 
-def provenance(context: RunContext, model: Model, weights: SAEWeights, path: Path) -> list[tuple[str, str]]:
+def rows_captured(weights: SAEWeights) -> int:
+    """Rows of the store or the stream that the SAE was trained on; 0 where they are not known here."""
+    training = weights.training
+    if training.get("source") == "stream":
+        return int(training.get("statistics", {}).get("rows", 0))
+    store = own_store(training.get("store_sha256", ""))
+    return ActivationStore(store).n_rows if store is not None else 0
+
+
+def provenance(
+    context: RunContext, model: Model, weights: SAEWeights, path: Path, captured: int
+) -> list[tuple[str, str]]:
     training, settings = weights.training, weights.training.get("config", {})
+    of = f" ({captured} captured)" if captured else ""
     facts = [
         ("model", f"{Path(model.path).name}, sha256 {model.id.sha256}"),
         ("SAE", f"{relative(path)}, sha256 {context.inputs['sae']['sha256']}"),
         (
             "trained on",
-            f"{training.get('tokens', '?')} rows, lr {settings.get('lr', '?')}, seed {settings.get('seed', '?')}",
+            f"{training.get('tokens', '?')} rows{of}, lr {settings.get('lr', '?')}, seed {settings.get('seed', '?')}",
         ),
     ]
     return facts + [(name, value) for name, value in versions().items() if name != "platform"]

@@ -56,6 +56,7 @@ def test_everything_asked_for_is_in_the_files_and_in_the_line(folder):
     assert [line.split()[1] for line in lines] == ["input", "result", "output"]
     result = json.loads((folder / "all" / "evaluation.json").read_text())
     assert set(result) >= {"fvu", "dense_share", "dictionary", "saebench", "joint", "stability", "probing"}
+    assert result["documents_trained_on"] is None, "without a store nobody looked"
     joint = result["joint"]
     low, high = joint["ce_recovered_ci95"]
     assert f"2 SAEs together: CE recovered {joint['ce_recovered']:.4f} [{low:.4f}, {high:.4f}], delta CE" in lines[1]

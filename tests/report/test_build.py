@@ -14,7 +14,7 @@ from pipeline.corpus.windows import windows
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
-from pipeline.report.collect import ReportInputs, build_report, headline, read_training_curve
+from pipeline.report.collect import ReportInputs, build_report, headline, judged_on, read_training_curve, trained_on
 from pipeline.report.latents import even_order
 from sae import runtime
 from sae.errors import FormatError
@@ -64,6 +64,22 @@ def test_the_file_is_one_page_with_all_sections_and_no_leftover(built):
     assert "<script" not in page
     assert sorted(p.name for p in folder.iterdir()) == ["metrics.jsonl", "report.html", "tiny.gguf"]
     assert "6 latents shown" in headline(data)
+
+
+def test_rows_trained_on_stand_beside_those_captured():
+    assert (
+        trained_on(2_201_600, 900_000) == "2\u2009201\u2009600 rows, drawn in 2.4 passes from 900\u2009000 activations"
+    )
+    assert trained_on(2048, 900_000) == "2\u2009048 rows, drawn from 900\u2009000 activations"
+    assert trained_on(2048, 0) == "2\u2009048 rows of activations"
+    assert trained_on(None, 0) == "activations"
+
+
+def test_documents_that_were_trained_on_are_not_called_kept_out(built):
+    assert judged_on({"documents_trained_on": 0}) == "documents kept out of the training"
+    assert judged_on({"documents_trained_on": 3}) == "held-out documents, 3 of which were trained on too"
+    assert judged_on({"documents_trained_on": None}) == judged_on({}) == "held-out documents"
+    assert built[1].summary.endswith("read a few lines; judged on held-out documents.")
 
 
 def test_labels_stand_on_the_cards(built):

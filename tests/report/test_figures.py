@@ -32,6 +32,16 @@ def test_the_svg_shows_the_numbers_and_is_the_same_every_time(tmp_path):
     assert text == (tmp_path / "b.svg").read_text()
 
 
+def test_points_that_the_curve_leaves_out_are_in_its_title(tmp_path):
+    import matplotlib
+
+    long = TrainingCurve(tokens=[1e3 * i for i in range(40)], fvu=[0.5] * 40)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        for curve, said in ((long, True), (CURVE, False)):
+            summary_figure(tmp_path / "a.svg", curve, {}, "t")
+            assert ("FVU while training, the first 5 % left out" in (tmp_path / "a.svg").read_text()) == said
+
+
 def test_a_training_of_one_row_is_a_point_and_not_nothing(tmp_path):
     from matplotlib.colors import to_rgb
     from matplotlib.image import imread

@@ -171,6 +171,18 @@ def test_parts_can_be_missing_one_by_one(data):
         Page(render(kept))
 
 
+def test_the_charts_of_the_training_cover_the_same_tokens_and_say_what_is_left_out(data):
+    curve = TrainingCurve(
+        tokens=[2048.0 * i for i in range(1, 101)], fvu=[1 / i for i in range(1, 101)], dead_share=[0.1] * 100
+    )
+    page = render(dataclasses.replace(data, training=curve))
+    assert "FVU of the training batches (lower is better), the first 5 % left out" in page
+    assert "left out" not in re.sub(r"dead ones left out|they are left", "", render(data))
+    fvu, dead = (points.split() for points in re.findall(r'<polyline class="s[12]" points="([^"]+)"', page)[:2])
+    assert (len(fvu), len(dead)) == (95, 100)
+    assert [p.split(",")[0] for p in fvu] == [p.split(",")[0] for p in dead][5:]
+
+
 def test_tokens_are_coloured_by_value_with_the_value_as_tooltip():
     line = tokens_line(["a", " b", "<"], [0.0, 2.0, 8.0], 8.0, peak=2)
     assert line == (
