@@ -288,7 +288,7 @@ class ApplyConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LensConfig:
     prompt: str = ""  # set by --prompt / --prompt-file / -
-    top: int = 3  # tokens shown of each block
+    top: int = 3  # tokens shown at each position of each block
     format: str = "text"  # json: for programs
 
 
@@ -335,7 +335,9 @@ class CVectorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
-    runs: list[str] = field(default_factory=list)  # train runs, sweeps or folders of runs; empty: all of runs/train
+    runs: list[str] = field(
+        default_factory=list
+    )  # train runs, whole runs, sweeps or folders of them; empty: all of runs/train and runs/run
     format: str = "text"  # json: for programs
 
 

@@ -15,6 +15,7 @@ from ..run import read_manifest, runs_of
 from ..sweep.sweep import SWEEP
 
 TRAIN_RUNS = Path("runs/train")
+WHOLE_RUNS = Path("runs/run")  # of `ggscope run`, each with a train run in it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,42 +44,63 @@ class Row:
 def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
     """The SAEs of all finished train runs in these places, and the names of runs that are not finished.
 
+    Without places: those of `ggscope train` and of `ggscope run` under the working directory.
+
     Raises:
         ConfigError: a place that holds no train run.
     """
     evaluations = evaluations_by_sae()
     rows, unfinished, seen = [], [], set()
-    for place in places or [str(TRAIN_RUNS)]:
-        runs = list(train_runs(Path(place)))
-        if not runs:
-            raise ConfigError(
-                f"{place}: expected a train run, a sweep of them or a folder of them; run `ggscope train`"
-            )
+    everywhere = [*train_runs(TRAIN_RUNS), *train_runs(WHOLE_RUNS)] if not places else []
+    if not places and not everywhere:
+        raise ConfigError(f"expected train runs in {TRAIN_RUNS} or {WHOLE_RUNS}, found none; run `ggscope train`")
+    for runs in [everywhere] if not places else map(runs_in, places):
         for run in runs:
             if run.resolve() in seen:
                 continue
             seen.add(run.resolve())
             manifest = read_manifest(run)
             if manifest is None or manifest["status"] != "finished":
-                unfinished.append(run.name)
+                unfinished.append(name_of(run))
             else:
                 rows += rows_of(run, manifest, evaluations)
     return rows, unfinished
 
 
+def runs_in(place: str) -> list[Path]:
+    """The train runs of a place. ConfigError where there is none."""
+    runs = list(train_runs(Path(place)))
+    if not runs:
+        raise ConfigError(f"{place}: expected a train run, a sweep of them or a folder of them; run `ggscope train`")
+    return runs
+
+
 def train_runs(place: Path) -> Iterator[Path]:
-    """The train runs of a place: itself, those in it, or the points of a sweep or of the sweeps in it."""
-    manifest = read_manifest(place)
-    if manifest is not None and manifest.get("command") == "train":
-        yield place
+    """The train runs of a place: itself, that of a whole run, the points of a sweep, or all of these in a folder."""
+    if (found := train_run(place)) is not None:
+        yield found
     elif (place / SWEEP).is_file():
         yield from sorted(TRAIN_RUNS.glob(f"{place.resolve().name}-*"))
     else:
         for child in sorted(place.iterdir()) if place.is_dir() else []:
-            if (read_manifest(child) or {}).get("command") == "train":
-                yield child
+            if (found := train_run(child)) is not None:
+                yield found
             elif (child / SWEEP).is_file():
                 yield from train_runs(child)
+
+
+def train_run(folder: Path) -> Path | None:
+    """The folder, where it is a train run; that of the training in it, where it is a whole run."""
+    command = (read_manifest(folder) or {}).get("command")
+    if command == "run" and read_manifest(folder / "train") is not None:
+        return folder / "train"
+    return folder if command == "train" else None
+
+
+def name_of(run: Path) -> str:
+    """The folder's name, and before it that of the whole run it lies in."""
+    inside = (read_manifest(run.parent) or {}).get("command") == "run"
+    return f"{run.parent.name}/{run.name}" if inside else run.name
 
 
 def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> Iterator[Row]:
@@ -92,7 +114,7 @@ def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str
         evaluation = evaluations.get(numbers.get("sae_id", ""), {})
         dead = numbers.get("dead")
         yield Row(
-            name=f"{run.name}/{name}" if name else run.name,
+            name=f"{name_of(run)}/{name}" if name else name_of(run),
             variant=variant,
             num_latents=meta["num_latents"],
             k=None if variant in WITHOUT_K else meta["k"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -69,19 +70,31 @@ def as_dict(model: Model, result: LensResult) -> dict:
 
 
 def table(model: Model, result: LensResult) -> Table:
-    """Blocks from the last up, positions across; the brighter a cell the surer the lens."""
+    """Blocks from the last up, positions across, `lens.top` tokens in each cell; the brighter one is the surer the lens."""
     start = max(0, len(result.tokens_T) - COLUMNS_SHOWN)
-    shown = Table(title="most probable next token after each block, and its probability", title_justify="left")
+    title = "most probable next tokens after each block, with their probabilities"
+    shown = Table(title=title, title_justify="left", show_lines=result.top_tokens_LTK.shape[2] > 1)
     shown.add_column("")
     for position in range(start, len(result.tokens_T)):
-        shown.add_column(Text(repr(piece(model, result.tokens_T[position]))[1:-1]), justify="center", no_wrap=True)
+        shown.add_column(Text(written(model, result.tokens_T[position])), justify="right", no_wrap=True)
     for row in reversed(range(len(result.hooks))):
-        cells = []
-        for position in range(start, len(result.tokens_T)):
-            p = float(result.top_probs_LTK[row, position, 0])
-            style = "bold green" if p > 0.5 else "green" if p > 0.2 else "dim"
-            cells.append(
-                Text(f"{repr(piece(model, result.top_tokens_LTK[row, position, 0]))[1:-1]}\n{p:.2f}", style=style)
-            )
+        cells = [
+            cell(model, result.top_tokens_LTK[row, position], result.top_probs_LTK[row, position])
+            for position in range(start, len(result.tokens_T))
+        ]
         shown.add_row(result.hooks[row].replace("hook_", ""), *cells)
     return shown
+
+
+def cell(model: Model, tokens_K: np.ndarray, probs_K: np.ndarray) -> Text:
+    """A line for each token."""
+    lines = []
+    for token, p in zip(tokens_K, probs_K.tolist(), strict=True):
+        style = "bold green" if p > 0.5 else "green" if p > 0.2 else "dim"
+        lines.append(Text(f"{written(model, token)} {p:.2f}", style=style))
+    return Text("\n").join(lines)
+
+
+def written(model: Model, token: int) -> str:
+    """A token as Python writes it, without the quotes."""
+    return repr(piece(model, token))[1:-1]

@@ -69,6 +69,22 @@ def test_a_row_holds_what_manifest_sae_and_evaluation_say(runs):
         collect(["runs/evaluate"])
 
 
+def test_the_training_of_a_whole_run_is_found_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="expected train runs in runs/train or runs/run, found none"):
+        collect([])
+    place = tmp_path / "runs" / "run" / "now"
+    place.mkdir(parents=True)
+    write_json(place / "manifest.json", {"command": "run", "status": "failed"})
+    make_run(tmp_path, "train").rename(place / "train")
+    manifest = json.loads((place / "train" / "manifest.json").read_text())
+    write_json(place / "train" / "manifest.json", manifest | {"outputs": {"sae": str(place / "train" / "sae")}})
+    for places in ([], ["runs/run"], ["runs/run/now"], ["runs/run/now/train"]):
+        assert [row.name for row in collect(places)[0]] == ["now/train"]
+    make_run(tmp_path, "a")
+    assert [row.name for row in collect([])[0]] == ["a", "now/train"]
+
+
 def test_the_front_is_what_nothing_beats():
     rng = np.random.default_rng(0)
     for _ in range(50):

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import io
+import re
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pipeline.lenses import logit_lens as module
 from pipeline.lenses.logit_lens import logit_lens
+from pipeline.stages.lens import table, written
 from sae.errors import ConfigError
 from tests.interventions.tiny import BLOCKS, prompt, session, tiny, twin
 
@@ -69,3 +74,13 @@ def test_a_prompt_longer_than_a_batch_gives_the_same_lens():
 def test_what_cannot_be_shown_is_refused(count, top, message):
     with pytest.raises(ConfigError, match=message):
         logit_lens(session(), tiny()[0], np.full(count, 40), top=top)
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_the_table_shows_as_many_tokens_as_asked_for(top):
+    model, heard = tiny()[0], io.StringIO()
+    result = logit_lens(session(), model, prompt()[:4], top=top)
+    Console(width=1000, file=heard).print(table(model, result))
+    for token, p in zip(result.top_tokens_LTK.flat, result.top_probs_LTK.flat, strict=True):
+        assert f"{written(model, token)} {p:.2f} " in heard.getvalue()
+    assert len(re.findall(r" [01]\.\d\d │", heard.getvalue())) == result.top_probs_LTK.size == 4 * (BLOCKS + 1) * top
