@@ -53,9 +53,9 @@ def plot(ax: Any, rows: Sequence[Row], key: str, *, lower_is_better: bool) -> li
     sign = 1 if lower_is_better else -1
     found = [(row, row.l0, value) for row in rows if (value := getattr(row, key)) is not None and row.l0 is not None]
     best = front([(l0, sign * value) for _, l0, value in found])
-    ax.plot(
-        [l0 for l0, _ in best], [sign * value for _, value in best], color=LINE, linewidth=1, zorder=1, label="front"
-    )
+    if len(best) > 1:  # one point is no line
+        front_line = [l0 for l0, _ in best], [sign * value for _, value in best]
+        ax.plot(*front_line, color=LINE, linewidth=1, zorder=1, label="front")
     sizes = sorted({row.num_latents for row in rows})
     for i, size in enumerate(sizes):
         mine = [(l0, value) for row, l0, value in found if row.num_latents == size]
@@ -67,22 +67,28 @@ def plot(ax: Any, rows: Sequence[Row], key: str, *, lower_is_better: bool) -> li
 
 
 def name_points(ax: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write the names so that none covers another or a point or leaves the page; one that finds no free place is left out."""
+    """Write the names so that none covers another or a point or leaves the panel; one that finds no free place is left out."""
     from matplotlib.transforms import Bbox
 
     at = ax.transData.transform([(x, y) for _, x, y in points])
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at]
-    page = ax.figure.bbox
+    panel = ax.bbox  # past its edge stand the ticks, or the next panel
     if legend := ax.get_legend():
         taken.append(legend.get_window_extent())
+    fronts = [line.get_transform().transform_path(line.get_path()) for line in ax.lines]
     for name, x, y in points:
-        for right, up, align in PLACES:
+        # beside the point and off the front, else the nearest place: farther off it would seem to be another point's
+        for crossing, (right, up, align) in [
+            *((False, place) for place in PLACES[:4]),
+            *((True, place) for place in PLACES),
+        ]:
             text = ax.annotate(
                 name, (x, y), fontsize=6.5, color=INK, xytext=(right, up), textcoords="offset points", ha=align
             )
             box = text.get_window_extent()
-            inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-            if inside and not box.count_overlaps(taken):
+            inside = panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1
+            crossed = any(front.intersects_bbox(box, filled=False) for front in fronts)
+            if inside and (crossing or not crossed) and not box.count_overlaps(taken):
                 taken.append(box)
                 break
             text.remove()

@@ -142,7 +142,7 @@ def test_a_variant_without_k_shows_none(runs):
 
 
 @pytest.mark.parametrize("inches", [3, 6])
-def test_names_beside_points_cover_neither_each_other_nor_a_point_and_stay_on_the_page(runs, inches):
+def test_names_beside_points_cover_neither_each_other_nor_a_point_and_stay_in_the_panel(runs, inches):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -160,9 +160,42 @@ def test_names_beside_points_cover_neither_each_other_nor_a_point_and_stay_on_th
     name_points(ax, points)
     boxes = [text.get_window_extent() for text in ax.texts]
     assert len(boxes) >= 6
-    page = figure.bbox
-    assert all(page.x0 <= box.x0 and box.x1 <= page.x1 for box in boxes)
+    panel = ax.bbox
+    assert all(panel.x0 <= box.x0 and box.x1 <= panel.x1 for box in boxes)
+    assert all(panel.y0 <= box.y0 and box.y1 <= panel.y1 for box in boxes)
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert not any(
         box.contains(*point) for box in boxes for point in ax.transData.transform([(r.l0, r.fvu) for r in rows])
     )
+
+
+def test_a_dozen_saes_are_all_named_inside_their_panel(runs, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_more: drawn.append(figure))
+    (row, *_), _ = collect(["runs/train/a"])
+    rows = [
+        replace(
+            row, name=f"2026-01-31_12-00-{n}-n{n}-k{k}", l0=float(k), held_out_fvu=0.9 / (k * n) ** 0.3, num_latents=n
+        )
+        for n in (256, 1024, 4096)
+        for k in (8, 16, 32, 64)
+    ]
+    draw_pareto({"": rows}, tmp_path / "a.png")
+    panel = drawn[0].axes[0]
+    assert len(panel.texts) == 12
+    for text in panel.texts:
+        box = text.get_window_extent()
+        assert panel.bbox.x0 <= box.x0
+        assert box.x1 <= panel.bbox.x1
+
+
+def test_the_legend_names_a_front_only_where_one_is_drawn(runs):
+    from matplotlib.figure import Figure
+
+    (row, *_), _ = collect(["runs/train/a"])
+    for rows, there in (([row], False), ([row, replace(row, l0=9.0, fvu=0.1)], True)):
+        ax = Figure().subplots()
+        plot(ax, rows, "fvu", lower_is_better=True)
+        assert ("front" in ax.get_legend_handles_labels()[1]) == there == bool(ax.lines)

@@ -55,7 +55,7 @@ def test_another_hook_point_is_refused(tmp_path):
 
 
 def test_another_model_is_refused_and_another_quantisation_of_it_is_said(tmp_path):
-    with pytest.raises(ModelMismatchError, match="number of blocks 2, this model .tiny. has 3"):
+    with pytest.raises(ModelMismatchError, match=r"number of blocks 2, this model \(tiny\) has 3"):
         started(tmp_path, weights(), HOST | {"n_layer": 3})
     found, said = started(tmp_path, weights(), HOST | {"sha256": "g", "file_type": "Q4_0"})
     assert found is not None
