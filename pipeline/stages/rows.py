@@ -31,6 +31,7 @@ from .inputs import counted, open_store, relative, store_sha256, threads
 
 STREAM_FILE = "stream.json"  # in the run folder: what the first start measured
 SOURCES = ("store", "stream")
+MOST_PASSES = 10  # over the rows of a store, without a word
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,7 @@ def training_rows(context: RunContext) -> AbstractContextManager[TrainingRows]:
 def store_rows(context: RunContext) -> Iterator[TrainingRows]:
     trainer = context.config.trainer
     store = open_store(context)
+    warn_passes(context, store.n_rows)
     if context.config.sae.kind != "sae":
         yield joint_rows(context, store)
         return
@@ -80,6 +82,17 @@ def store_rows(context: RunContext) -> Iterator[TrainingRows]:
         describe=lambda: f"{relative(store.path)} (sha256 {digest[:12]}), {store.n_rows:,} rows at {hook}",
         finish=lambda weights: with_origin(weights, origin),
     )
+
+
+def warn_passes(context: RunContext, rows: int) -> None:
+    """A line where the same rows come so often that the SAE will know them rather than the model."""
+    tokens = context.config.trainer.tokens
+    if tokens > MOST_PASSES * rows and not context.rank:
+        context.console.print(
+            f"warning: {tokens:,} tokens are {tokens / max(1, rows):,.0f} passes over the store's {rows:,} rows: on other text "
+            "FVU will be higher than the training says; capture more rows, or lower trainer.tokens",
+            style="yellow", highlight=False,
+        )  # fmt: skip
 
 
 def joint_rows(context: RunContext, store: ActivationStore) -> TrainingRows:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import Config, HookConfig
-from pipeline.stages.rows import the_hook
+from pipeline.config import Config, HookConfig, TrainerConfig
+from pipeline.run import RunContext
+from pipeline.stages.rows import the_hook, warn_passes
 from pipeline.store.reader import ActivationStore
 from sae.errors import ConfigError, HookError
 from tests.store.helpers import fill, known_rows, make_meta
@@ -26,6 +27,14 @@ def stores(tmp_path_factory):
 
 def chosen(store, *points):
     return the_hook(store, Config(hook=HookConfig(points=list(points))))
+
+
+@pytest.mark.parametrize(("tokens", "rows", "said"), [(1000, 100, ""), (1500, 100, "1,500 tokens are 15 passes")])
+def test_many_passes_over_few_rows_are_said(tmp_path, capsys, tokens, rows, said):
+    context = RunContext(command="train", folder=tmp_path, config=Config(trainer=TrainerConfig(tokens=tokens)))
+    warn_passes(context, rows)
+    found = " ".join(capsys.readouterr().err.split())
+    assert (said in found) if said else (found == "")
 
 
 def test_a_point_is_found_by_any_of_its_names(stores):
