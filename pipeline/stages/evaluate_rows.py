@@ -113,14 +113,18 @@ def say_measured(context: RunContext, table: WindowTable) -> int:
     return rows
 
 
-def documents_of_training(weights: SAEWeights) -> Iterator[dict[str, Any]]:
-    """The documents of a streamed training, one after another, where its run folder is found."""
+def documents_of_training(weights: SAEWeights) -> Iterator[dict[str, Any]] | None:
+    """The documents of a streamed training, one after another; None where its run folder is not found."""
+
+    def read(path: Path) -> Iterator[dict[str, Any]]:
+        with path.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
     for folder, manifest in runs_of("train"):
         path = folder / DOCS_FILE
         if manifest.get("metrics", {}).get("sae_id") == weights.training.get("id") and path.is_file():
-            with path.open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
-            return
+            return read(path)
+    return None
 
 
 def seen_in_training(context: RunContext, documents: Iterable[dict[str, Any]], table: WindowTable) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import tracemalloc
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -13,7 +15,9 @@ from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
 from pipeline.llama.model import Model
 from pipeline.run import RunContext
-from pipeline.stages.evaluate_rows import say_measured, seen_in_training
+from pipeline.stages.evaluate_rows import documents_of_training, say_measured, seen_in_training
+from pipeline.store.schema import DOCS_FILE
+from tests.sae.toy import random_weights
 from tests.tiny_llama import write_tiny_llama
 
 TRAINED = 100_000
@@ -34,6 +38,18 @@ def test_documents_are_counted_one_after_another_and_not_held(tmp_path, capsys):
     assert seen == 2
     assert "2 of 5 evaluation documents were trained on" in capsys.readouterr().err
     assert peak < 10 * TRAINED  # bytes: a hash alone is more
+
+
+def test_a_streams_documents_are_none_where_its_run_is_not_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = random_weights(np.random.default_rng(0), d=8, latents=16, k=2, training={"id": "this"})
+    assert documents_of_training(weights) is None
+    run = tmp_path / "runs" / "train" / "one"
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text(json.dumps({"command": "train", "metrics": {"sae_id": "this"}}))
+    assert documents_of_training(weights) is None
+    (run / DOCS_FILE).write_text('{"name": "a"}\n{"name": "b"}\n')
+    assert [document["name"] for document in documents_of_training(weights)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
