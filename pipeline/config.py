@@ -337,7 +337,7 @@ class CVectorConfig:
 class CompareConfig:
     runs: list[str] = field(
         default_factory=list
-    )  # train runs, whole runs, sweeps or folders of them; empty: all of runs/train and runs/run
+    )  # train runs, whole runs, sweeps or folders of them, and evaluate runs; empty: all of runs/train and runs/run
     format: str = "text"  # json: for programs
 
 

@@ -44,12 +44,15 @@ class Row:
 def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
     """The SAEs of all finished train runs in these places, and the names of runs that are not finished.
 
-    Without places: those of `ggscope train` and of `ggscope run` under the working directory.
+    Without places: those of `ggscope train` and of `ggscope run` under the working directory. A place that is an evaluate
+    run is none of SAEs: its numbers count beside those of the evaluations under the working directory, and before them.
 
     Raises:
         ConfigError: a place that holds no train run.
     """
-    evaluations = evaluations_by_sae()
+    named = [place for place in places if (read_manifest(Path(place)) or {}).get("command") == "evaluate"]
+    evaluations = evaluations_by_sae(named)
+    places = [place for place in places if place not in named]
     rows, unfinished, seen = [], [], set()
     everywhere = [*train_runs(TRAIN_RUNS), *train_runs(WHOLE_RUNS)] if not places else []
     if not places and not everywhere:
@@ -133,10 +136,11 @@ def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str
         )
 
 
-def evaluations_by_sae() -> dict[str, dict[str, Any]]:
-    """sae_id to the numbers of the newest finished evaluation of that SAE."""
+def evaluations_by_sae(named: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """sae_id to the numbers of the newest finished evaluation of that SAE; those of the runs `named` before all others."""
     found: dict[str, dict[str, Any]] = {}
-    for _, manifest in runs_of("evaluate"):
+    manifests = [read_manifest(Path(place)) or {} for place in named]
+    for manifest in (*manifests, *(manifest for _, manifest in runs_of("evaluate"))):
         sae_id = manifest.get("metrics", {}).get("sae_id")
         if manifest.get("status") == "finished" and sae_id and sae_id not in found:
             found[sae_id] = manifest["metrics"]

@@ -69,6 +69,18 @@ def test_a_row_holds_what_manifest_sae_and_evaluation_say(runs):
         collect(["runs/evaluate"])
 
 
+def test_an_evaluation_elsewhere_is_named_beside_the_runs(runs, tmp_path):
+    for sae, fvu in (("bk8", 0.25), ("a", 0.5)):
+        metrics = {"fvu": fvu, "ce_recovered": 0.8, "delta_ce_nats": 0.1, "sae_id": sae}
+        (tmp_path / "ev" / sae).mkdir(parents=True)
+        write_json(
+            tmp_path / "ev" / sae / "manifest.json", {"command": "evaluate", "status": "finished", "metrics": metrics}
+        )
+    of_b = collect(["runs/train/b", "ev/bk8"])[0]
+    assert [(row.name, row.held_out_fvu) for row in of_b] == [("b/k8", 0.25), ("b/k9", None)]
+    assert {row.name: row.held_out_fvu for row in collect(["ev/a"])[0]} == {"a": 0.5, "b/k8": None, "b/k9": None}
+
+
 def test_the_training_of_a_whole_run_is_found_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="expected train runs in runs/train or runs/run, found none"):
