@@ -66,8 +66,9 @@ class Imported:
 def build(found: Foreign, format_name: str, label: str) -> Imported:
     """Folds and checks.
 
-    `centred`: W_enc less the mean of each row. W_enc input_scale; W_dec and b_dec over output_scale; b_dec's subtraction goes into b_enc where it cannot stay
-    (unequal scales, transcoders); with `by_norm` n = ||W_dec[i]||: n W_enc, n b_enc, W_dec / n.
+    W_enc input_scale; W_dec and b_dec over output_scale; b_dec's subtraction goes into b_enc where it cannot stay
+    (unequal scales, transcoders, `centred`); with `centred` W_enc less the mean of each row; with `by_norm`
+    n = ||W_dec[i]||: n W_enc, n b_enc, W_dec / n.
 
     FormatError where the arrays do not fit, hold NaN, a scale is not positive, or what comes out is beyond float32.
     """

@@ -54,10 +54,7 @@ def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
     evaluations = evaluations_by_sae(named)
     places = [place for place in places if place not in named]
     rows, unfinished, seen = [], [], set()
-    everywhere = [*train_runs(TRAIN_RUNS), *train_runs(WHOLE_RUNS)] if not places else []
-    if not places and not everywhere:
-        raise ConfigError(f"expected train runs in {TRAIN_RUNS} or {WHOLE_RUNS}, found none; run `ggscope train`")
-    for runs in [everywhere] if not places else map(runs_in, places):
+    for runs in map(runs_in, places) if places else [all_runs()]:
         for run in runs:
             if run.resolve() in seen:
                 continue
@@ -68,6 +65,14 @@ def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
             else:
                 rows += rows_of(run, manifest, evaluations)
     return rows, unfinished
+
+
+def all_runs() -> list[Path]:
+    """The train runs under the working directory. ConfigError where there is none."""
+    runs = [*train_runs(TRAIN_RUNS), *train_runs(WHOLE_RUNS)]
+    if not runs:
+        raise ConfigError(f"expected train runs in {TRAIN_RUNS} or {WHOLE_RUNS}, found none; run `ggscope train`")
+    return runs
 
 
 def runs_in(place: str) -> list[Path]:

@@ -32,7 +32,7 @@ from sae.weights import SAEWeights
 
 from .baselines import ConstantReplacement, SAEReplacement
 from .drift_forms import Form, groups_of, running
-from .evaluate import captured_rows, clusters_of, take_windows
+from .evaluate import captured_rows, clusters_of, take_windows, window_order
 from .measure import MEAN, ZERO, json_safe, quality, run_losses
 from .splice import CLEAN, SpliceConfig, SpliceResult, splice, split_windows
 
@@ -58,7 +58,7 @@ class Setting:
 
     @property
     def order_W(self) -> np.ndarray:
-        return np.random.default_rng(self.config.seed).permutation(self.table.n_windows)
+        return window_order(self.table, self.config.seed)
 
     def captured(self, model: Model) -> Iterator[Any]:
         """The unflagged rows of at most `config.tokens`, in the same parts for every model."""

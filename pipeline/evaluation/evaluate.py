@@ -39,6 +39,7 @@ __all__ = [
     "recovered",
     "store_rows",
     "take_windows",
+    "window_order",
 ]
 
 FEW_DOCUMENTS = 10  # below, a t interval over documents says little: windows are the clusters
@@ -88,7 +89,7 @@ def evaluate(
     are flagged beside those the table flags; `session` holds further arguments of Session.
     """
     hook = HookPoint.parse(weights.hook)
-    order_W = np.random.default_rng(config.seed).permutation(windows.n_windows)
+    order_W = window_order(windows, config.seed)
     chosen_W = take_windows(windows, order_W, config.tokens)
     together = JointRuns(weights, also) if also else None
     result = _reconstruction(model, weights, windows, chosen_W, statistics, outlier_norm, session or {}, progress)
@@ -120,6 +121,11 @@ def evaluate(
         own = {key: result[key] for key in RUN_KEYS} | result["same_rows"]
         result["joint"] = together.result(losses, clusters_of(losses)[0], own)
     return json_safe(result)
+
+
+def window_order(table: WindowTable, seed: int = 0) -> np.ndarray:
+    """The windows in the order in which they are taken until there are enough rows: spread over all documents."""
+    return np.random.default_rng(seed).permutation(table.n_windows)
 
 
 def take_windows(table: WindowTable, order_W: np.ndarray, rows: int) -> np.ndarray:

@@ -33,6 +33,7 @@ from .evaluate import (
     spliced_windows,
     split_numbers,
     take_windows,
+    window_order,
 )
 from .measure import MEAN, SAE, ZERO, json_safe
 from .ports import OutputMetrics, Ports, output_scales, ports_of, side_by_side
@@ -71,7 +72,7 @@ def evaluate_wired(
     """
     inputs, outputs = ports_of(weights)
     _check_points(model, inputs, outputs)
-    order_W = np.random.default_rng(config.seed).permutation(windows.n_windows)
+    order_W = window_order(windows, config.seed)
     chosen_W = take_windows(windows, order_W, config.tokens)
     whole = OutputMetrics(outputs, weights.num_latents)
     captured = _reconstruct(model, weights, windows, chosen_W, whole, statistics, session or {}, progress)

@@ -72,8 +72,7 @@ def run(context: RunContext) -> None:
         result["random_model_own"] = own_quality(config.random_sae)
     result["sae_id"] = weights.training.get("id")
     trained_on = documents_of_training(weights) if streamed else store.iter_documents() if store is not None else None
-    seen = seen_in_training(context, trained_on, table) if trained_on is not None else None
-    result["documents_trained_on"] = seen
+    result["documents_trained_on"] = seen_in_training(context, trained_on, table)
     columns = latent_columns(
         weights, statistics, result.pop("scatter"), searched=config.structure_latents, seed=config.seed
     )

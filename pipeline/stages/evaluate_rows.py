@@ -14,7 +14,7 @@ from sae.errors import ConfigError, ModelMismatchError
 from sae.weights import SAEWeights
 
 from ..corpus.windows import WindowTable
-from ..evaluation.evaluate import captured_rows, reconstruction_on_store, store_rows, take_windows
+from ..evaluation.evaluate import captured_rows, reconstruction_on_store, store_rows, take_windows, window_order
 from ..evaluation.fitted import RowSource, first_rows
 from ..evaluation.linear import PairSource
 from ..evaluation.ports import ports_of, side_by_side
@@ -71,10 +71,10 @@ def training_pairs(context: RunContext, weights: SAEWeights, model: Model, store
             pair(dict(zip(names, parts, strict=True)))
             for parts in zip(*(store_rows(store, name, rows) for name in names), strict=True)
         )
-    table = window_table(context, model, max_tokens=STREAM_ROWS)
-    session, limits = session_options(context.config.model), limits_of(weights)
 
     def captured(_rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        table = window_table(context, model, max_tokens=STREAM_ROWS)
+        session, limits = session_options(context.config.model), limits_of(weights)
         with context.progress("capturing rows for the baselines", table.rows) as progress:
             done = 0
             for rows, found in rows_at(model, table, np.arange(table.n_windows), names, limits, session):
@@ -102,7 +102,7 @@ def check_store(weights: SAEWeights, store: ActivationStore, model: Model) -> No
 def say_measured(context: RunContext, table: WindowTable) -> int:
     """Print how many held-out tokens will be measured: whole windows, so a few more than asked for. Returns the first number."""
     config, lengths_W = context.config.evaluate, np.diff(table.window_starts)
-    order_W = np.random.default_rng(config.seed).permutation(table.n_windows)
+    order_W = window_order(table, config.seed)
     rows, spliced = (
         int(lengths_W[take_windows(table, order_W, asked)].sum()) for asked in (config.tokens, config.splice_tokens)
     )
@@ -127,8 +127,11 @@ def documents_of_training(weights: SAEWeights) -> Iterator[dict[str, Any]] | Non
     return None
 
 
-def seen_in_training(context: RunContext, documents: Iterable[dict[str, Any]], table: WindowTable) -> int:
-    """Held-out documents whose text was trained on too: none, unless the training took another split."""
+def seen_in_training(context: RunContext, documents: Iterable[dict[str, Any]] | None, table: WindowTable) -> int | None:
+    """Held-out documents whose text was trained on too: none, unless the training took another split. None where it is not
+    known what was trained on."""
+    if documents is None:
+        return None
     held_out = {document.sha256 for document in table.documents}
     trained = {document["sha256"] for document in documents if document["sha256"] in held_out}
     found = [document.name for document in table.documents if document.sha256 in trained]

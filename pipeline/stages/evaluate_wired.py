@@ -60,8 +60,8 @@ def evaluate_several(context: RunContext, path: Path, weights: SAEWeights) -> No
             )  # fmt: skip
         given = f"{relative(path)} in {describe_model(model)}, {counted(len(table.documents), 'held-out document')}"
     result["sae_id"] = weights.training.get("id")
-    seen = seen_in_training(context, ActivationStore(place).iter_documents(), table) if place is not None else None
-    result["documents_trained_on"] = seen
+    trained_on = ActivationStore(place).iter_documents() if place is not None else None
+    result["documents_trained_on"] = seen_in_training(context, trained_on, table)
     columns = wired_columns(
         weights, statistics, result.pop("scatter"), list(result["scale_of"].values()),
         searched=config.structure_latents, seed=config.seed,

@@ -11,7 +11,7 @@ from convert.interop.building import Imported
 from sae.weights import SAEWeights
 
 from ..config import ConvertConfig
-from ..evaluation.evaluate import captured_rows, take_windows
+from ..evaluation.evaluate import captured_rows, take_windows, window_order
 from ..evaluation.proof import proof
 from ..llama.hooks import HookPoint
 from ..llama.model import Model
@@ -92,7 +92,7 @@ def probe_rows(context: RunContext, model: Model, weights: SAEWeights, tokens: i
     """Fresh held-out activations at the SAE's hook, (N, D), and which rows of the text they are, (N,): windows spread over
     all documents."""
     table = window_table(context, model, split="held_out", max_tokens=0)
-    chosen = take_windows(table, np.random.default_rng(0).permutation(table.n_windows), tokens)
+    chosen = take_windows(table, window_order(table), tokens)
     hook = HookPoint.parse(weights.hook)
     parts = list(
         captured_rows(

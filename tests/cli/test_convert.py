@@ -12,7 +12,7 @@ import pytest
 from pipeline.config import ModelConfig
 from pipeline.llama.identity import model_id
 from pipeline.stages.inputs import model_path
-from sae.checkpoint import save_weights
+from sae.checkpoint import load_weights, save_weights
 from sae.untrained import untrained_weights
 from tests.cli.conftest import ggscope, last_line
 
@@ -46,7 +46,7 @@ def test_a_file_that_fails_its_check_is_not_written_and_the_one_before_stays(fol
 
 
 def test_what_a_library_has_no_form_for_is_refused_before_anything_is_written(folder):
-    save_weights(folder / "groups", replace(_plain(folder), variant="groupmax"))
+    save_weights(folder / "groups", replace(load_weights(folder / "plain"), variant="groupmax"))
     refused = ggscope("convert", "sae.path=groups", "convert.export=saelens", "run_dir=ex", *FEW, cwd=folder, code=2)
     assert "SAELens has no groupmax SAEs" in last_line(refused)
     assert not list((folder / "ex").rglob("*.gguf"))
@@ -67,9 +67,3 @@ def test_thresholds_keep_their_l0_on_other_rows_and_say_what_they_change(folder,
     ggscope("evaluate", f"sae.path={mode}/sae.gguf", *few, f"run_dir=of_{mode}", cwd=folder)
     result = json.loads((folder / f"of_{mode}" / "evaluation.json").read_text())
     assert result["l0"] == pytest.approx(8, rel=0.1)
-
-
-def _plain(folder):
-    from sae.checkpoint import load_weights
-
-    return load_weights(folder / "plain")
