@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from sae.errors import FormatError
 
 MAX_JSON = 16 << 20
+MAX_YAML = 256 << 10
 MAX_HEADER = 64 << 20
 MAX_RATIO = 200  # of what a packed array may grow by: weights hardly pack
 MAX_SHARED = 4  # tensors of a torch file may share bytes (a tied decoder), not make many of few
 MAX_DEPTH = 3  # of dictionaries in a torch file
-_YAML_LINE = re.compile(r"(\w{1,64}):[ \t]+([^\s#:{}\[\]&*!|>][^\s#]{0,200})[ \t]*(?:#.*)?")
 SAFETENSORS_TYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1", "BOOL": "<u1",
@@ -61,24 +62,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, keys: Sequence[str]) -> dict[str, str]:
-    """Of these keys the top-level `key: text` lines of a YAML file of at most MAX_JSON bytes: all that is asked of one here.
-    A key that stands there in another form is refused."""
+    """The texts that a YAML file of at most MAX_YAML bytes, a mapping, has for these keys; no key for an empty value.
+
+    Only the nodes of the document are made: aliases and merges, which can grow without end, are never followed.
+    """
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise FormatError(f"{path} is larger than {MAX_JSON >> 20} MiB; no SAE's settings are")
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise FormatError(f"{path} is no text") from None
+        if path.stat().st_size > MAX_YAML:
+            raise FormatError(f"{path} is larger than {MAX_YAML >> 10} KiB; no SAE's settings are")
+        top = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise FormatError(f"{path} is not valid YAML ({one_line(error)})") from None
     except OSError as error:
         raise FormatError(f"{path} cannot be read ({error.strerror or error})") from None
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    found = {match[1]: match[2].strip("\"'") for line in lines if (match := _YAML_LINE.fullmatch(line))}
-    for key in keys:
-        if key not in found and any(key in line for line in lines):
-            raise FormatError(
-                f"{path}: {key} is not given as a line `{key}: text`, which is all that is read of YAML here"
-            )
-    return {key: found[key] for key in keys if key in found}
+    if top is None:
+        return {}
+    if not isinstance(top, yaml.MappingNode):
+        raise FormatError(f"{path} should hold a mapping of names to settings")
+    found: dict[str, str] = {}
+    for key, value in top.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value not in keys or value.tag.endswith(":null"):
+            continue
+        if not isinstance(value, yaml.ScalarNode):
+            raise FormatError(f"{path}: {key.value} should be a text, it is a {value.id}")
+        if key.value in found:
+            raise FormatError(f"{path}: {key.value} stands there twice")
+        found[key.value] = value.value
+    return found
 
 
 def read_arrays(path: Path) -> dict[str, Any]:

@@ -313,9 +313,26 @@ def test_circuit_tracer_s_transcoders_say_their_layer_in_the_file_s_name(tmp_pat
         FormatError, match=r"'blocks.11.ln2.hook_scale' has no counterpart here; name it with convert.hook="
     ):
         imported(place / "layer_11.safetensors")
-    for line in ('"feature_input_hook": hook_resid_mid', '{"feature_input_hook": "x"}', "a:\n  feature_output_hook: x"):
-        (place / "config.yaml").write_text(line + "\n")
-        with pytest.raises(FormatError, match=r"feature_\w+_hook is not given as a line `feature_\w+_hook: text`"):
+    for text in (
+        '"feature_input_hook": hook_resid_mid',
+        '{"feature_input_hook": "hook_resid_mid", a: [1]}',
+        "a: &a {feature_input_hook: x}\n<<: *a\nfeature_input_hook:\n  hook_resid_mid\nb:\n  feature_input_hook: x",
+        "base_feature_input_hook: x\nfeature_input_hook: !!str hook_resid_mid\nfeature_output_hook: ~",
+    ):
+        (place / "config.yaml").write_text(text + "\n")
+        found = imported(place / "layer_11.safetensors").weights
+        assert (found.hook, found.hook_out) == ("blocks.11.hook_resid_mid", "blocks.11.hook_mlp_out")
+    for text, why in (
+        ("feature_input_hook: [a]", r"feature_input_hook should be a text, it is a sequence"),
+        ("feature_input_hook: a\nfeature_input_hook: b", "feature_input_hook stands there twice"),
+        ("- a", "should hold a mapping of names to settings"),
+        ("a: [", "is not valid YAML"),
+        ("a: *b", "is not valid YAML"),
+        ("[" * 5000, "is not valid YAML"),
+        ("a: " + "x" * 300_000, "is larger than 256 KiB"),
+    ):
+        (place / "config.yaml").write_text(text + "\n")
+        with pytest.raises(FormatError, match=why):
             imported(place / "layer_11.safetensors")
 
 
