@@ -22,7 +22,7 @@ from sae.errors import ConfigError, FormatError
 from .keys import MATRIX_TYPES
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_U32, _STRING, _ARRAY = 4, 8, 9
 _KINDS = {name: gguf.GGMLQuantizationType[name] for name in MATRIX_TYPES}
 _NAMES = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}  # of every type ggml has
 _BLOCK = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items()}  # (elements, bytes) of a block
@@ -152,15 +152,19 @@ def _parse(path: Path, buffer: memoryview) -> GGUFFile:
         key = cursor.text()
         if key in fields:
             raise cursor.fail(f"key {key[:80]!r} twice")
+        at = cursor.at
         fields[key] = cursor.value()
+        if key == "general.alignment" and buffer[at : at + 4] != _U32.to_bytes(4, "little"):
+            raise cursor.fail("general.alignment is no u32")
     alignment = fields.get("general.alignment", 32)
-    if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+    if not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.fail("general.alignment is no power of two")
     table = dict(_table_row(cursor, alignment) for _ in range(n_tensors))
     if len(table) != n_tensors:
         raise cursor.fail("a tensor name twice")
-    data_start = -(-cursor.at // alignment) * alignment
-    return GGUFFile(path=path, fields=fields, tensors=_place(cursor, table, data_start), buffer=buffer)
+    tensors = _place(cursor, table, -(-cursor.at // alignment) * alignment)
+    _check_order(cursor, table, alignment)
+    return GGUFFile(path=path, fields=fields, tensors=tensors, buffer=buffer)
 
 
 def _table_row(cursor: _Cursor, alignment: int) -> tuple[str, TensorEntry]:
@@ -179,6 +183,18 @@ def _table_row(cursor: _Cursor, alignment: int) -> tuple[str, TensorEntry]:
         raise cursor.fail(f"tensor {name!r} is not aligned to {alignment} bytes")
     n_bytes = stored_bytes(tuple(ne), dtype)
     return name, TensorEntry(shape=tuple(reversed(ne)), dtype=dtype, start=offset, n_bytes=n_bytes)
+
+
+def _check_order(cursor: _Cursor, table: dict[str, TensorEntry], alignment: int) -> None:
+    """As llama.cpp reads: each tensor follows the one before it. After a type that is not ggml's nobody knows where."""
+    expected: int | None = 0
+    for name, row in table.items():
+        if expected is not None and row.start != expected:
+            raise cursor.fail(
+                f"tensor {name!r} is at {row.start} of the data, expected {expected}, behind the one before"
+            )
+        known = row.dtype in _BLOCK
+        expected = row.start + -(-row.n_bytes // alignment) * alignment if known else None
 
 
 def _place(cursor: _Cursor, table: dict[str, TensorEntry], data_start: int) -> dict[str, TensorEntry]:

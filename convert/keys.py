@@ -36,7 +36,7 @@ TENSOR_HINTS = {
     "hook_mlp_out": "ffn_out-{}",
     "attn.hook_z": "kqv_out-{}",
 }
-_IN_BLOCK = re.compile(r"blocks\.(\d{1,6})\.([a-z_.]+)")
+_IN_BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.([a-z0-9_.]+)")
 _ELSEWHERE = re.compile(r"ggml:[ -~]+|ln_final\.hook_normalized|logits")
 
 

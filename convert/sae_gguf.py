@@ -119,9 +119,10 @@ def _add_keys(writer: gguf.GGUFWriter, weights: SAEWeights, index: int, *, versi
     def key(name: str) -> str:
         return keys.entry(index, name)
 
-    writer.add_string(key("hook.point"), weights.hook)
-    writer.add_string(key("hook.tensor"), keys.hook_tensor(weights.hook))
     block = keys.hook_block(weights.hook)
+    writer.add_string(key("hook.point"), weights.hook)
+    if hint := keys.hook_tensor(weights.hook):
+        writer.add_string(key("hook.tensor"), hint)
     if block is not None:
         writer.add_uint32(key("hook.block"), block)
     writer.add_string(key("variant"), weights.variant)
@@ -134,6 +135,7 @@ def _add_keys(writer: gguf.GGUFWriter, weights: SAEWeights, index: int, *, versi
         writer.add_uint32(key("norm.correction"), weights.norm_correction)
         writer.add_uint32(key("d_out"), weights.d_out)
         if weights.hook_out:
+            keys.hook_block(weights.hook_out)  # refuses what is no hook point
             writer.add_string(key("hook.out"), weights.hook_out)
         writer.add_string(key("ports"), json.dumps(weights.ports))
     writer.add_bool(key("b_dec_subtracted"), weights.b_dec_subtracted)
@@ -212,10 +214,8 @@ def read_sae_gguf(path: str | Path, entry: int = 0, *, stored: bool = False) -> 
     variant = header.one_of("variant", VARIANTS)
     further = header.further(d_in)
     d_out = further.pop("d_out")
-    hook = header.text("hook.point")
-    block = keys.hook_block(hook)
-    if block is not None and block != header.integer("hook.block", 0):
-        raise header.fail(f"hook.block does not fit hook.point {hook!r}")
+    hook = header.hook()
+    header.optional("dec.norm", (n_latents,))  # whoever reads it finds it whole
     try:
         return SAEWeights(
             W_enc_FD=header.matrix("enc.weight", (n_latents, d_in), stored),

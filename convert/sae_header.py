@@ -27,6 +27,10 @@ def bos_excluded(training: dict[str, Any]) -> bool | None:
     return True if isinstance(training.get("config"), dict) and "imported_from" not in training else None
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 class Header:
     """Typed access to the keys and tensors of one entry; every miss is a FormatError that names the file and the key."""
 
@@ -46,6 +50,8 @@ class Header:
         if fields.get("general.architecture") != keys.ARCHITECTURE:
             found = fields.get("general.architecture")
             raise self.fail(f"general.architecture is {str(found)[:80]!r}, expected 'sae'; is it a model?")
+        if fields.get("general.type") != "sae":
+            raise self.fail(f"general.type is {str(fields.get('general.type'))[:80]!r}, expected 'sae'")
         version, count = fields.get(keys.SAE_VERSION), fields.get(keys.SAE_COUNT)
         if type(version) is not int or not 1 <= version <= keys.VERSION:
             raise self.fail(f"sae.version is {str(version)[:40]}, this program reads 1 to {keys.VERSION}")
@@ -70,7 +76,7 @@ class Header:
         return value
 
     def number(self, name: str) -> float:
-        value = float(self._get(name, (float, int), "a number"))
+        value = self._get(name, (float,), "a floating-point number")
         if not math.isfinite(value) or value < 0:
             raise self.fail(f"key {self.key(name)} is {value}, expected a finite number of at least 0")
         return value
@@ -131,25 +137,46 @@ class Header:
         """What version 2 adds; in version 1 the one norm mode there is."""
         if self.file.fields[keys.SAE_VERSION] == 1:
             self.one_of("norm.mode", NORM_MODES[:1])
+            if self.key("norm.eps") in self.file.fields:
+                self._norm_eps("none")
             return {"d_out": d_in}
         d_out = self.d_out(d_in)
-        hook_out = self.text("hook.out") if self.key("hook.out") in self.file.fields else ""
-        if hook_out:
+        hook_out = ""
+        if self.key("hook.out") in self.file.fields:
+            hook_out = self.text("hook.out")
             keys.hook_block(hook_out)  # refuses what is no hook point
+        mode = self.one_of("norm.mode", NORM_MODES)
         return {
             "d_out": d_out,
-            "norm_mode": self.one_of("norm.mode", NORM_MODES),
-            "norm_eps": self.number("norm.eps"),
+            "norm_mode": mode,
+            "norm_eps": self._norm_eps(mode),
             "norm_correction": self.integer("norm.correction", 0),
             "hook_out": hook_out,
             "ports": self.ports(),
             "W_skip_OD": self.optional("skip.weight", (d_out, d_in)),
         }
 
+    def _norm_eps(self, mode: str) -> float:
+        eps = self.number("norm.eps")
+        if (eps > 0) != (mode == "layer"):
+            raise self.fail(f"{self.key('norm.eps')} is {eps}; expected a positive number with layer norm, else 0")
+        return eps
+
+    def hook(self) -> str:
+        """The hook point, `hook.block` checked against it."""
+        hook = self.text("hook.point")
+        block = keys.hook_block(hook)
+        said = (
+            self.integer("hook.block", 0) if block is not None or self.key("hook.block") in self.file.fields else None
+        )
+        if said != block:
+            raise self.fail(f"hook.block does not fit hook.point {hook!r}")
+        return hook
+
     def ports(self) -> tuple[tuple[str, int], ...]:
         try:
             found = json.loads(self.text("ports"))
-            pairs = tuple((name, width) for name, width in found)
+            pairs = tuple((name, width) for name, width in found) if isinstance(found, list) else None
         except (ValueError, TypeError, RecursionError):
             pairs = None
         if pairs is None or not all(
@@ -172,7 +199,7 @@ class Header:
     def training(self) -> dict[str, Any]:
         raw = self.file.fields.get(self.key("training"), "{}")
         try:
-            value = json.loads(raw) if isinstance(raw, str) else None
+            value = json.loads(raw, parse_constant=_no_number) if isinstance(raw, str) else None
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):

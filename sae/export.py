@@ -40,7 +40,7 @@ def export(
     if wiring.two_sided:
         W_enc_FD, centre_I = spread(model, W_enc_FD), model.centre_I
         b_enc_F = b_enc_F - W_enc_FD @ centre_I
-        fields |= {"b_dec_subtracted": False, "hook_out": "+".join(name for name, _ in wiring.outputs)}
+        fields |= {"b_dec_subtracted": False, "hook_out": wiring.outputs[0][0]}
     b_dec_D = array(model.b_dec_D) * out_O
     if wiring.skip:
         fields["W_skip_OD"] = array(model.W_skip_OD) * (out_O[:, None] / in_I)

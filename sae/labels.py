@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def checked_labels(pairs: Iterable[tuple[Any, Any]], num_latents: int) -> dict[i
     """
     found: dict[int, str] = {}
     for latent, text in pairs:
-        digits = isinstance(latent, str) and latent.isascii() and latent.isdigit() and len(latent) < 10
+        digits = isinstance(latent, str) and latent.isascii() and latent.isdigit() and latent == str(int(latent[:10]))
         if not digits and type(latent) is not int:
             raise ConfigError(f"a label's latent must be a number, got {str(latent)[:40]!r}")
         number = int(str(latent))
@@ -42,10 +42,10 @@ def checked_labels(pairs: Iterable[tuple[Any, Any]], num_latents: int) -> dict[i
     return dict(sorted(found.items()))
 
 
-def read_labels(path: str | Path, *, num_latents: int, sae_id: str | None = None) -> dict[int, str]:
+def read_labels(path: str | Path, *, num_latents: int, sae_ids: Collection[str] = ()) -> dict[int, str]:
     """The labels of a side file: `{"format", "version", "sae_id", "labels": {"123": "text"}}`, or the inner object alone.
 
-    FormatError in one line for any other file, and for one that names another SAE than `sae_id`.
+    FormatError in one line for any other file, and for one that names another SAE than one of `sae_ids`.
     """
     path = Path(path)
     try:
@@ -60,7 +60,7 @@ def read_labels(path: str | Path, *, num_latents: int, sae_id: str | None = None
     except (ValueError, RecursionError):
         raise FormatError(f'{path}: is no JSON; expected labels like {{"123": "what latent 123 is"}}') from None
     try:
-        return checked_labels(_labels_of(pairs, sae_id), num_latents)
+        return checked_labels(_labels_of(pairs, sae_ids), num_latents)
     except ConfigError as error:
         raise FormatError(f"{path}: {error}") from None
 
@@ -69,7 +69,7 @@ class _Pairs(list[tuple[str, Any]]):
     """A JSON object with every pair it has: a dict would hide a latent that is named twice."""
 
 
-def _labels_of(value: Any, sae_id: str | None) -> _Pairs:
+def _labels_of(value: Any, sae_ids: Collection[str]) -> _Pairs:
     if not isinstance(value, _Pairs):
         raise ConfigError('expected an object of labels like {"123": "what latent 123 is"}')
     fields = dict(value)
@@ -77,8 +77,9 @@ def _labels_of(value: Any, sae_id: str | None) -> _Pairs:
         return value
     if fields["format"] != FORMAT or fields.get("version") != VERSION:
         raise ConfigError(f"expected format {FORMAT} version {VERSION}")
-    if sae_id and fields.get("sae_id") and fields["sae_id"] != sae_id:
-        raise ConfigError(f"the labels are of SAE {str(fields['sae_id'])[:40]!r}, this is {sae_id}")
+    if fields.get("sae_id") and fields["sae_id"] not in sae_ids:
+        this = f"is {' or '.join(sorted(sae_ids))}" if sae_ids else "has no id"
+        raise ConfigError(f"the labels are of SAE {str(fields['sae_id'])[:40]!r}, this one {this}")
     if not isinstance(fields.get("labels"), _Pairs):
         raise ConfigError("expected an object 'labels'")
     return fields["labels"]

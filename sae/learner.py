@@ -187,7 +187,6 @@ class Learner:
             "tokens": self.step * self.config.batch_tokens,
             "config": plain(self.config),
             "encoder_dtype": dtype_name(self.encoder_dtype),
-            "scale": np.unique(self.scale).tolist() if self.subject.wiring.inputs else self.scale,
             "metrics": self.metrics,
         } | self._scales()
         freq_F = (self._fired_F.double() / self._fired_rows).cpu().numpy() if self._fired_rows else None
@@ -205,11 +204,11 @@ class Learner:
             self._exported = found
         return found
 
-    def _scales(self) -> dict[str, list[float]]:
-        """`scales`: what each hook point is divided by, in the order of the columns, where there are several."""
+    def _scales(self) -> dict[str, Any]:
+        """`scale`: what rows are divided by; `scales`: each hook point's, in the order of the columns, where there are several."""
         wiring = self.subject.wiring
         if not wiring.inputs:
-            return {}
+            return {"scale": self.scale}
         scale_W = np.broadcast_to(np.asarray(self.scale, np.float64), (wiring.width,))
         return {"scales": [float(scale_W[part.start]) for part in wiring.parts]}
 

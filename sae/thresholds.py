@@ -9,7 +9,9 @@ Shape letters: N rows, F latents, K slots, P positive pre-activations of all row
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,9 @@ ONE = 1e-5  # thresholds that differ by less, relative to the largest, are one: 
 
 
 def to_thresholds(w: SAEWeights, x_ND: np.ndarray, mode: str = "global") -> SAEWeights:
-    """The SAE with thresholds fitted on the rows x_ND, variant "threshold".
+    """The SAE with thresholds fitted on the rows x_ND, variant "threshold", `freq_F` as they fire on these rows.
+
+    It is another SAE, with another `id` in `training`, which says under `thresholds` what it was made from and how.
 
     The choice that is kept is that of the training: of TopK the k largest of a row, of GroupMax the largest of each
     group, of an SAE with one threshold for all latents (a trained BatchTopK or Matryoshka) the k N largest of all N
@@ -55,12 +59,29 @@ def to_thresholds(w: SAEWeights, x_ND: np.ndarray, mode: str = "global") -> SAEW
         count_F = np.bincount(idx_NK[vals_NK > 0], minlength=w.num_latents)
         theta = _global(value_P, int(count_F.sum()))
     theta_F = np.full(w.num_latents, theta) if mode == "global" else _per_latent(latent_P, value_P, count_F)
-    return replace(w, variant="threshold", threshold_F=theta_F)
+    found = replace(w, variant="threshold", threshold_F=theta_F)
+    return replace(found, freq_F=_rate(found, x_ND), training=_described(found, mode, len(x_ND)))
 
 
 def is_one(threshold_F: np.ndarray | None) -> bool:
     """Whether no threshold is there, or the same for all latents."""
     return threshold_F is None or float(np.ptp(threshold_F)) <= ONE * float(threshold_F.max())
+
+
+def _rate(w: SAEWeights, x_ND: np.ndarray) -> np.ndarray:
+    """Share of the rows on which each latent fires, (F,)."""
+    idx_NK, vals_NK = encode(w, x_ND)
+    return np.bincount(idx_NK[vals_NK > 0], minlength=w.num_latents) / len(x_ND)
+
+
+def _described(w: SAEWeights, mode: str, rows: int) -> dict[str, Any]:
+    """`training` with `thresholds` = {mode, rows, of}, and where there is an id that of the SAE with these thresholds."""
+    made = {"mode": mode, "rows": rows}
+    if not (source := w.trained_id):
+        return w.training | {"thresholds": made}
+    assert w.threshold_F is not None
+    digest = hashlib.sha256(source.encode() + w.threshold_F.astype("<f4").tobytes()).hexdigest()
+    return w.training | {"id": digest[:16], "thresholds": made | {"of": source}}
 
 
 def _positive(w: SAEWeights, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ VARIANTS = ("topk", "threshold", "groupmax")
 NORM_MODES = ("none", "layer")
 # what the stages read of `training`
 TRAINING_TYPES: dict[str, type | tuple[type, ...]] = {
-    "id": str, "store_sha256": str, "source": str, "config": dict, "outlier_threshold": (int, float),
+    "id": str, "store_sha256": str, "source": str, "config": dict, "outlier_threshold": (int, float), "thresholds": dict,
 }  # fmt: skip
 LAYER_NORM_EPS = 1e-5  # of the SAEs trained here
 
@@ -40,7 +40,8 @@ class SAEWeights:
 
     A transcoder reads `hook` and gives y_hat, what is computed at `hook_out`: d_out numbers, mean and variance are of
     y, and y_hat = sum_i a_i W_dec[i] + b_dec (+ W_skip x). `ports` names the hook points of SAEs over several, with
-    their widths, in the order of the columns: what is read, then (of transcoders) what is written.
+    their widths, in the order of the columns: what is read, then (of transcoders) what is written; `hook` and `hook_out`
+    are the first of each.
 
     All arrays are made float32 and C-contiguous; a `RowMatrix` may stand for W_enc and W_dec where only rows of them
     are needed. SAEs trained here have unit-norm rows in W_dec; imported ones
@@ -63,7 +64,9 @@ class SAEWeights:
     variant: str = "topk"
     b_dec_subtracted: bool = True
     threshold_F: np.ndarray | None = None
-    freq_F: np.ndarray | None = None  # share of rows on which a latent fired
+    # share of the rows of the last tenth of the training on which a latent fired, by the training's rule; with thresholds
+    # fitted afterwards (thresholds.py) of the rows they were fitted on
+    freq_F: np.ndarray | None = None
     norm_mode: str = "none"
     norm_eps: float = 0.0
     norm_correction: int = 0
@@ -131,9 +134,25 @@ class SAEWeights:
             raise ConfigError("a transcoder subtracts no b_dec from its input and has no layer norm")
         if self.W_skip_OD is not None and not self.hook_out:
             raise ConfigError("W_skip belongs to a transcoder: name its hook_out")
+        if not self.ports:
+            return
+        first = {0: self.hook} | ({d_in: self.hook_out} if self.hook_out else {})  # column at which a side begins
+        at = 0
+        for name, width in self.ports:
+            if first.pop(at, name) != name:
+                raise ConfigError(
+                    f"the ports {[name for name, _ in self.ports]} do not fit {self.hook}, {self.hook_out}"
+                )
+            at += width
         columns = d_in + d_out if self.hook_out else d_in
-        if self.ports and sum(width for _, width in self.ports) != columns:
+        if first or at != columns:
             raise ConfigError(f"the ports' widths {[width for _, width in self.ports]} do not add up to {columns}")
+
+    @property
+    def trained_id(self) -> str:
+        """The id of the training it came from: its own but where thresholds were fitted afterwards. "" where it has none."""
+        of = self.training.get("thresholds", {}).get("of")
+        return of if isinstance(of, str) else self.training.get("id", "")
 
     @property
     def is_wired(self) -> bool:

@@ -8,6 +8,7 @@ What a library has no equation for is refused. W_enc (D, F) and W_dec (F, D) in 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,15 @@ def _form(weights: SAEWeights, target: str) -> tuple[dict[str, Any], dict[str, n
 def _saelens(w: SAEWeights) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if w.variant == "groupmax":
         raise ConfigError("SAELens has no groupmax SAEs; fit thresholds first (convert.thresholds=latent)")
-    if w.norm_mode == "layer" and (w.norm_correction, w.norm_eps) != (1, saelens.LAYER_NORM_EPS):
-        raise ConfigError(
-            f"SAELens's layer_norm divides by D - 1 and has eps {saelens.LAYER_NORM_EPS}, this SAE D - {w.norm_correction} and {w.norm_eps}"
-        )
+    if w.norm_mode == "layer" and w.norm_eps != saelens.LAYER_NORM_EPS:
+        raise ConfigError(f"SAELens's layer_norm has eps {saelens.LAYER_NORM_EPS}, this SAE's {w.norm_eps}")
     if w.hook_out and w.variant == "topk":
         raise ConfigError("SAELens has no top-k transcoders; fit thresholds first (convert.thresholds=latent)")
-    arrays = {"W_enc": w.W_enc_FD.T, "b_enc": w.b_enc_F, "W_dec": w.W_dec_FD, "b_dec": w.b_dec_D}
+    # SAELens's sigma is over D - 1: n here is `ratio` times its n, and so is n_hat
+    ratio = math.sqrt(w.d_in / (w.d_in - 1)) if w.norm_mode == "layer" and w.norm_correction == 0 else 1.0
+    arrays = {
+        "W_enc": w.W_enc_FD.T * ratio, "b_enc": w.b_enc_F, "W_dec": w.W_dec_FD / ratio, "b_dec": w.b_dec_D / ratio,
+    }  # fmt: skip
     architecture = "topk" if w.variant == "topk" else "jumprelu"
     if w.hook_out:
         architecture = "jumprelu_skip_transcoder" if w.W_skip_OD is not None else "jumprelu_transcoder"

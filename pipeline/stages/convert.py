@@ -41,6 +41,8 @@ def run(context: RunContext) -> None:
 def write_file(context: RunContext) -> None:
     config = context.config.convert
     sources = open_sources(context, config, config.source or context.config.sae.path)
+    if config.export and len(sources) > 1:
+        raise ConfigError(f"convert.export={config.export} writes one SAE; leave convert.also out")
     if config.labels:
         weights = with_labels(sources[0].weights, Path(config.labels).expanduser())
         sources[0] = replace(sources[0], weights=weights)
@@ -72,9 +74,11 @@ def write_file(context: RunContext) -> None:
         context.metrics |= {"proof": made[0][0].proof | {"published": made[0][0].imported.published}}
     if len(reports) > 1:
         context.metrics["entries"] = [{"hook": w.hook} | found for w, found in zip(written, reports, strict=True)]
-    named = f", {len(written[0].labels)} of them labelled" if written[0].labels else ""
     context.three_lines(
-        "; ".join(source.named for source in sources) + named,
+        "; ".join(
+            source.named + (f", {len(w.labels)} of them labelled" if w.labels else "")
+            for source, w in zip(sources, written, strict=True)
+        ),
         f"encoder {config.encoder_type}, decoder {config.decoder_type}, {out.stat().st_size / 1e6:.1f} MB; "
         + said(reports, written, [len(probe) for _, probe in made]),
         " and ".join(relative(path) for path in (out, vector, context.outputs.get("export")) if path),

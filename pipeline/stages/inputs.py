@@ -129,9 +129,12 @@ def own_store(sha256: str) -> Path | str | None:
 
 
 def run_of_sae(command: str, weights: SAEWeights) -> dict[str, str]:
-    """The outputs of the newest finished `command` run about this very SAE; of several SAEs' run, those of this one."""
-    sae_id = weights.training.get("id")
-    if sae_id is None:  # an SAE made elsewhere: nothing to compare by
+    """The outputs of the newest finished `command` run about this very SAE; of several SAEs' run, those of this one.
+
+    Of the training it came from where thresholds were fitted afterwards.
+    """
+    sae_id = weights.trained_id if command == "train" else weights.training.get("id")
+    if not sae_id:  # an SAE made elsewhere: nothing to compare by
         return newest_finished(command)[1]["outputs"]
     for _, manifest in runs_of(command):
         if manifest.get("status") != "finished":

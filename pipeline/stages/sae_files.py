@@ -114,5 +114,6 @@ def load_located(path: Path, *, stored: bool = False) -> SAEWeights:
 
 def with_labels(weights: SAEWeights, file: Path) -> SAEWeights:
     """The SAE with the labels of a side file put over its own. FormatError for a file that holds none of this SAE."""
-    found = read_labels(file, num_latents=weights.num_latents, sae_id=weights.training.get("id"))
+    ids = {weights.training.get("id", ""), weights.trained_id} - {""}  # of the same latents
+    found = read_labels(file, num_latents=weights.num_latents, sae_ids=ids)
     return replace(weights, labels=weights.labels | found)

@@ -7,7 +7,8 @@ import pytest
 
 from convert.sae_gguf import read_sae_gguf, write_sae_gguf
 
-from .test_sae_gguf import BOOL, STRING, random_sae, rewrite
+from .test_sae_gguf import random_sae
+from .test_sae_gguf_refused import BOOL, STRING, rewrite
 
 
 @pytest.mark.parametrize(("training", "written"), [

@@ -22,7 +22,8 @@ from sae.errors import CheckFailedError, ConfigError, FormatError
 from sae.runtime import decode, encode
 
 from .spec_reader import SpecSAE
-from .test_sae_gguf import FURTHER, HOST, random_sae, rewrite
+from .test_sae_gguf import FURTHER, HOST, random_sae
+from .test_sae_gguf_refused import rewrite
 from .test_verify import sparse_rows
 
 LIB = llama_cpp._lib

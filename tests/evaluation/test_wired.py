@@ -181,7 +181,7 @@ def test_a_row_that_one_hook_point_leaves_out_is_left_out_at_all(tiny):
 def test_the_columns_belong_to_what_is_read_and_what_is_written():
     read, written = (("a", 3), ("b", 2)), (("c", 4), ("d", 1))
     w = random_weights(
-        np.random.default_rng(0), d=5, latents=8, k=2, hook="a", hook_out="c+d", b_dec_subtracted=False,
+        np.random.default_rng(0), d=5, latents=8, k=2, hook="a", hook_out="c", b_dec_subtracted=False,
         ports=(*read, *written),
     )  # fmt: skip
     assert ports_of(w) == (read, written)

@@ -102,7 +102,7 @@ def wired(kind, seed=0) -> SAEWeights:
     W_enc_FI[: F // 2, D:] = 0
     W_enc_FI[F // 2 :, :D] = 0
     return random_weights(
-        rng, d=2 * D, latents=F, k=K, W_enc_FD=W_enc_FI, hook=MID, hook_out=f"{OUT}+{LATE_OUT}",
+        rng, d=2 * D, latents=F, k=K, W_enc_FD=W_enc_FI, hook=MID, hook_out=OUT,
         b_dec_subtracted=False, ports=((MID, D), (LATE, D), (OUT, D), (LATE_OUT, D)),
     )  # fmt: skip
 
@@ -179,7 +179,7 @@ def identity(points, outputs=()):
     zeros = np.zeros(columns)
     return SAEWeights(
         W_enc_FD=both_FD, b_enc_F=np.zeros(2 * columns), W_dec_FD=both_FD, b_dec_D=zeros, mean_D=zeros, variance=1.0,
-        k=columns, hook=points[0], hook_out="+".join(outputs), variant="threshold", threshold_F=np.zeros(2 * columns),
+        k=columns, hook=points[0], hook_out=outputs[0], variant="threshold", threshold_F=np.zeros(2 * columns),
         b_dec_subtracted=False, ports=tuple((name, D) for name in (*points, *outputs)),
     )  # fmt: skip
 

@@ -21,9 +21,12 @@ def test_both_forms_of_a_side_file_are_read_in_the_order_of_the_latents(tmp_path
     wanted = {3: "end of a sentence (prose)", 7: "يک\u200cنام"}
     whole = {"format": "ggscope-labels", "version": 1, "sae_id": "ab", "labels": labels}
     for value in (labels, whole, whole | {"sae_id": ""}):
-        found = read_labels(side_file(tmp_path, value), num_latents=8, sae_id="ab")
+        found = read_labels(side_file(tmp_path, value), num_latents=8, sae_ids={"ab"})
         assert list(found.items()) == list(wanted.items())
-    assert read_labels(side_file(tmp_path, whole), num_latents=8) == wanted
+    assert read_labels(side_file(tmp_path, whole), num_latents=8, sae_ids={"cd", "ab"}) == wanted
+    assert read_labels(side_file(tmp_path, labels), num_latents=8) == wanted
+    with pytest.raises(FormatError, match="the labels are of SAE 'ab', this one has no id"):
+        read_labels(side_file(tmp_path, whole), num_latents=8)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,7 @@ def test_both_forms_of_a_side_file_are_read_in_the_order_of_the_latents(tmp_path
         ({"-1": "x"}, "must be a number, got '-1'"),
         ({"²": "x"}, "must be a number"),
         ({"9" * 5000: "x"}, "must be a number"),
-        ('{"3": "x", "03": "y"}', "latent 3 has two labels"),
+        ('{"03": "y"}', "must be a number, got '03'"),
         ('{"3": "x", "3": "y"}', "latent 3 has two labels"),
         ({"3": 1}, "expected a text of 1 to 1024 bytes"),
         ({"3": "  "}, "expected a text"),
@@ -48,13 +51,13 @@ def test_both_forms_of_a_side_file_are_read_in_the_order_of_the_latents(tmp_path
         ({"format": "ggscope-labels", "version": 2, "labels": {}}, "version 1"),
         ({"format": "other", "version": 1, "labels": {}}, "expected format ggscope-labels"),
         ({"format": "ggscope-labels", "version": 1, "labels": []}, "expected an object 'labels'"),
-        ({"format": "ggscope-labels", "version": 1, "sae_id": "cd", "labels": {}}, "are of SAE 'cd', this is ab"),
+        ({"format": "ggscope-labels", "version": 1, "sae_id": "cd", "labels": {}}, "are of SAE 'cd', this one is ab"),
     ],
 )
 def test_anything_else_is_refused_in_one_line_that_names_the_file(tmp_path, value, said):
     path = side_file(tmp_path, value)
     with pytest.raises(FormatError, match=said) as caught:
-        read_labels(path, num_latents=8, sae_id="ab")
+        read_labels(path, num_latents=8, sae_ids={"ab"})
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -160,6 +161,25 @@ def test_thresholds_keep_the_mean_l0_or_every_latents_rate(variant):
     assert len(set(each.threshold_F.tolist())) > 30
     pre_NF = (x_ND - w.b_dec_D) @ w.W_enc_FD.T + w.b_enc_F
     np.testing.assert_array_equal(active(each, x_ND), pre_NF > each.threshold_F)
+
+
+@pytest.mark.parametrize("mode", ["global", "latent"])
+def test_thresholds_make_another_sae_that_says_of_which_it_was_made(mode):
+    rng = np.random.default_rng(0)
+    w = random_weights(rng, d=12, latents=60, k=5, training={"id": "0123456789abcdef", "tokens": 7}, freq_F=np.ones(60))
+    x_ND = rng.standard_normal((400, 12)).astype(np.float32)
+    found = to_thresholds(w, x_ND, mode)
+    np.testing.assert_allclose(found.freq_F, (pre_acts_of(w, x_ND) > found.threshold_F).mean(axis=0), rtol=1e-6)
+    assert found.training["thresholds"] == {"mode": mode, "rows": 400, "of": "0123456789abcdef"}
+    assert found.training["tokens"] == 7
+    digest = hashlib.sha256(b"0123456789abcdef" + found.threshold_F.astype("<f4").tobytes()).hexdigest()
+    assert found.training["id"] == digest[:16]
+    assert (found.trained_id, w.trained_id) == ("0123456789abcdef", "0123456789abcdef")
+    again = to_thresholds(found, x_ND, mode) if mode == "global" else found
+    assert again.trained_id == w.trained_id
+    unnamed = to_thresholds(replace(w, training={}), x_ND, mode)
+    assert unnamed.training == {"thresholds": {"mode": mode, "rows": 400}}
+    assert unnamed.trained_id == ""
 
 
 def pre_acts_of(w, x_ND):

@@ -74,6 +74,7 @@ def exports():
     return {
         "lens_topk": (sae(), "saelens"), "lens_plain": (sae(b_dec_subtracted=False), "saelens"),
         "lens_threshold": (sae(**theta), "saelens"), "lens_layer": (sae(**layer), "saelens"),
+        "lens_layer_ours": (sae(**layer | {"norm_correction": 0}), "saelens"),
         "lens_transcoder": (sae(**theta, **across), "saelens"), "lens_skip": (sae(**theta, **across, **skip), "saelens"),
         "sparsify_topk": (sae(), "sparsify"), "sparsify_plain": (sae(b_dec_subtracted=False), "sparsify"),
         "sparsify_groupmax": (sae(variant="groupmax"), "sparsify"), "sparsify_transcoder": (sae(**across, **skip), "sparsify"),
@@ -93,7 +94,7 @@ def test_an_export_is_read_back_equal(tmp_path, name):
 
 
 @pytest.mark.parametrize(("fields", "target", "said"), [
-    ({"variant": "groupmax"}, "saelens", "no groupmax"), ({"norm_mode": "layer"}, "saelens", "divides by D - 1"),
+    ({"variant": "groupmax"}, "saelens", "no groupmax"), ({"norm_mode": "layer"}, "saelens", "has eps 1e-05, this SAE's 0.0"),
     ({"hook_out": "blocks.1.hook_mlp_out", "b_dec_subtracted": False}, "saelens", "no top-k transcoders"),
     ({"variant": "threshold", "threshold_F": draw()["threshold"]}, "sparsify", "only topk and groupmax"),
     ({"norm_mode": "layer"}, "sparsify", "no per-token layer norm"), ({}, "elsewhere", "expected one of saelens, sparsify"),
