@@ -21,6 +21,11 @@ class Clock:
         seconds = self._all_seconds + self._seconds - (self._first or 0.0)
         return (self._all_waited + self._waited - (self._first or 0.0)) / seconds if seconds else 0.0
 
+    @property
+    def seconds(self) -> float:
+        """All of it so far, `take`n or not."""
+        return self._all_seconds + self._seconds
+
     def start(self) -> None:
         self._since = time.perf_counter()
 

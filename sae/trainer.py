@@ -100,6 +100,7 @@ class JointTrainer:
         self._data_state: dict[str, Any] = source.state()
         self._finite_step = 0  # the losses up to here were looked at
         self._clock = Clock()
+        self._rows_here = 0
 
     # ---- running ----
 
@@ -166,6 +167,11 @@ class JointTrainer:
         """Share of this process' training time in which a step waited for its batch. On a GPU an upper bound."""
         return self._clock.wait_share
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Over all of this process' training time; the metrics have it row by row."""
+        return self._rows_here / self._clock.seconds if self._clock.seconds else 0.0
+
     def _alive(self) -> dict[str, Learner]:
         return {name: learner for name, learner in self.learners.items() if not learner.diverged}
 
@@ -180,10 +186,12 @@ class JointTrainer:
                     prepared[scale] = learner.prepare(x_BD)
                 learner.train(*prepared[scale])
         self.step += 1
+        self._rows_here += len(x_BD)
 
     def _after_step(self, received: str | None) -> None:
         config, last = self.config, self.step == self.config.steps
-        log_due = last or self.step % config.log_steps == 0
+        # what is left over at the end joins the rows before it: a row over a step or two says little
+        log_due = last or (self.step % config.log_steps == 0 and config.steps - self.step >= config.log_steps)
         save_due = last or (config.checkpoint_steps > 0 and self.step % config.checkpoint_steps == 0)
         # elsewhere than on a CPU, reading the loss waits for the step
         if self.device.type == "cpu" or log_due or save_due or received:

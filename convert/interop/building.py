@@ -46,6 +46,7 @@ class Foreign:
     hook_out: str = ""
     W_skip_OD: np.ndarray | None = None
     freq_F: np.ndarray | None = None
+    prepend_bos: bool | None = None  # whether its training put a BOS before every text; None: nowhere said
     bos_excluded: bool | None = None  # rows of special tokens were left out of its training; None: nowhere said
     model_name: str = ""
     published: dict[str, float] = field(default_factory=dict)  # l0, fvu, as its files or its name say
@@ -102,8 +103,9 @@ def build(found: Foreign, format_name: str, label: str) -> Imported:
     if found.layer_norm_eps is not None:
         fields |= {"norm_mode": "layer", "norm_eps": found.layer_norm_eps, "norm_correction": 1}
     training: dict[str, Any] = {"imported_from": format_name, "source": label}
-    if found.bos_excluded is not None:
-        training["bos_excluded"] = found.bos_excluded
+    for name in ("bos_excluded", "prepend_bos"):
+        if (said := getattr(found, name)) is not None:
+            training[name] = said
     try:
         weights = SAEWeights(
             W_enc_FD=W_enc_FD, b_enc_F=b_enc_F, W_dec_FD=W_dec_FO, b_dec_D=b_dec_O,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,22 @@ TARGETS = ("saelens", "sparsify")
 SAELENS_VERSION = "6.54.12"  # whose form is written
 
 
-def export_folder(folder: Path, weights: SAEWeights, target: str) -> Path:
-    """Writes the SAE in the form of `target` into `folder` (made if missing), the settings last.
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How the texts of an SAE's rows are cut: whether a BOS comes before each, and tokens in all."""
+
+    prepend_bos: bool = True
+    context_size: int = 1024
+
+
+def export_folder(folder: Path, weights: SAEWeights, target: str, windows: Windows = Windows()) -> Path:
+    """Writes the SAE in the form of `target` into `folder` (made if missing), the settings last. SAELens's say `windows` too.
 
     ConfigError where the target has no such SAE; DiskError where the folder cannot be written.
     """
     config, arrays = _form(weights, target)
+    if target == "saelens":
+        config["metadata"] |= asdict(windows)
     module = saelens if target == "saelens" else sparsify
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +88,7 @@ def _saelens(w: SAEWeights) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         arrays["W_skip"] = w.W_skip_OD
     metadata = {
         "sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, "hook_name": w.hook,
-        "model_name": w.host.get("name"), "hook_head_index": None, "prepend_bos": True,
+        "model_name": w.host.get("name"), "hook_head_index": None,
     }  # fmt: skip
     if w.hook_out:
         metadata["hook_name_out"] = w.hook_out

@@ -67,6 +67,7 @@ def load(source: Source, hook: str = "", hook_out: str = "") -> Foreign:
         subtracts_b_dec=config["apply_b_dec_to_input"] and not transcoder,
         by_norm=config["rescale_acts_by_decoder_norm"],
         bos_excluded=config["bos_excluded"],
+        prepend_bos=config["prepend_bos"],
         model_name=config["model_name"],
         notes=notes,
     )
@@ -112,6 +113,7 @@ def settings(raw: dict[str, Any]) -> dict[str, Any]:
         and bool(flat.get("rescale_acts_by_decoder_norm", False)),
         "finetuning_scaling_factor": bool(flat.get("finetuning_scaling_factor", False)),
         "bos_excluded": _bos_excluded(flat.get("exclude_special_tokens"), flat.get("prepend_bos")),
+        "prepend_bos": said if isinstance(said := flat.get("prepend_bos"), bool) else None,
         "model_name": text(flat.get("model_name")),
         "centred": isinstance(loaded, dict) and loaded.get("center_writing_weights") is True,
     }

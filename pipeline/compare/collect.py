@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +27,21 @@ class Row:
 
     name: str
     variant: str
+    kind: str  # sae, transcoder, crosscoder, cross_layer
+    seed: int | None
     num_latents: int
     k: int | None  # None too where the variant has none
     lr: float | None
     tokens: int | None
-    fvu: float | None  # over the last log_steps of the training
+    fvu: float | None  # over the last rows of the training, its metrics' last row, and so is l0
     l0: float | None
     dead_share: float | None
-    tokens_per_s: float | None
+    tokens_per_s: float | None  # of the whole training
     held_out_fvu: float | None
+    held_out_l0: float | None
     ce_recovered: float | None
     delta_ce_nats: float | None
+    measured_on: str  # the held-out rows: "" where it was not evaluated, the same where model, text, seed and rows are
     path: str
     hook: str  # of a transcoder or crosscoder all its hook points
     rows_sha256: str  # of the store, or of the corpus of a stream
@@ -45,14 +51,16 @@ def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
     """The SAEs of all finished train runs in these places, and the names of runs that are not finished.
 
     Without places: those of `ggscope train` and of `ggscope run` under the working directory. A place that is an evaluate
-    run is none of SAEs: its numbers count beside those of the evaluations under the working directory, and before them.
+    run, or a folder of them, is none of SAEs: its numbers count beside those of the evaluations under the working directory,
+    and before them.
 
     Raises:
         ConfigError: a place that holds no train run.
     """
-    named = [place for place in places if (read_manifest(Path(place)) or {}).get("command") == "evaluate"]
-    evaluations = evaluations_by_sae(named)
-    places = [place for place in places if place not in named]
+    of_place = {place: list(evaluate_runs(Path(place))) for place in places}
+    evaluations = evaluations_by_sae([run for runs in of_place.values() for run in runs])
+    # a folder of both, like `runs` of a sweep's evaluations, gives both
+    places = [place for place in places if not of_place[place] or next(train_runs(Path(place)), None) is not None]
     rows, unfinished, seen = [], [], set()
     for runs in map(runs_in, places) if places else [all_runs()]:
         for run in runs:
@@ -81,6 +89,14 @@ def runs_in(place: str) -> list[Path]:
     if not runs:
         raise ConfigError(f"{place}: expected a train run, a sweep of them or a folder of them; run `ggscope train`")
     return runs
+
+
+def evaluate_runs(place: Path) -> Iterator[Path]:
+    """The evaluate runs of a place: itself, or those of a folder, newest first."""
+    found = [place, *(sorted(place.iterdir(), reverse=True) if place.is_dir() else [])]
+    for run in found:
+        if (read_manifest(run) or {}).get("command") == "evaluate":
+            yield run
 
 
 def train_runs(place: Path) -> Iterator[Path]:
@@ -124,6 +140,8 @@ def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str
         yield Row(
             name=f"{name_of(run)}/{name}" if name else name_of(run),
             variant=variant,
+            kind=meta_kind(meta),
+            seed=config.get("seed"),
             num_latents=meta["num_latents"],
             k=None if variant in WITHOUT_K else meta["k"],
             lr=config.get("lr"),
@@ -133,23 +151,42 @@ def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str
             dead_share=None if dead is None else dead / meta["num_latents"],
             tokens_per_s=numbers.get("tokens_per_s"),
             held_out_fvu=evaluation.get("fvu"),
+            held_out_l0=evaluation.get("l0"),
             ce_recovered=evaluation.get("ce_recovered"),
             delta_ce_nats=evaluation.get("delta_ce_nats"),
+            measured_on=evaluation.get("measured_on", ""),
             path=str(path),
             hook=" ".join(name for name, _ in meta.get("ports", ())) or meta["hook"],
             rows_sha256=training.get("store_sha256") or training.get("corpus_hash", ""),
         )
 
 
-def evaluations_by_sae(named: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def evaluations_by_sae(named: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
     """sae_id to the numbers of the newest finished evaluation of that SAE; those of the runs `named` before all others."""
     found: dict[str, dict[str, Any]] = {}
-    manifests = [read_manifest(Path(place)) or {} for place in named]
+    manifests = [read_manifest(run) or {} for run in named]
     for manifest in (*manifests, *(manifest for _, manifest in runs_of("evaluate"))):
         sae_id = manifest.get("metrics", {}).get("sae_id")
         if manifest.get("status") == "finished" and sae_id and sae_id not in found:
-            found[sae_id] = manifest["metrics"]
+            found[sae_id] = manifest["metrics"] | {"measured_on": rows_measured(manifest)}
     return found
+
+
+def rows_measured(manifest: dict[str, Any]) -> str:
+    """What the held-out rows of an evaluation are, in 16 hex digits: of the same rows the same."""
+    config, metrics = manifest.get("config", {}), manifest["metrics"]
+    facts = [
+        manifest.get("inputs", {}).get("model", {}).get("sha256"), config.get("corpus"), config.get("evaluate", {}).get("seed"),
+        metrics.get("rows"), metrics.get("splice_rows"),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def meta_kind(meta: dict[str, Any]) -> str:
+    """What an SAE's `sae.json` is of, by the hook points it names."""
+    if not meta.get("hook_out"):
+        return "crosscoder" if meta.get("ports") else "sae"
+    return "transcoder" if len(meta.get("ports", ())) in (0, 2) else "cross_layer"
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -165,6 +202,11 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
         name = row.hook if len(stores[row.hook]) == 1 else f"{row.hook}, store {row.rows_sha256[:12]}"
         found.setdefault(name, []).append(row)
     return found
+
+
+def rows_of_group(rows: Sequence[Row]) -> set[str]:
+    """`measured_on` of those that were evaluated."""
+    return {row.measured_on for row in rows} - {""}
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.picture import INK, titled
-from .collect import Row, front
+from .collect import Row, front, rows_of_group
 
 FEW = 14  # points that are still named
 LINE = "#c8371e"
@@ -16,7 +16,8 @@ PLACES = [(6 * side, up, "left" if side > 0 else "right") for up in (4, -10, 15,
 
 
 def draw_pareto(grouped: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Write the PNG. Held-out FVU where every SAE of a group has it, else that of the training: like beside like."""
+    """Write the PNG. Held-out FVU where every SAE of a group has it, else that of the training: like beside like, over the L0
+    on the same rows. No front through numbers of different held-out rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -27,13 +28,15 @@ def draw_pareto(grouped: Mapping[str, Sequence[Row]], path: Path) -> None:
     for (name, rows), (left, right) in zip(grouped.items(), panels, strict=True):
         evaluated = all(row.held_out_fvu is not None for row in rows)
         fvu, what = ("held_out_fvu", "on held-out text") if evaluated else ("fvu", "at the end of training")
+        mixed = len(rows_of_group(rows)) > 1
         start = f"{name}\n" if len(grouped) > 1 else ""
         for ax, key, title, lower_is_better in (
             (left, fvu, f"FVU {what}, lower is better", True),
             (right, "ce_recovered", "CE recovered on held-out text, higher is better", False),
         ):
-            named.append((ax, plot(ax, rows, key, lower_is_better=lower_is_better)))
-            titled(ax, f"{start}{title}", "L0")
+            apart = mixed and key != "fvu"
+            named.append((ax, plot(ax, rows, key, lower_is_better=lower_is_better, with_front=not apart)))
+            titled(ax, f"{start}{title}{', not on the same rows' if apart else ''}", "L0 on these rows")
         if all(row.ce_recovered is None for row in rows):
             right.text(0.5, 0.5, "CE recovered of no SAE is known", transform=right.transAxes, ha="center", color=INK)
             right.set(xticks=[], yticks=[])
@@ -46,14 +49,21 @@ def draw_pareto(grouped: Mapping[str, Sequence[Row]], path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def plot(ax: Any, rows: Sequence[Row], key: str, *, lower_is_better: bool) -> list[tuple[str, float, float]]:
+def plot(
+    ax: Any, rows: Sequence[Row], key: str, *, lower_is_better: bool, with_front: bool = True
+) -> list[tuple[str, float, float]]:
     """Points by size of the dictionary, and the front; returns (name, L0, value) of each."""
     from matplotlib import colormaps
 
     sign = 1 if lower_is_better else -1
-    found = [(row, row.l0, value) for row in rows if (value := getattr(row, key)) is not None and row.l0 is not None]
+    at = [row.l0 if key == "fvu" or row.held_out_l0 is None else row.held_out_l0 for row in rows]
+    found = [
+        (row, l0, value)
+        for row, l0 in zip(rows, at, strict=True)
+        if (value := getattr(row, key)) is not None and l0 is not None
+    ]
     best = front([(l0, sign * value) for _, l0, value in found])
-    if len(best) > 1:  # one point is no line
+    if with_front and len(best) > 1:  # one point is no line
         front_line = [l0 for l0, _ in best], [sign * value for _, value in best]
         ax.plot(*front_line, color=LINE, linewidth=1, zorder=1, label="front")
     sizes = sorted({row.num_latents for row in rows})

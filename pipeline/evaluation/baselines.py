@@ -1,4 +1,4 @@
-"""What the residual is replaced by: an SAE's reconstruction, or a baseline's at the same L0.
+"""What the residual is replaced by: an SAE's reconstruction, or a baseline's of k components.
 
 N rows, D width, F latents, K active, C components.
 """

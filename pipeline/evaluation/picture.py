@@ -12,8 +12,8 @@ from .measure import MEAN, ZERO
 
 OWN, SECOND, OTHER, MARK, INK, GRID = "#1667c9", "#e08a1e", "#9aa7b5", "#c8371e", "#1d2126", "#e3e6ea"
 NAMES = {
-    "pca": "PCA, same L0",
-    "linear": "linear map, same L0",
+    "pca": "PCA, k components",
+    "linear": "linear map, rank k",
     "affine": "linear map, any rank",
     "untrained": "untrained SAE",
     "random_model": "SAE of a random model",
@@ -115,7 +115,10 @@ def _table(ax: Any, result: Mapping[str, Any], tall: bool) -> None:
     ax.axis("off")
     ax.set_xlim(0, 1.03)
     ax.set_ylim(0, 9.2)
-    ax.set_title(f"what the model loses, {result['splice_rows']:,} held-out rows", fontsize=9.5, loc="left", color=INK)
+    reconstructed = result.get("same_rows", {}).get("rows")
+    of_fvu = f"; FVU and L0 over {reconstructed:,}" if reconstructed else ""
+    title = f"what the model loses, {result['splice_rows']:,} held-out rows{of_fvu}"
+    ax.set_title(title, fontsize=9.5, loc="left", color=INK)
     spacing = min(1.05, 8.2 / len(rows)) if tall else 8.2 / len(rows)
     for line, cells in enumerate([heads, *(_cells(name, row) for name, row in rows)]):
         y = 8.6 - line * spacing
@@ -157,7 +160,8 @@ def _stability(ax: Any, stability: Mapping[str, Any]) -> None:
             ax.text(max(value, 0) + 0.02, place, f"{value:.2f}", va="center", fontsize=8, color=INK)
     ax.set_yticks([i + 0.19 for i in range(len(keys))], [name for _, name in keys])
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.2)
+    ax.set_xlim(0, 1.2)  # room for the numbers
+    ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.12), ncols=2)
     titled_panel(ax, f"matched with the other SAE: {stability['shared']:.0%} shared", "", "")
 

@@ -96,8 +96,8 @@ def patch_sweep(
 ) -> PatchResult:
     """Patches every block and position of `site` (or those named) from the clean into the corrupted run.
 
-    `side_by_side` variants are decoded in one batch, each its own sequence with its own edit; 0 takes as many as the
-    session's sequences, batch and context hold. Raises ConfigError for prompts of unequal token counts, answers that
+    `side_by_side` variants are decoded in one batch, each its own sequence with its own edit, beside the corrupted
+    prompt as it is; 0 takes as many as the session's sequences, batch and context hold. Raises ConfigError for prompts of unequal token counts, answers that
     are not one token, prompts whose logit differences do not differ, HookError for a site the model does not have.
     """
     tokens = [prompt_tokens(model, text) for text in (clean, corrupted)]
@@ -118,15 +118,17 @@ def patch_sweep(
             "choose prompts that call for different answers"
         )
     variants = [(point, position) for point in points for position in positions]
-    width = _width(session, count, side_by_side)
-    found: list[float] = []
+    width, beside = _width(session, count, side_by_side)
+    moved: list[float] = []
     for start in range(0, len(variants), width):
         batch = variants[start : start + width]
-        found += _differences(session, tokens[1], len(batch), _patches(batch, sources), answers).tolist()
+        found_S = _differences(session, tokens[1], len(batch) + beside, _patches(batch, sources), answers)
+        # products of more rows round otherwise: what nothing was patched into is in the same batch
+        moved += (found_S[: len(batch)] - (found_S[-1] if beside else corrupted_difference)).tolist()
         if progress is not None:
-            progress(len(found), len(variants))
+            progress(len(moved), len(variants))
     session.clear()
-    grid_LP = (np.array(found).reshape(len(blocks), len(positions)) - corrupted_difference) / scale
+    grid_LP = np.array(moved).reshape(len(blocks), len(positions)) / scale
     return PatchResult(
         site=site,
         blocks=blocks,
@@ -163,14 +165,17 @@ def _check_prompts(session: Session, model: Model, clean: np.ndarray, corrupted:
         )
 
 
-def _width(session: Session, count: int, side_by_side: int) -> int:
+def _width(session: Session, count: int, side_by_side: int) -> tuple[int, int]:
+    """Variants of a batch, and whether (0, 1) the unpatched prompt is decoded beside them: not where one prompt fits."""
     cells = session.n_ctx // count if session.kv_unified else session.n_seq_max
     most = max(1, min(session.n_seq_max, session.n_batch // count, cells))
-    if side_by_side > most:
+    beside = int(most > 1)
+    if side_by_side > most - beside:
         raise ConfigError(
-            f"side_by_side: this session holds at most {most} prompts of {count} tokens, got {side_by_side}"
+            f"side_by_side: this session holds at most {most} prompts of {count} tokens, {beside} of them unpatched, got "
+            f"{side_by_side}"
         )
-    return side_by_side or most
+    return side_by_side or most - beside, beside
 
 
 def _patches(batch: list[tuple[HookPoint, int]], sources: dict[HookPoint, np.ndarray]) -> list[Patch]:

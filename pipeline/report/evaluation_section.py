@@ -10,8 +10,8 @@ from .markup import count, escape, number, percent
 from .svg import Axes, bar_chart
 
 BASELINE_NAMES = {
-    "pca": "PCA at the same L0",
-    "linear": "a linear map of the same L0",
+    "pca": "PCA, k components",
+    "linear": "a linear map of rank k",
     "affine": "a linear map of any rank",
     "untrained": "SAE before training",
     "random_model": "SAE of a random-weights model",
@@ -55,7 +55,7 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
 
 
 def evaluation_section(evaluation: Mapping[str, Any]) -> str:
-    """The table: this SAE, the baselines at the same L0, and the ends of the scale."""
+    """The table: this SAE, the baselines, and the ends of the scale."""
     rows = [_row("This SAE", {**evaluation.get("same_rows", evaluation), **_spliced(evaluation)}, "own")]
     baselines: dict[str, Mapping[str, Any]] = dict(evaluation.get("baselines", {}))
     for name in [*(n for n in baselines if n not in SCALE), *(n for n in SCALE if n in baselines)]:
@@ -92,9 +92,11 @@ def _row(name: str, values: Mapping[str, Any], style: str) -> str:
 def _notes(e: Mapping[str, Any]) -> str:
     parts: list[str] = []
     if e.get("splice_rows"):
+        rows = (e.get("same_rows") or {}).get("rows")
+        others = f"; FVU and L0 are over the {count(rows)} rows of the same windows" if rows else ""
         parts.append(
-            f"The table's rows are the same {count(e['splice_rows'])} held-out tokens for every line "
-            f"({e.get('clusters', '?')} {e.get('cluster_kind', 'cluster')}s)."
+            f"CE recovered, ΔCE and KL are over the same {count(e['splice_rows'])} held-out tokens in every line "
+            f"({e.get('clusters', '?')} {e.get('cluster_kind', 'cluster')}s){others}."
         )
     if e.get("ce_clean") is not None:
         parts.append(

@@ -12,8 +12,8 @@ from .svg import short
 
 BARS = {
     "sae": "this SAE",
-    "pca": "PCA, same L0",
-    "linear": "linear map,\nsame L0",
+    "pca": "PCA,\nk components",
+    "linear": "linear map,\nrank k",
     "affine": "linear map,\nany rank",
     "untrained": "SAE before\ntraining",
     "random_model": "SAE of a random-\nweights model",

@@ -109,7 +109,7 @@ def _latents(data: ReportData) -> str:
         '<h2 id="latents">Latents</h2>',
         f"<p>Chosen from {count(data.latent_rows)} rows searched (windows taken evenly from the documents): neither dead nor among the densest, half of them "
         "reading their surroundings. In each line the outlined token is where the latent fires most; colour is its "
-        "activation there, hover for the value; · is a space, ↵ a line end. The lines of one latent come from "
+        "activation there, hover for the value; · is a space, ↵ a line end. Rates and the strongest are of these rows. The lines of one latent come from "
         "different documents where there are enough.</p>",
         '<p class="note"><b>Promotes / demotes</b>: W_U (g ⊙ W_dec[f]), less its mean over the vocabulary: the change '
         "of the logits if the latent's direction reached the final norm (gain g) and the unembedding W_U directly, up "
@@ -125,7 +125,8 @@ def _latents(data: ReportData) -> str:
 
 
 def _latent_card(card: LatentCard) -> str:
-    rate = f"1 in {count(1 / card.density)}" if card.density > 0 else "nothing"
+    every = 1 / card.density if card.density > 0 else 0.0
+    rate = f"1 in {count(every) if every >= 10 else number(every, 1)}" if every else "nothing"
     tags = [
         f"fires on <b>{rate}</b>",
         f"known from its token <b>{percent(max(card.token_r2, 0.0), 0)}</b>",

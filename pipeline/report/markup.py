@@ -42,7 +42,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def count(value: float) -> str:
     """Thousands set apart by a thin space."""
-    return f"{int(value):,}".replace(",", "\u2009")
+    return f"{round(value):,}".replace(",", "\u2009")
 
 
 def tokens_line(pieces: list[str], values: list[float], top: float, peak: int = -1) -> str:

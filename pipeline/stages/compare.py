@@ -12,16 +12,16 @@ from rich.table import Table
 
 from sae.errors import ConfigError
 
-from ..compare.collect import Row, collect, groups
+from ..compare.collect import Row, collect, groups, rows_of_group
 from ..compare.picture import draw_pareto
 from ..run import RunContext, write_json
 from .inputs import counted, print_wide, relative
 
 TABLE, PICTURE = "compare.json", "pareto.png"
 COLUMNS = {
-    "variant": ("variant", "s"), "num_latents": ("latents", "d"), "k": ("k", "d"), "lr": ("lr", "g"),
+    "kind": ("kind", "s"), "variant": ("variant", "s"), "num_latents": ("latents", "d"), "k": ("k", "d"), "lr": ("lr", "g"), "seed": ("seed", "d"),
     "tokens": ("tokens", ",d"), "fvu": ("FVU", ".4f"), "l0": ("L0", ".1f"), "dead_share": ("dead", ".1%"),
-    "held_out_fvu": ("held-out FVU", ".4f"), "ce_recovered": ("CE recovered", ".4f"),
+    "held_out_fvu": ("held-out FVU", ".4f"), "held_out_l0": ("held-out L0", ".1f"), "ce_recovered": ("CE recovered", ".4f"),
     "delta_ce_nats": ("delta CE (nats)", ".4f"), "tokens_per_s": ("tokens/s", ",.0f"),
 }  # fmt: skip
 
@@ -42,6 +42,7 @@ def run(context: RunContext) -> None:
     else:
         for name, members in grouped.items():
             print_wide(table(members, name if len(grouped) > 1 else ""))
+    warn_other_rows(context, grouped)
     evaluated = sum(row.held_out_fvu is not None for row in rows)
     context.metrics = {"saes": len(rows), "evaluated": evaluated}
     context.three_lines(
@@ -50,6 +51,17 @@ def run(context: RunContext) -> None:
         f"{relative(context.folder / PICTURE)} and {relative(context.folder / TABLE)}",
         stderr=config.format == "json",
     )
+
+
+def warn_other_rows(context: RunContext, grouped: dict[str, list[Row]]) -> None:
+    for name, rows in grouped.items():
+        if len(rows_of_group(rows)) > 1:
+            start = f"{name}: " if len(grouped) > 1 else ""
+            context.console.print(
+                f"warning: {start}these SAEs were evaluated on different held-out rows (another model file, text, seed, "
+                "evaluate.tokens or evaluate.splice_tokens), so their held-out numbers do not rank them; evaluate them alike",
+                style="yellow", highlight=False,
+            )  # fmt: skip
 
 
 def apart(grouped: dict[str, list[Row]]) -> str:
@@ -64,12 +76,15 @@ def lowest(rows: Sequence[Row], where: str) -> str:
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
+    """A line an SAE; without a column that is of no interest: kinds where all are SAEs, seeds where all are one."""
     made = Table(title=title or None, title_justify="left")
+    plain = {"kind": {row.kind for row in rows} == {"sae"}, "seed": len({row.seed for row in rows}) == 1}
+    columns = {key: column for key, column in COLUMNS.items() if not plain.get(key)}
     made.add_column("SAE")
-    for title, _ in COLUMNS.values():
+    for title, _ in columns.values():
         made.add_column(title, justify="right")
     for row in rows:
-        made.add_row(row.name, *(cell(getattr(row, key), form) for key, (_, form) in COLUMNS.items()))
+        made.add_row(row.name, *(cell(getattr(row, key), form) for key, (_, form) in columns.items()))
     return made
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.control_vector import write_control_vector
-from convert.interop.exporting import check_export, export_folder
+from convert.interop.exporting import Windows, check_export, export_folder
 from convert.sae_gguf import write_sae_gguf
 from convert.verify import verify
 from sae.errors import CheckFailedError, ConfigError
@@ -19,6 +19,7 @@ from sae.runtime import decode, encode
 from sae.thresholds import to_thresholds
 from sae.weights import SAEWeights
 
+from ..corpus.encoding import bos_of
 from ..evaluation.proof import proof
 from ..llama.model import Model
 from ..run import RunContext
@@ -52,6 +53,8 @@ def write_file(context: RunContext) -> None:
         raise ConfigError(f"convert.out={relative(out)} is what is read; name another file")
     with open_model(context) as model:
         made = [tried(context, model, source, config.probe_tokens) for source in sources]
+        corpus = context.config.corpus
+        windows = Windows(bos_of(model, corpus.bos) is not None, corpus.context_tokens)
         vector = control_vector(context, made[0][0].weights, model) if config.latent >= 0 else None
     written = [with_thresholds(context, source.weights, probe) for source, probe in made]
     if config.export:
@@ -68,7 +71,8 @@ def write_file(context: RunContext) -> None:
     write_sae_gguf(out, written, encoder_type=config.encoder_type, decoder_type=config.decoder_type, check=check)
     context.outputs["sae"] = str(out)
     if config.export:
-        context.outputs["export"] = str(export_folder(context.folder / config.export, written[0], config.export))
+        folder = export_folder(context.folder / config.export, written[0], config.export, windows)
+        context.outputs["export"] = str(folder)
     context.metrics = reports[0] | {"bytes": out.stat().st_size}
     if made[0][0].imported is not None:
         context.metrics |= {"proof": made[0][0].proof | {"published": made[0][0].imported.published}}

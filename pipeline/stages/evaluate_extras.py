@@ -46,6 +46,7 @@ def open_extras(context: RunContext, weights: SAEWeights) -> Extras:
         against = load_sae(path)
         check_one_point(against, path)
         check_same_kind(weights, against)
+        warn_same_start(context, weights, against)
         context.add_input("against", path, sae_sha256(path))
     if config.probe:
         needed("sklearn.linear_model", SETTING)
@@ -58,6 +59,17 @@ def open_extras(context: RunContext, weights: SAEWeights) -> Extras:
         labelled = read_labelled(path, text_key=config.probe_text, label_key=config.probe_label)
         context.add_input("probe", path, file_sha256(path), texts=len(labelled.texts))
     return Extras(also=also, against=against, labelled=labelled)
+
+
+def warn_same_start(context: RunContext, weights: SAEWeights, against: SAEWeights) -> None:
+    """A line where both trainings drew the same initial weights: what they share is that, not what the rows say."""
+    seeds = [sae.training.get("config", {}).get("seed") for sae in (weights, against)]
+    if seeds[0] is not None and seeds[0] == seeds[1]:
+        context.console.print(
+            f"warning: evaluate.against: both SAEs started from the same weights (sae.seed={seeds[0]}), so much of what they "
+            "share is the start; train the other one with another sae.seed",
+            style="yellow", highlight=False,
+        )  # fmt: skip
 
 
 def pool_texts(context: RunContext, model: Model, weights: SAEWeights, extras: Extras) -> Pooled:

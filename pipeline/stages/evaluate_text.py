@@ -16,7 +16,7 @@ def numbers(result: dict[str, Any]) -> str:
             f"{result['num_latents']} over {result['rows']:,} held-out rows ({result['flagged_share']:.2%} flagged, left out)",
             f"CE recovered {number(result['ce_recovered'])} {interval(result['ce_recovered_ci95'])}, delta CE "
             f"{number(result['delta_ce_nats'])} nats {interval(result['delta_ce_ci95'])}, "
-            f"KL {number(result['kl'])} nats over {result['splice_rows']:,} rows",
+            f"KL {number(result['kl'])} nats over {result['splice_rows']:,} rows (95 % by {result['clusters']} {result['cluster_kind']}s)",
             beside(result),
             *numbers_of_extras(result),
         ]

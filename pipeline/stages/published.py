@@ -131,6 +131,18 @@ def report_proof(context: RunContext, imported: Imported, found: dict[str, float
         )  # fmt: skip
 
 
+def report_bos(context: RunContext, imported: Imported, prepended: bool) -> None:
+    """A warning where the texts here start otherwise than those of its training."""
+    said = imported.weights.training.get("prepend_bos")
+    if said is not None and said != prepended:
+        there, here = ("a BOS", "none") if said else ("no BOS", "one")
+        context.console.print(
+            f"warning: its training put {there} before every text, this model's texts get {here}; "
+            f"corpus.bos={'always' if said else 'never'} captures and evaluates as it did",
+            style="yellow", highlight=False,
+        )  # fmt: skip
+
+
 def report_notes(context: RunContext, imported: Imported) -> None:
     for note in imported.notes:
         context.console.print(f"warning: {note}", style="yellow", highlight=False)

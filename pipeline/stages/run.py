@@ -192,9 +192,7 @@ def metrics_of(context: RunContext, name: str) -> dict[str, Any]:
 def finish(context: RunContext) -> None:
     """The short table of numbers, and where the report lies."""
     evaluation = metrics_of(context, "evaluate")
-    title = (
-        f"SAE beside its baselines at the same L0, held-out text ({evaluation.get('splice_rows', 0):,} rows, dead over "
-    )
+    title = f"SAE beside its baselines, held-out text ({evaluation.get('splice_rows', 0):,} rows, dead over "
     table = Table(title=f"{title}{evaluation.get('rows', 0):,})", title_justify="left")
     columns = {
         "fvu": "FVU",

@@ -11,6 +11,7 @@ from convert.interop.building import Imported
 from sae.weights import SAEWeights
 
 from ..config import ConvertConfig
+from ..corpus.encoding import bos_of
 from ..evaluation.evaluate import captured_rows, take_windows, window_order
 from ..evaluation.proof import proof
 from ..llama.hooks import HookPoint
@@ -25,6 +26,7 @@ from .published import (
     is_published,
     measured,
     published_sha256,
+    report_bos,
     report_notes,
     report_proof,
 )
@@ -85,6 +87,7 @@ def tried(context: RunContext, model: Model, source: Source, tokens: int) -> tup
     weights = measured(source.imported, probe_ND, target_NO, model)
     found = proof(weights, probe_ND, target_NO)
     report_proof(context, source.imported, found, model.id.name)
+    report_bos(context, source.imported, bos_of(model, context.config.corpus.bos) is not None)
     return replace(source, weights=weights, proof=found), probe_ND
 
 

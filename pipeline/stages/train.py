@@ -49,12 +49,12 @@ def run(context: RunContext) -> None:
             save(context, name, best[name], f"{SAE_NAME}_best")
     draw_training(context.folder, list(found), context.folder / PICTURE, searched)
     context.outputs["picture"] = str(context.folder / PICTURE)
-    note_metrics(context, found, searched)
+    note_metrics(context, found, searched, trainer.tokens_per_s)
     warn_not_finite(context, spoiled.rows, spoiled.windows)
     warn_waiting(context, trainer.wait_share)
     warn_useless(context, found)
     where = context.folder if len(trainer.learners) > 1 else context.folder / SAE_NAME
-    context.three_lines(given, result(found), relative(where))
+    context.three_lines(given, result(found, trainer.tokens_per_s), relative(where))
     if trainer.diverged:
         raise DivergedError(f"{len(found)} SAEs were trained, but {'; '.join(trainer.diverged.values())}")
 
@@ -146,12 +146,14 @@ def save(context: RunContext, name: str, weights: SAEWeights, file: str) -> None
     context.outputs |= {f"{file}{of}": str(folder / file), f"metrics{of}": str(folder / "metrics.jsonl")}
 
 
-def note_metrics(context: RunContext, found: dict[str, SAEWeights], searched: dict[str, dict[str, Any]]) -> None:
-    """The manifest's numbers: those of the one SAE, or under `saes` those of each."""
+def note_metrics(
+    context: RunContext, found: dict[str, SAEWeights], searched: dict[str, dict[str, Any]], tokens_per_s: float
+) -> None:
+    """The manifest's numbers: those of the one SAE, or under `saes` those of each; the rate is that of the whole training."""
     numbers: dict[str, dict[str, Any]] = {}
     for name, weights in found.items():
         last = {k: v for k, v in weights.training["metrics"].items() if isinstance(v, int | float)}
-        numbers[name] = last | {"sae_id": weights.training["id"]}
+        numbers[name] = last | {"tokens_per_s": tokens_per_s, "sae_id": weights.training["id"]}
         if name in searched:
             numbers[name]["lr_search"] = searched[name]
     context.metrics = numbers.get("", {"saes": numbers})

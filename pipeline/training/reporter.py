@@ -52,18 +52,18 @@ def note(rows: list[dict[str, Any]]) -> str:
     return f"{span('tokens_per_s', ',.0f')}/s  FVU {span('fvu', '.4f')}  L0 {span('l0', '.1f')}  dead {span('dead', '.0f')}"
 
 
-def result(found: dict[str, SAEWeights]) -> str:
-    """The numbers of one SAE, or the size and FVU of each of several."""
+def result(found: dict[str, SAEWeights], tokens_per_s: float) -> str:
+    """The numbers of one SAE, or the size and FVU of each of several; the rate is that of the whole training."""
     first = next(iter(found.values()))
     last = first.training["metrics"]
     if len(found) == 1:
         k = "" if first.training["config"]["variant"] in WITHOUT_K else f"k={first.k}, "
         return (
             f"{first.num_latents} latents, {k}{last['tokens']:,} tokens; FVU {last['fvu']:.4f} on the last training rows, "
-            f"L0 {last['l0']:.1f}, {last['revived_total']} latents revived, {last['tokens_per_s']:,.0f} tokens/s"
+            f"L0 {last['l0']:.1f}, {last['revived_total']} latents revived, {tokens_per_s:,.0f} tokens/s"
         )
     fvus = ", ".join(f"{name} {weights.training['metrics']['fvu']:.4f}" for name, weights in found.items())
-    return f"{len(found)} SAEs, {last['tokens']:,} tokens, {last['tokens_per_s']:,.0f} tokens/s each; FVU {fvus}"
+    return f"{len(found)} SAEs, {last['tokens']:,} tokens, {tokens_per_s:,.0f} tokens/s each; FVU {fvus}"
 
 
 def searched_lines(searched: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -67,6 +67,9 @@ def test_a_saelens_folder_becomes_a_gguf_with_what_no_file_said_measured_on_the_
     assert w.host["name"] == "pylm"
     assert w.host["n_layer"] == 6
     assert w.training["imported_from"] == "saelens"
+    assert "every text" not in done.stderr
+    said = json.loads((tmp_path / "out" / "saelens" / "cfg.json").read_text())["metadata"]
+    assert (said["prepend_bos"], said["context_size"]) == (True, 256)  # as the demo model's texts
     exported = load_file(tmp_path / "out" / "saelens" / "sae_weights.safetensors")
     np.testing.assert_array_equal(exported["W_dec"], theirs.W_dec_FD)
     ggscope(
@@ -78,6 +81,18 @@ def test_a_saelens_folder_becomes_a_gguf_with_what_no_file_said_measured_on_the_
         "model.n_threads=1",
         cwd=tmp_path,
     )
+
+
+def test_texts_that_start_otherwise_than_in_its_training_are_said(tmp_path):
+    published(tmp_path / "theirs", prepend_bos=True)
+    more = ["convert.source=theirs", "convert.export=saelens", *FEW]
+    assert "every text" not in ggscope("convert", "run_dir=out", *more, cwd=tmp_path).stderr
+    done = ggscope("convert", "run_dir=never", "corpus.bos=never", *more, cwd=tmp_path)
+    said = " ".join(done.stderr.split())
+    assert "its training put a BOS before every text, this model's texts get none; corpus.bos=always" in said
+    assert read_sae_gguf(tmp_path / "never" / "sae.gguf").training["prepend_bos"] is True
+    exported = json.loads((tmp_path / "never" / "saelens" / "cfg.json").read_text())["metadata"]
+    assert exported["prepend_bos"] is False
 
 
 def test_a_transcoder_is_measured_on_what_it_reconstructs(tmp_path):

@@ -65,8 +65,9 @@ def test_a_row_holds_what_manifest_sae_and_evaluation_say(runs):
     assert (a.held_out_fvu, a.ce_recovered, a.delta_ce_nats, a.variant) == (0.35, 0.9, 0.2, "topk")
     assert (last.k, last.lr, last.fvu, last.ce_recovered) == (9, 0.002, 1.2, None)
     assert [row.name for row in collect(["runs/train/b", "runs/train"])[0]] == ["b/k8", "b/k9", "a"]  # none twice
-    with pytest.raises(ConfigError, match="runs/evaluate: expected a train run"):
-        collect(["runs/evaluate"])
+    assert (a.kind, a.held_out_l0) == ("sae", None)
+    with pytest.raises(ConfigError, match="runs/report: expected a train run"):
+        collect(["runs/report"])
 
 
 def test_an_evaluation_elsewhere_is_named_beside_the_runs(runs, tmp_path):
@@ -79,6 +80,8 @@ def test_an_evaluation_elsewhere_is_named_beside_the_runs(runs, tmp_path):
     of_b = collect(["runs/train/b", "ev/bk8"])[0]
     assert [(row.name, row.held_out_fvu) for row in of_b] == [("b/k8", 0.25), ("b/k9", None)]
     assert {row.name: row.held_out_fvu for row in collect(["ev/a"])[0]} == {"a": 0.5, "b/k8": None, "b/k9": None}
+    assert {row.name: row.held_out_fvu for row in collect(["ev"])[0]} == {"a": 0.5, "b/k8": 0.25, "b/k9": None}
+    assert [row.held_out_fvu for row in collect(["runs/train/b", "ev"])[0]] == [0.25, None]
 
 
 def test_the_training_of_a_whole_run_is_found_too(tmp_path, monkeypatch):
@@ -145,6 +148,44 @@ def test_saes_of_other_rows_stand_apart(runs):
     assert "5 SAEs, 1 of them evaluated; 2 hook points or stores, whose FVU do not compare" in done.stdout
     assert "store s1: lowest FVU 0.2000 at L0 8.0: b/k8; " in done.stdout
     assert "store s2: lowest FVU 0.0100 at L0 4.0: d\n" in done.stdout
+
+
+def test_held_out_numbers_stand_over_the_l0_they_were_measured_at(runs, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_more: drawn.append(figure))
+    found = {"fvu": 0.3, "ce_recovered": 0.8, "delta_ce_nats": 0.1, "l0": 5.5}
+    for name, k in (("d", 4), ("e", 8)):
+        make_run(runs, name, k=k, store="s2", evaluated=found | {"l0": k + 1.5})
+    rows = [row for row in collect([])[0] if row.name in "de"]
+    assert [(row.l0, row.held_out_l0) for row in rows] == [(4.0, 5.5), (8.0, 9.5)]
+    draw_pareto({"": rows}, tmp_path / "a.png")
+    for ax in drawn[0].axes:
+        assert sorted(point[0] for found in ax.collections for point in found.get_offsets().tolist()) == [5.5, 9.5]
+    table = ggscope("compare", cwd=runs).stdout
+    assert "held-out L0" in table
+    assert "5.5" in table
+
+
+def test_saes_that_were_evaluated_on_other_rows_get_a_warning_and_no_front(runs, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_more: drawn.append(figure))
+    found = {"fvu": 0.3, "ce_recovered": 0.8, "delta_ce_nats": 0.1, "rows": 100, "splice_rows": 90}
+    for name, k, changes in (("d", 4, {}), ("e", 8, {"fvu": 0.2, "ce_recovered": 0.9})):
+        make_run(runs, name, k=k, store="s2", evaluated=found | changes)
+    assert "evaluated on different held-out rows" not in ggscope("compare", cwd=runs).stderr
+    rows = [row for row in collect([])[0] if row.name in "de"]
+    draw_pareto({"": rows}, tmp_path / "a.png")
+    assert [len(ax.lines) for ax in drawn[0].axes] == [1, 1]
+    make_run(runs, "f", store="s2", evaluated=found | {"splice_rows": 80})
+    said = ggscope("compare", cwd=runs).stderr.replace("\n", " ")
+    assert "evaluated on different held-out rows" in said
+    assert said.count("warning") == 1  # of that group
+    draw_pareto({"": [row for row in collect([])[0] if row.name in "def"]}, tmp_path / "a.png")
+    assert [len(ax.lines) for ax in drawn[1].axes] == [0, 0]
 
 
 def test_a_variant_without_k_shows_none(runs):

@@ -60,8 +60,8 @@ def test_what_must_be_zero_and_one_is():
     clean, corrupted = equal_prompts()
     grid_LP = sweep(session(n_seq_max=4)).grid_LP
     same = np.flatnonzero(np.cumsum(clean != corrupted) == 0)
-    np.testing.assert_allclose(grid_LP[:, same], 0, atol=1e-4)  # before the prompts differ
-    np.testing.assert_allclose(grid_LP[-1, :-1], 0, atol=1e-4)  # the last block's other rows lead nowhere
+    np.testing.assert_allclose(grid_LP[:, same], 0, atol=1e-6)  # before the prompts differ
+    np.testing.assert_allclose(grid_LP[-1, :-1], 0, atol=1e-6)  # the last block's other rows lead nowhere
     assert grid_LP[-1, -1] == pytest.approx(1, abs=1e-4)
     assert np.abs(grid_LP[:-1]).max() > 0.05
 

@@ -27,7 +27,7 @@ def test_the_svg_shows_the_numbers_and_is_the_same_every_time(tmp_path):
             summary_figure(tmp_path / name, CURVE, EVALUATION, "SAE of tiny")
     text = (tmp_path / "a.svg").read_text()
     shown = re.sub(r"<[^>]+>", " ", text)
-    for expected in ("97.0 %", "30.0 %", "-200.0 %", "0.120", "0.500", "this SAE", "PCA, same L0", "SAE of tiny"):
+    for expected in ("97.0 %", "30.0 %", "-200.0 %", "0.120", "0.500", "this SAE", "k components", "SAE of tiny"):
         assert expected in shown
     assert text == (tmp_path / "b.svg").read_text()
 

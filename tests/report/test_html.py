@@ -140,7 +140,7 @@ def test_the_first_screen_has_the_numbers_and_the_baselines(data):
         "0.046",
         "95 % in [0.030, 0.060]",
         "95 % in [96.1 %, 98.2 %]",
-        "PCA at the same L0",
+        "PCA, k components",
         "2.0 %",
         "0.770",
     ):

@@ -127,6 +127,13 @@ def test_the_logged_numbers_are_those_of_the_batches(tmp_path):
     assert weights.training["config"]["lr"] == SMALL.lr
 
 
+def test_what_is_left_over_at_the_end_joins_the_last_row(tmp_path):
+    rows = []
+    for steps in (8, 9, 11):
+        trainer(tmp_path / str(steps), replace(SMALL, tokens=steps * 128, log_steps=3), log=rows.append).fit()
+    assert [row["step"] for row in rows] == [3, 8, 3, 6, 9, 3, 6, 11]
+
+
 def test_devices_and_batches_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(ConfigError, match="device must be auto, cpu or cuda, got 'tpu'"):
         pick_device("tpu")

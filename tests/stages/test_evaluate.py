@@ -15,6 +15,7 @@ from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
 from pipeline.llama.model import Model
 from pipeline.run import RunContext
+from pipeline.stages.evaluate_extras import warn_same_start
 from pipeline.stages.evaluate_rows import documents_of_training, say_measured, seen_in_training
 from pipeline.store.schema import DOCS_FILE
 from tests.sae.toy import random_weights
@@ -65,3 +66,18 @@ def test_what_will_be_measured_is_said_in_whole_windows_and_0_is_all(tokens, spl
     context = RunContext(command="evaluate", folder=tmp_path, config=config, console=Console(file=heard, width=400))
     assert say_measured(context, table) == int(said.split()[0])
     assert said in heard.getvalue()
+
+
+def test_two_saes_of_one_seed_are_said_to_share_their_start(tmp_path, capsys):
+    context = RunContext(command="evaluate", folder=tmp_path, config=Config())
+    rng = np.random.default_rng(0)
+    one, same, other, unknown = (
+        random_weights(rng, d=8, latents=20, k=2, training=training)
+        for training in ({"config": {"seed": 3}}, {"config": {"seed": 3}}, {"config": {"seed": 4}}, {})
+    )
+    for against in (other, unknown):
+        warn_same_start(context, one, against)
+    warn_same_start(context, unknown, unknown)
+    assert capsys.readouterr().err == ""
+    warn_same_start(context, one, same)
+    assert "started from the same weights (sae.seed=3)" in " ".join(capsys.readouterr().err.split())
