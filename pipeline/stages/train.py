@@ -49,7 +49,7 @@ def run(context: RunContext) -> None:
             save(context, name, best[name], f"{SAE_NAME}_best")
     draw_training(context.folder, list(found), context.folder / PICTURE, searched)
     context.outputs["picture"] = str(context.folder / PICTURE)
-    note_metrics(context, found, searched, trainer.tokens_per_s)
+    note_metrics(context, found, searched, trainer)
     warn_not_finite(context, spoiled.rows, spoiled.windows)
     warn_waiting(context, trainer.wait_share)
     warn_useless(context, found)
@@ -147,13 +147,17 @@ def save(context: RunContext, name: str, weights: SAEWeights, file: str) -> None
 
 
 def note_metrics(
-    context: RunContext, found: dict[str, SAEWeights], searched: dict[str, dict[str, Any]], tokens_per_s: float
+    context: RunContext, found: dict[str, SAEWeights], searched: dict[str, dict[str, Any]], trainer: JointTrainer
 ) -> None:
-    """The manifest's numbers: those of the one SAE, or under `saes` those of each; the rate is that of the whole training."""
+    """The manifest's numbers: those of the one SAE, or under `saes` those of each; the rate of the whole training; what
+    decides the bits beside the settings: the kernel that ran and the number of threads."""
     numbers: dict[str, dict[str, Any]] = {}
     for name, weights in found.items():
         last = {k: v for k, v in weights.training["metrics"].items() if isinstance(v, int | float)}
-        numbers[name] = last | {"tokens_per_s": tokens_per_s, "sae_id": weights.training["id"]}
+        numbers[name] = last | {
+            "tokens_per_s": trainer.tokens_per_s, "sae_id": weights.training["id"],
+            "kernel": trainer.learners[name].stepper.name, "threads": trainer_threads(context.config),
+        }  # fmt: skip
         if name in searched:
             numbers[name]["lr_search"] = searched[name]
     context.metrics = numbers.get("", {"saes": numbers})

@@ -48,6 +48,10 @@ def test_several_saes_are_to_the_bit_those_of_runs_of_their_own(together, folder
         rows = [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [10, 20, 30, 40, 50, 60]
         assert (numbers["sae_id"], numbers["fvu"]) == (weights.training["id"], rows[-1]["fvu"])
+        seconds = sum(rows[0]["tokens"] / row["tokens_per_s"] for row in rows)  # of rows of equally many steps
+        assert numbers["tokens_per_s"] == pytest.approx(7680 / seconds, rel=0.05)
+        assert numbers["kernel"] in ("torch", "native")
+        assert numbers["threads"] == 1
     assert (run / "metrics.png").read_bytes().startswith(PNG)
     alone = tmp_path / "alone"
     ggscope("train", *TRAIN, "sae.k=5", "sae.seed=1", f"run_dir={alone}", cwd=folder)
