@@ -149,15 +149,14 @@ def model(tmp_path_factory):
     write_tiny_llama(folder / "plain.gguf", blocks=1, chat_markers=True)
     old = CHAT_TEMPLATE.encode()
     new = b"{{bos_token}}{%if messages[0].role=='bot'%}{{raise_exception('no bots')}}{%endif%}{{messages[0].content}}"
-    assert len(new) <= len(old)
     data = (folder / "plain.gguf").read_bytes()
-    (folder / "chat.gguf").write_bytes(data.replace(old, new.ljust(len(old), b"\n")))
+    (folder / "chat.gguf").write_bytes(data.replace(old, new + b"{#" + b" " * (len(old) - len(new) - 4) + b"#}"))
     with Model(folder / "chat.gguf") as opened:
         yield opened
 
 
 def test_a_bos_of_the_template_does_not_come_twice(model):
-    assert model.chat([{"role": "user", "content": "hi"}]).strip() == f"{BOS}hi"
+    assert model.chat([{"role": "user", "content": "hi"}]) == f"{BOS}hi"
     tokens = tokens_of(model, ApplyConfig(prompt="hi", chat=True))
     assert (tokens == BOS_ID).sum() == 1
     assert tokens[0] == BOS_ID
