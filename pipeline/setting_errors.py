@@ -105,4 +105,4 @@ def kind_of(key: str) -> str:
         return ""
     if dataclasses.is_dataclass(getattr(node, item)):
         return "group"
-    return next(str(field.type) for field in dataclasses.fields(node) if field.name == item)
+    return next(str(f.type).removesuffix(" | None") for f in dataclasses.fields(node) if f.name == item)

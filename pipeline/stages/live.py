@@ -28,6 +28,7 @@ from .inputs import check_host, check_one_point, load_sae, sae_sha256, threads
 from .sae_files import located
 
 KINDS = ("none", "steer", "clamp", "ablate", "reconstruct")
+NUMBER_OF = {"steer": "coeff", "clamp": "value"}
 LONGEST = 1 << 20  # positions
 NAMED = 4  # positions in a warning
 
@@ -85,13 +86,11 @@ def said(config: InterventionConfig) -> str:
     """What the settings do, for people: `steer latent 123 by 150`."""
     if config.kind == "reconstruct":
         return "reconstruct" + (" and keep the error" if config.keep_error else "")
-    given, word = {
-        "steer": (list(config.coeffs) or [config.coeff], " by "),
-        "clamp": (list(config.values) or [config.value], " at "),
-    }.get(config.kind, ([], ""))
-    numbers = f"{word}{', '.join(f'{number:g}' for number in given)}"
+    word = {"steer": " by ", "clamp": " at "}.get(config.kind, "")
+    numbers = numbers_of(config)
+    far = word + ", ".join(f"{number:g}" for number in (numbers[:1] if len(set(numbers)) == 1 else numbers))
     latents = ", ".join(map(str, config.latents))
-    return f"{config.kind} {'latent' if len(config.latents) == 1 else 'latents'} {latents}{numbers}"
+    return f"{config.kind} {'latent' if len(config.latents) == 1 else 'latents'} {latents}{far}"
 
 
 def without_rows(where: Where, events: Sequence[ReadoutEvent]) -> str:
@@ -120,14 +119,21 @@ def intervention(config: InterventionConfig, saes: LiveSAEs) -> Intervention:
     where, latents = Where(phase=config.phase, positions=positions_of(config)), tuple(config.latents)
     w, encoder = sae.weights, sae.encoder
     if config.kind == "steer":
-        coeffs = tuple(config.coeffs) or (config.coeff,) * len(latents)
-        return Steer(point=point, where=where, weights=w, latents=latents, coeffs=coeffs)
+        return Steer(point=point, where=where, weights=w, latents=latents, coeffs=numbers_of(config))
     if config.kind == "clamp":
-        values = tuple(config.values) or (config.value,) * len(latents)
+        values = numbers_of(config)
         return Clamp(point=point, where=where, weights=w, latents=latents, values=values, encoder=encoder)
     if config.kind == "ablate":
         return Ablate(point=point, where=where, weights=w, latents=latents, encoder=encoder)
     return Reconstruct(point=point, where=where, weights=w, keep_error=config.keep_error, encoder=encoder)
+
+
+def numbers_of(config: InterventionConfig) -> tuple[float, ...]:
+    """How far each latent is steered, or where it is clamped; () for the other kinds and where nothing is said."""
+    one, each = {"steer": (config.coeff, config.coeffs), "clamp": (config.value, config.values)}.get(
+        config.kind, (None, [])
+    )
+    return tuple(each) or (() if one is None else (one,) * len(config.latents))
 
 
 def _check_settings(config: InterventionConfig) -> None:
@@ -142,6 +148,12 @@ def _check_settings(config: InterventionConfig) -> None:
                 f"intervention.{name}: expected one for each of {len(config.latents)} latents, of intervention={kind}; "
                 f"got {given} for {config.kind}"
             )
+    if config.kind in NUMBER_OF and not numbers_of(config):
+        key = NUMBER_OF[config.kind]
+        raise ConfigError(
+            f"{config.kind} of latents {config.latents} needs a number: intervention.{key}=8, or {key}:8 in "
+            f"apply.interventions{' (0 is what ablate does)' if config.kind == 'clamp' else ''}"
+        )
 
 
 def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:

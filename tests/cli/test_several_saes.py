@@ -120,11 +120,25 @@ def test_the_text_output_names_the_point_of_every_further_reading(saes, tmp_path
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        (
+            ["intervention.kind=steer", "intervention.latents=[1]"],
+            "steer of latents [1] needs a number: intervention.coeff=8",
+        ),
+        (
+            ["intervention=clamp", "intervention.latents=[1]"],
+            "intervention.value=8, or value:8 in apply.interventions (0",
+        ),
+        ([edits("{kind:steer,latents:[1]}")], "coeff:8 in apply.interventions"),
+        (
+            [edits("{kind:ablate,latents:[1]}", "{kind:clamp,latents:[2],coeff:3}")],
+            "clamp of latents [2] needs a number",
+        ),
+        (["intervention.coeff=much", "intervention=steer"], "intervention.coeff=much: expected a number"),
         (["intervention=reconstruct", "intervention.latents=[1]"], "takes no latents"),
         ([edits("{kind:steer,latents:[1,2],coeffs:[3]}")], "one for each of 2 latents"),
         ([edits("{kind:ablate,latents:[1],coeffs:[3]}")], "of intervention=steer"),
-        ([edits("{kind:steer,latents:[1],phase:later}")], "all, prompt, response"),
-        ([edits("{kind:steer,latents:[1],sae:nowhere.gguf}")], "nowhere.gguf"),
+        ([edits("{kind:steer,latents:[1],coeff:1,phase:later}")], "all, prompt, response"),
+        ([edits("{kind:steer,latents:[1],coeff:1,sae:nowhere.gguf}")], "nowhere.gguf"),
         ([edits("{kind:steer,latent:[1]}")], "latent"),
         (["apply.also=[nowhere]"], "nowhere"),
     ],

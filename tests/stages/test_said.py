@@ -29,7 +29,8 @@ def context_of(folder, **settings):
     [
         (InterventionConfig(kind="steer", latents=[123], coeff=150), "steer latent 123 by 150"),
         (InterventionConfig(kind="steer", latents=[1, 2], coeffs=[8, -2.5]), "steer latents 1, 2 by 8, -2.5"),
-        (InterventionConfig(kind="clamp", latents=[3]), "clamp latent 3 at 0"),
+        (InterventionConfig(kind="clamp", latents=[3], value=0), "clamp latent 3 at 0"),
+        (InterventionConfig(kind="clamp", latents=[3, 4], value=2), "clamp latents 3, 4 at 2"),
         (InterventionConfig(kind="ablate", latents=[3, 4]), "ablate latents 3, 4"),
         (InterventionConfig(kind="reconstruct", keep_error=True), "reconstruct and keep the error"),
     ],
