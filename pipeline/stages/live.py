@@ -24,7 +24,7 @@ from ..llama.model import Model
 from ..llama.placement import device_at
 from ..readout import ReadoutEvent
 from ..run import RunContext
-from .inputs import check_host, check_one_point, load_sae, sae_sha256, threads
+from .inputs import check_host, check_one_point, load_sae, relative, sae_sha256, threads
 from .sae_files import located
 
 KINDS = ("none", "steer", "clamp", "ablate", "reconstruct")
@@ -59,6 +59,16 @@ class LiveSAEs:
             self._open[name] = same or self._opened(path, first=not self._open)
         return self._open[name]
 
+    def distinct(self) -> list[LiveSAE]:
+        """Those opened so far, in that order; an SAE named in two ways is one."""
+        return list({sae.path: sae for sae in self._open.values()}.values())
+
+    def name_of(self, sae: LiveSAE) -> str:
+        """Its hook point; with the file where another one is of the same."""
+        place = place_of(sae.weights)
+        alike = [other for other in self.distinct() if place_of(other.weights) == place]
+        return place if len(alike) == 1 else f"{relative(sae.path)} at {place}"
+
     def _opened(self, path: Path, *, first: bool) -> LiveSAE:
         choice = self.context.config.apply.encoder
         weights = load_sae(path, stored=choice != "numpy")
@@ -77,6 +87,15 @@ class LiveSAEs:
         return LiveSAE(path=path, weights=weights if encoder else load_sae(path), encoder=encoder)
 
 
+def points_of(weights: SAEWeights) -> dict[str, str]:
+    """`hook` and, of a transcoder, `hook_out`."""
+    return {"hook": weights.hook} | ({"hook_out": weights.hook_out} if weights.hook_out else {})
+
+
+def place_of(weights: SAEWeights) -> str:
+    return " -> ".join(points_of(weights).values())
+
+
 def interventions(configs: Sequence[InterventionConfig], saes: LiveSAEs) -> list[Intervention]:
     """What the settings name, in their order. At one hook point each acts on the result of the one before."""
     return [intervention(config, saes) for config in configs if config.kind != "none"]
@@ -91,6 +110,14 @@ def said(config: InterventionConfig) -> str:
     far = word + ", ".join(f"{number:g}" for number in (numbers[:1] if len(set(numbers)) == 1 else numbers))
     latents = ", ".join(map(str, config.latents))
     return f"{config.kind} {'latent' if len(config.latents) == 1 else 'latents'} {latents}{far}"
+
+
+def said_of(config: InterventionConfig, saes: LiveSAEs) -> str:
+    """... and of which SAE, where there are several, and at which point, where it is not the SAE's own."""
+    several = len(saes.distinct()) > 1
+    where = [f"SAE of {saes.name_of(saes.get(config.sae))}"] if several else []
+    where += [f"edit at {config.hook}"] if config.hook else []
+    return said(config) + (f" ({', '.join(where)})" if where else "")
 
 
 def without_rows(where: Where, events: Sequence[ReadoutEvent]) -> str:

@@ -117,6 +117,36 @@ def test_the_text_output_names_the_point_of_every_further_reading(saes, tmp_path
     assert {"sae", "sae:1", "model"} == set(manifest["inputs"])
 
 
+def test_the_summary_says_of_which_sae_each_edit_and_each_mean_is(saes, tmp_path, ggscope):
+    options = [f"sae.path={saes[1]}", f"apply.also=[{saes[3]}]", "apply.max_tokens=2", "run_dir=shown"]
+    items = edits(
+        "{kind:steer,latents:[5],coeff:8}", f"{{kind:clamp,sae:{saes[3]},latents:[7],value:3}}",
+        f"{{kind:ablate,sae:{saes[4]},latents:[2],hook:blocks.5.hook_resid_post}}",
+    )  # fmt: skip
+    out, _ = ggscope("apply", *options, items, "--prompt", "import os")
+    out = " ".join(out.split())
+    for text in (
+        "steer latent 5 by 8 (SAE of blocks.1.hook_resid_post)",
+        "clamp latent 7 at 3 (SAE of blocks.3.hook_resid_post)",
+        "ablate latent 2 (SAE of blocks.4.hook_resid_post, edit at blocks.5.hook_resid_post)",
+    ):
+        assert text in out
+    metrics = json.loads((tmp_path / "shown" / "manifest.json").read_text())["metrics"]
+    for block, found in ((1, metrics), (3, metrics["also"][0])):
+        assert f"blocks.{block}.hook_resid_post: mean L0 {found['l0']:.1f}, mean token FVU {found['fvu']:.4f}" in out
+
+
+def test_two_saes_of_one_hook_point_are_told_apart_by_their_files(saes, tmp_path, ggscope):
+    copy = tmp_path / "copy.gguf"
+    write_sae_gguf(copy, load_weights(saes[1]), encoder_type="F16", decoder_type="F16")
+    items = edits("{kind:steer,sae:copy.gguf,latents:[5],coeff:8}")
+    out, _ = ggscope("apply", f"sae.path={saes[1]}", items, "apply.max_tokens=1", "--prompt", "import os")
+    out = " ".join(out.split())
+    assert "steer latent 5 by 8 (SAE of copy.gguf at blocks.1.hook_resid_post)" in out
+    alone, _ = ggscope("apply", f"sae.path={saes[1]}", edits("{kind:ablate,latents:[5]}"), "--prompt", "import os")
+    assert "ablate latent 5\n" in alone
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
