@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import sys
 from importlib import resources
 
@@ -204,3 +206,19 @@ def test_cvector_sums_latents_of_several_saes_block_by_block(saes, tmp_path, ggs
 def test_control_vectors_that_cannot_be_are_one_line(args, expected, saes, tmp_path, ggscope):
     assert expected in ggscope("cvector", f"sae.path={saes[1]}", *args, code=2)[1]
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_the_command_of_a_refusal_makes_the_control_vector(saes, tmp_path, ggscope):
+    save_weights(tmp_path / "mlp", dataclasses.replace(load_weights(saes[1]), hook="blocks.2.hook_mlp_out"))
+    options = ["sae.path=mlp", "convert.source=mlp", "convert.latent=5", "convert.coeff=4", "convert.probe_tokens=200"]
+    for command, given in (
+        ("cvector", ["sae.path=mlp", "cvector.latents=[5]", "cvector.coeffs=[4]"]),
+        ("convert", options),
+    ):
+        _, said = ggscope(command, *given, code=2)
+        words = shlex.split(said.split("ggscope cvector ")[-1])
+        assert words == ["cvector.directions=[{latents:[5],coeffs:[4.0],block:2}]"]
+    ggscope("cvector", "sae.path=mlp", *words, "cvector.out=cv.gguf")
+    np.testing.assert_array_equal(
+        read_control_vector(tmp_path / "cv.gguf")[2], np.float32(4) * load_weights(saes[1]).W_dec_FD[5]
+    )
