@@ -289,6 +289,9 @@ class ApplyConfig:
 class LensConfig:
     prompt: str = ""  # set by --prompt / --prompt-file / -
     top: int = 3  # tokens shown at each position of each block
+    attention: list[int] = field(
+        default_factory=list
+    )  # blocks whose attention patterns are kept; flash attention is off then
     format: str = "text"  # json: for programs
 
 
