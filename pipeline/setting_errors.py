@@ -39,6 +39,8 @@ def one_line(message: str, name: str, known: Sequence[str]) -> str:
         return f"{swept}: expected one value; several are for a sweep: -m {search}{shlex.quote(swept)}"
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
         return several_values(*found.groups())
+    if found := re.search(r"In '([^']+)/([^']+)': .*Key '\1' not in 'Config'", text):
+        return without_package(*found.groups())
     key = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text) or re.search(r"Could not override '([^']+)'", text)
     if key:
         full = re.search(r"full_key: ([\w.]+)", text) or re.search(r"Could not override '([^']+)'", text)
@@ -56,6 +58,11 @@ def no_such_file(group: str, value: str, there: str) -> str:
     hint = f"; did you mean {group}={close[0]}?" if close else ""
     article = "an" if group[0] in "aeiou" else "a"
     return f"{group}={value}: expected {' or '.join(names)}, or {article} {group}/NAME.yaml of your own with --config-dir{hint}"
+
+
+def without_package(group: str, value: str) -> str:
+    """A file of settings of all groups, such as an experiment, that Hydra took for settings of `group` itself."""
+    return f'{group}={value}: expected "# @package _global_" as the first line of {group}/{value}.yaml, which sets other groups'
 
 
 def several_values(key: str, value: str) -> str:
