@@ -8,8 +8,10 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from . import config
 from .config import Config
 from .ranges import CHOICES
+from .unread import every_setting
 
 KINDS = {
     "int": "a whole number",
@@ -41,6 +43,8 @@ def one_line(message: str, name: str, known: Sequence[str]) -> str:
         return several_values(*found.groups())
     if found := re.search(r"In '([^']+)/([^']+)': .*Key '\1' not in 'Config'", text):
         return without_package(*found.groups())
+    if found := re.search(r"full_key: (\w+) reference_type=(\w+)", text):
+        return wrong_item(*found.groups())
     key = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text) or re.search(r"Could not override '([^']+)'", text)
     if key:
         full = re.search(r"full_key: ([\w.]+)", text) or re.search(r"Could not override '([^']+)'", text)
@@ -82,6 +86,17 @@ def unknown(key: str, name: str, known: Sequence[str]) -> str:
     close += [k for k in known if k.split(".")[-1] == dotted.split(".")[-1] and k not in close and dotted not in known]
     hint = f"did you mean {' or '.join(close[:3])}?" if close else f"see `ggscope {name} --help`"
     return f"unknown setting {key!r}; {hint}"
+
+
+def wrong_item(key: str, kind: str) -> str:
+    """A key of an item of a list, misspelt or with a value of another type; `kind`: the item's class in config.py."""
+    known = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(getattr(config, kind))}
+    place = next(setting for setting in every_setting() if kind_of(setting) == f"list[{kind}]")
+    if key in known:
+        return f"{key} in {place}: expected {KINDS[known[key]]}"
+    close = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(known)}"
+    return f"unknown setting {key!r} in {place}; {hint}"
 
 
 def wrong_value(key: str, value: str) -> str:

@@ -142,7 +142,8 @@ def line(event: ReadoutEvent, top: int, labels: Mapping[int, str]) -> str:
     logprob = "" if event.logprob is None else f"{event.logprob:.3f}"
     start = f"{event.pos:>4} [{style}]{text}[/{style}]"
     if event.fvu is None or event.l0 is None:
-        return f"{start} {'-':>3} {'-':>6} {logprob:>8}  (not read: BOS or special)"
+        why = "BOS or special" if event.pos else "first row of a window"
+        return f"{start} {'-':>3} {'-':>6} {logprob:>8}  (not read: {why})"
     return f"{start} {event.l0:>3} {event.fvu:>6.3f} {logprob:>8}  {strongest(event.latents, top, labels)}"
 
 

@@ -131,7 +131,7 @@ def without_rows(where: Where, events: Sequence[ReadoutEvent]) -> str:
         return ""
     phase = "" if where.phase == "all" else f" of the {where.phase}"
     if where.positions is None:
-        return f"every row{phase} is BOS or a special token"
+        return f"every row{phase} is the first one, BOS or a special token"
     named = ", ".join(map(str, where.positions[:NAMED])) + (", ..." if len(where.positions) > NAMED else "")
     return f"no row{phase} was at {named}; the positions were 0 to {len(events) - 1}"
 

@@ -171,7 +171,17 @@ def test_two_saes_of_one_hook_point_are_told_apart_by_their_files(saes, tmp_path
         ([edits("{kind:ablate,latents:[1],coeffs:[3]}")], "of intervention=steer"),
         ([edits("{kind:steer,latents:[1],coeff:1,phase:later}")], "all, prompt, response"),
         ([edits("{kind:steer,latents:[1],coeff:1,sae:nowhere.gguf}")], "nowhere.gguf"),
-        ([edits("{kind:steer,latent:[1]}")], "latent"),
+        (
+            [edits("{kind:steer,latent:[1]}")],
+            "unknown setting 'latent' in apply.interventions; did you mean latents?",
+        ),
+        (
+            [edits("{kind:ablate,latents:[1]}", "{kind:steer,latents:[5],coef:8}")],
+            "interventions; did you mean coeff?",
+        ),
+        ([edits("{kind:steer,latents:x}")], "latents in apply.interventions: expected a list of whole numbers"),
+        ([edits("{kind:steer,latents:[1],coeff:x}")], "coeff in apply.interventions: expected a number"),
+        ([edits("{zzz:1}")], "expected kind, latents, sae, coeff"),
         (["apply.also=[nowhere]"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
