@@ -125,7 +125,7 @@ COMMANDS: dict[str, Command] = {
     "lens": Command(
         summary="logit lens: what every block would predict, through the model's own norm and unembedding",
         groups=("model", "lens"),
-        examples=("ggscope lens --prompt 'for i in range(10):'",),
+        examples=("ggscope lens --prompt 'for i in range(10):'", "ggscope lens --prompt 'for i in range(10):' 'lens.attention=[0,3]'"),
         prompts=(("--prompt", "lens.prompt"),),
     ),
     "patch": Command(

@@ -259,9 +259,9 @@ class InterventionConfig:
     kind: str = "none"  # what is done with the latents
     latents: list[int] = field(default_factory=list)  # which ones
     sae: str = ""  # whose latents; empty: sae.path
-    coeff: float = 0.0  # steer: x' = x + coeff W_dec[f]; intervention=steer takes 8 where none is given
+    coeff: float | None = None  # steer: x' = x + coeff W_dec[f]; intervention=steer takes 8 where none is given
     coeffs: list[float] = field(default_factory=list)  # ... or one for each latent
-    value: float = 0.0  # clamp: the activation aimed at
+    value: float | None = None  # clamp: the activation aimed at
     values: list[float] = field(default_factory=list)  # ... or one for each latent
     keep_error: bool = False  # reconstruct: add the SAE error, which gives the clean run up to rounding
     phase: str = "all"  # of the prompt's tokens, the generated ones, or all
@@ -289,6 +289,9 @@ class ApplyConfig:
 class LensConfig:
     prompt: str = ""  # set by --prompt / --prompt-file / -
     top: int = 3  # tokens shown at each position of each block
+    attention: list[int] = field(
+        default_factory=list
+    )  # blocks whose attention patterns are kept; flash attention is off then
     format: str = "text"  # json: for programs
 
 

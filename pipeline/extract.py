@@ -94,7 +94,12 @@ def hook_widths(model: Model, points: list[str], config: ModelConfig | None = No
         parsed = session.expand(points)
         for point in parsed:
             if point.site in NOT_STORABLE:
-                raise HookError(f"'{point}' cannot be stored: it has no fixed width per token; take it from the lens")
+                why = (
+                    f"it has no fixed width per token; `ggscope lens --prompt TEXT 'lens.attention=[{point.block}]'` writes it"
+                    if point.site == "pattern"
+                    else "its rows are as wide as the vocabulary"
+                )
+                raise HookError(f"'{point}' cannot be stored: {why}")
         rows = capture(session, [np.array([model.bos or 0])], parsed)[0]
     return {str(point): rows[str(point)].shape[1] for point in parsed}
 

@@ -8,8 +8,10 @@ import re
 import shlex
 from collections.abc import Sequence
 
+from . import config
 from .config import Config
 from .ranges import CHOICES
+from .unread import every_setting
 
 KINDS = {
     "int": "a whole number",
@@ -39,6 +41,10 @@ def one_line(message: str, name: str, known: Sequence[str]) -> str:
         return f"{swept}: expected one value; several are for a sweep: -m {search}{shlex.quote(swept)}"
     if found := re.search(r"Ambiguous value for argument '([^'=]+)=([^']*)'", text):
         return several_values(*found.groups())
+    if found := re.search(r"In '([^']+)/([^']+)': .*Key '\1' not in 'Config'", text):
+        return without_package(*found.groups())
+    if found := re.search(r"full_key: (\w+) reference_type=(\w+)", text):
+        return wrong_item(*found.groups())
     key = re.search(r"Key '([^']+)' (?:is )?not in '?(\w+)'?", text) or re.search(r"Could not override '([^']+)'", text)
     if key:
         full = re.search(r"full_key: ([\w.]+)", text) or re.search(r"Could not override '([^']+)'", text)
@@ -58,6 +64,11 @@ def no_such_file(group: str, value: str, there: str) -> str:
     return f"{group}={value}: expected {' or '.join(names)}, or {article} {group}/NAME.yaml of your own with --config-dir{hint}"
 
 
+def without_package(group: str, value: str) -> str:
+    """A file of settings of all groups, such as an experiment, that Hydra took for settings of `group` itself."""
+    return f'{group}={value}: expected "# @package _global_" as the first line of {group}/{value}.yaml, which sets other groups'
+
+
 def several_values(key: str, value: str) -> str:
     """Values with commas that are neither a list nor a sweep."""
     if kind_of(key).startswith("list"):
@@ -75,6 +86,17 @@ def unknown(key: str, name: str, known: Sequence[str]) -> str:
     close += [k for k in known if k.split(".")[-1] == dotted.split(".")[-1] and k not in close and dotted not in known]
     hint = f"did you mean {' or '.join(close[:3])}?" if close else f"see `ggscope {name} --help`"
     return f"unknown setting {key!r}; {hint}"
+
+
+def wrong_item(key: str, kind: str) -> str:
+    """A key of an item of a list, misspelt or with a value of another type; `kind`: the item's class in config.py."""
+    known = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(getattr(config, kind))}
+    place = next(setting for setting in every_setting() if kind_of(setting) == f"list[{kind}]")
+    if key in known:
+        return f"{key} in {place}: expected {KINDS[known[key]]}"
+    close = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean {close[0]}?" if close else f"expected {', '.join(known)}"
+    return f"unknown setting {key!r} in {place}; {hint}"
 
 
 def wrong_value(key: str, value: str) -> str:
@@ -105,4 +127,4 @@ def kind_of(key: str) -> str:
         return ""
     if dataclasses.is_dataclass(getattr(node, item)):
         return "group"
-    return next(str(field.type) for field in dataclasses.fields(node) if field.name == item)
+    return next(str(f.type).removesuffix(" | None") for f in dataclasses.fields(node) if f.name == item)

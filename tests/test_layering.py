@@ -23,6 +23,7 @@ ONLY_IN = {
     "hydra": ("pipeline/cli.py", "pipeline/sweep/points.py"),
     "optuna": ("pipeline/sweep/search.py",),
     "omegaconf": ("pipeline/cli.py",),
+    "jinja2": ("pipeline/chat.py",),
     "triton": ("sae/gpu/kernels.py", "sae/gpu/check.py"),
     "scipy": (),  # by name, where it is needed: pipeline/evaluation/optional.py
     "sklearn": (),

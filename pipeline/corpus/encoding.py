@@ -11,6 +11,7 @@ import numpy as np
 
 from sae.errors import ConfigError
 
+from ..chat import MessagesRefusedError
 from .documents import Document, UnusableError
 from .table import FLAG_GENERATED, FLAG_SPECIAL, DocumentInfo
 
@@ -139,7 +140,10 @@ class Encoder:
                     raise UnusableError(f"a message spells a special token ({marker})")
                 if "\0" in text:
                     raise UnusableError("a message holds a NUL character")
-        rendered = self.model.chat(list(messages), add_assistant=self.add_assistant).encode("utf-8")
+        try:
+            rendered = self.model.chat(list(messages), add_assistant=self.add_assistant).encode("utf-8")
+        except MessagesRefusedError as error:
+            raise UnusableError(str(error)) from None
         if self.bos is not None:
             self._learn(np.array([self.bos]))
             rendered = rendered.removeprefix(self.pieces[self.bos])

@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 
-from sae.errors import LlamaError
+from sae.errors import ConfigError
 
 from .graph import GraphMap, Target
 from .hooks import RAW_PREFIX
@@ -89,14 +89,14 @@ def _vocabulary(reader: gguf.GGUFReader, model: Model) -> dict[str, Any]:
 
 
 def _chat_template(model: Model) -> dict[str, Any] | None:
-    """The template's text, and whether llama.cpp can apply it."""
+    """The template's text, and whether a user's message can be rendered by it."""
     if (text := model.chat_template) is None:
         return None
     try:
         model.chat([{"role": "user", "content": "?"}])
-    except LlamaError:
-        return {"known_to_llama_cpp": False, "text": text}
-    return {"known_to_llama_cpp": True, "text": text}
+    except ConfigError:
+        return {"usable": False, "text": text}
+    return {"usable": True, "text": text}
 
 
 def graph_facts(graph: GraphMap) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from sae.errors import LlamaError, ShapeError
 
+from ..chat import ChatTemplate
 from . import amx, identity
 from .log import log_tail
 from .symbols import lc
@@ -125,25 +126,19 @@ class Model:
         return found.decode("utf-8", "surrogateescape") if found else None
 
     def chat(self, messages: list[dict[str, str]], *, add_assistant: bool = True) -> str:
-        """The messages in the model's own chat template, as llama.cpp knows it, ready for the answer.
+        """The messages in the model's own chat template, ready for the answer where asked for.
 
-        LlamaError for a model without a template, or with one llama.cpp does not know.
+        LlamaError for a model without a template; ConfigError for a template that cannot be used, or that refuses them.
         """
+        rendered = self._chat.render(messages, add_assistant=add_assistant)
+        return rendered.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
         if (text := self.chat_template) is None:
             raise LlamaError(f"{self.path.name} has no chat template; give a plain prompt")
-        template = text.encode("utf-8", "surrogateescape")
-        kept = [(m["role"].encode(), m["content"].encode()) for m in messages]
-        array = (lc.llama_chat_message * len(kept))(*[lc.llama_chat_message(role=r, content=c) for r, c in kept])
-        size = 1024 + 2 * sum(len(r) + len(c) for r, c in kept)
-        for _ in range(2):
-            buffer = ctypes.create_string_buffer(size)
-            count = lc.llama_chat_apply_template(template, array, len(kept), add_assistant, buffer, size)
-            if count < 0:
-                raise LlamaError(f"llama.cpp does not know the chat template of {self.path.name}; give a plain prompt")
-            if count <= size:
-                return buffer.raw[:count].decode("utf-8", "replace")
-            size = count + 1
-        raise LlamaError(f"llama.cpp could not apply the chat template of {self.path.name}")
+        bos, eos = ("" if t is None else self.piece(t).decode("utf-8", "replace") for t in (self.bos, self.eos))
+        return ChatTemplate(text, name=self.path.name, bos=bos, eos=eos)
 
     @cached_property
     def graph(self) -> GraphMap:

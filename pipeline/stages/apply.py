@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from sae.errors import ConfigError
-from sae.weights import SAEWeights
 
 from ..config import ApplyConfig
 from ..generate import generate
@@ -21,7 +20,7 @@ from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
 from ..run import RunContext
 from .inputs import context_tokens, describe_model, open_model, relative, sae_path, session_options
-from .live import LiveSAEs, interventions, said, without_rows
+from .live import LiveSAEs, interventions, place_of, points_of, said_of, without_rows
 
 READOUT_NAME = "readout.jsonl"
 
@@ -53,7 +52,7 @@ def run(context: RunContext) -> None:
         )
         session.close()
         places = ", ".join(f"{relative(sae.path)} at {place_of(sae.weights)}" for sae in read)
-        edits = [said(one) for one in (context.config.intervention, *config.interventions) if one.kind != "none"]
+        edits = [said_of(c, saes) for c in (context.config.intervention, *config.interventions) if c.kind != "none"]
         given = "; ".join([f"{describe_model(model)} and {places}", *edits])
     for edit, one in zip(edits, chosen, strict=True):
         if why := without_rows(one.where, events):
@@ -62,26 +61,21 @@ def run(context: RunContext) -> None:
     context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made)}
     context.metrics |= means(events, 0)
     context.metrics["also"] = [points_of(r.weights) | means(events, i) for i, r in enumerate(readers) if i]
+    measured = [
+        (f"{saes.name_of(sae)}: " if len(read) > 1 else "")
+        + f"mean L0 {found['l0']:.1f}, mean token FVU {found['fvu']:.4f}"
+        for sae, found in zip(read, (context.metrics, *context.metrics["also"]), strict=True)
+    ]
     context.metrics["text"] = "".join(e.text for e in made)
     context.metrics["encoder"] = readers[0].encoder.name
     context.metrics["interventions"] = [intervention.key() for intervention in chosen]
     context.outputs["readout"] = str(context.folder / READOUT_NAME)
     context.three_lines(
         given,
-        f"{len(made)} tokens generated after {len(events) - len(made)}, mean L0 {context.metrics['l0']:.1f}, "
-        f"mean token FVU {context.metrics['fvu']:.4f}",
+        f"{len(made)} tokens generated after {len(events) - len(made)}, {'; '.join(measured)}",
         relative(context.folder / READOUT_NAME),
         stderr=config.format == "jsonl",
     )
-
-
-def points_of(weights: SAEWeights) -> dict[str, str]:
-    """`hook` and, of a transcoder, `hook_out`."""
-    return {"hook": weights.hook} | ({"hook_out": weights.hook_out} if weights.hook_out else {})
-
-
-def place_of(weights: SAEWeights) -> str:
-    return " -> ".join(points_of(weights).values())
 
 
 def means(events: list[ReadoutEvent], reader: int) -> dict[str, float]:
@@ -148,7 +142,8 @@ def line(event: ReadoutEvent, top: int, labels: Mapping[int, str]) -> str:
     logprob = "" if event.logprob is None else f"{event.logprob:.3f}"
     start = f"{event.pos:>4} [{style}]{text}[/{style}]"
     if event.fvu is None or event.l0 is None:
-        return f"{start} {'-':>3} {'-':>6} {logprob:>8}  (not read: BOS or special)"
+        why = "BOS or special" if event.pos else "first row of a window"
+        return f"{start} {'-':>3} {'-':>6} {logprob:>8}  (not read: {why})"
     return f"{start} {event.l0:>3} {event.fvu:>6.3f} {logprob:>8}  {strongest(event.latents, top, labels)}"
 
 

@@ -69,15 +69,29 @@ def direction(
 ) -> tuple[int, np.ndarray]:
     """(block, sum_f coeffs_f W_dec[f] float32): what `intervention=steer` adds, bit for bit.
 
-    ConfigError for an SAE whose hook point is no block's output, unless `block` names one, and for layer norm.
+    The residual before a block is the output of the one before it. ConfigError for an SAE whose hook point is no
+    block's output, unless `block` names one, and for layer norm.
     """
     point = HookPoint.parse(weights.hook)
     if weights.norm_mode != "none":
         raise ConfigError("a control vector is the same at every token, this SAE's latents are in units of its sigma")
-    if block < 0 and (point.site != "resid_post" or point.block is None):
-        raise ConfigError(f"a control vector acts on resid_post only, this SAE reads {weights.hook}; name a block")
     steer = Steer(point=point, weights=weights, latents=tuple(latents), coeffs=tuple(coeffs))
-    return (point.block or 0) if block < 0 else block, steer.direction()
+    return output_block(point, latents, coeffs) if block < 0 else block, steer.direction()
+
+
+def output_block(point: HookPoint, latents: Sequence[int], coeffs: Sequence[float]) -> int:
+    """The block whose output the hook point is. ConfigError for a point that is none, with the command for it."""
+    if point.block is not None and point.site == "resid_post":
+        return point.block
+    if point.block and point.site == "resid_pre":
+        return point.block - 1
+    wanted = ",".join(
+        f"{key}:[{','.join(map(str, numbers))}]" for key, numbers in (("latents", latents), ("coeffs", coeffs))
+    )
+    raise ConfigError(
+        f"a control vector is added to a block's output, this SAE reads {point}; name the block: "
+        f"ggscope cvector 'cvector.directions=[{{{wanted},block:{point.block or 1}}}]'"
+    )
 
 
 def summed(found: Sequence[tuple[int, np.ndarray]]) -> dict[int, np.ndarray]:

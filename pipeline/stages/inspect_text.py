@@ -120,6 +120,6 @@ def _bytes(count: int) -> str:
 def _chat(template: dict[str, Any] | None) -> str:
     if template is None:
         return "no template"
-    known = "llama.cpp knows it" if template["known_to_llama_cpp"] else "llama.cpp does not know it"
+    known = "can be used" if template["usable"] else "cannot be used"
     first = template["text"].splitlines()[0] if template["text"].strip() else ""
     return f"template of {len(template['text']):,} characters ({known}): {first[:50]!r}"

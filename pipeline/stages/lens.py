@@ -11,6 +11,7 @@ from rich.text import Text
 
 from sae.errors import ConfigError
 
+from ..lenses.attention import attention, draw_attention
 from ..lenses.logit_lens import LensResult, logit_lens
 from ..lenses.patching import prompt_tokens
 from ..llama.model import Model
@@ -19,6 +20,8 @@ from ..run import RunContext, write_json
 from .inputs import context_tokens, describe_model, open_model, print_wide, relative, session_options
 
 LENS_NAME = "lens.json"
+ATTENTION_NAME = "attention.npz"
+PICTURE_NAME = "attention.png"
 COLUMNS_SHOWN = 10  # the terminal shows the last positions, the file has all
 
 
@@ -28,9 +31,11 @@ def run(context: RunContext) -> None:
         raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
     with open_model(context) as model:
         tokens = prompt_tokens(model, config.prompt)
-        session = Session(
-            model, n_ctx=context_tokens(context, model, len(tokens)), **session_options(context.config.model)
-        )
+        options = session_options(context.config.model)
+        if config.attention:
+            options["flash_attn"] = "off"
+        session = Session(model, n_ctx=context_tokens(context, model, len(tokens)), **options)
+        patterns = attention(session, tokens, list(dict.fromkeys(config.attention))) if config.attention else {}
         result = logit_lens(session, model, tokens, top=config.top)
         session.close()
         values = as_dict(model, result)
@@ -39,15 +44,23 @@ def run(context: RunContext) -> None:
         else:
             print_wide(table(model, result))
         given = f"{describe_model(model)}, {len(tokens)} tokens"
-    path = context.folder / LENS_NAME
+        labels = [written(model, token).replace("$", r"\$") for token in tokens]
+    path, made = context.folder / LENS_NAME, [context.folder / LENS_NAME]
     write_json(path, values)
     context.outputs["lens"] = str(path)
+    if patterns:
+        arrays, picture = context.folder / ATTENTION_NAME, context.folder / PICTURE_NAME
+        columns = {f"blocks.{block}.attn.hook_pattern": weights_HTT for block, weights_HTT in patterns.items()}
+        np.savez(arrays, allow_pickle=False, **columns)
+        draw_attention(picture, patterns, labels)
+        context.outputs |= {"attention": str(arrays), "attention_picture": str(picture)}
+        made += [arrays, picture]
     context.metrics = {"last_block_error": result.last_block_error, "tokens": len(tokens)}
     context.three_lines(
         given,
         f"last block against the model's logits: relative {result.last_block_error:.1e}; "
         f"KL to the model at the last position (nats), from the first block on: {' '.join(f'{v:.2f}' for v in result.kl_LT[:, -1])}",
-        relative(path),
+        ", ".join(relative(file) for file in made),
         stderr=config.format == "json",
     )
 

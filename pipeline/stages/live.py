@@ -24,10 +24,11 @@ from ..llama.model import Model
 from ..llama.placement import device_at
 from ..readout import ReadoutEvent
 from ..run import RunContext
-from .inputs import check_host, check_one_point, load_sae, sae_sha256, threads
+from .inputs import check_host, check_one_point, load_sae, relative, sae_sha256, threads
 from .sae_files import located
 
 KINDS = ("none", "steer", "clamp", "ablate", "reconstruct")
+NUMBER_OF = {"steer": "coeff", "clamp": "value"}
 LONGEST = 1 << 20  # positions
 NAMED = 4  # positions in a warning
 
@@ -58,6 +59,16 @@ class LiveSAEs:
             self._open[name] = same or self._opened(path, first=not self._open)
         return self._open[name]
 
+    def distinct(self) -> list[LiveSAE]:
+        """Those opened so far, in that order; an SAE named in two ways is one."""
+        return list({sae.path: sae for sae in self._open.values()}.values())
+
+    def name_of(self, sae: LiveSAE) -> str:
+        """Its hook point; with the file where another one is of the same."""
+        place = place_of(sae.weights)
+        alike = [other for other in self.distinct() if place_of(other.weights) == place]
+        return place if len(alike) == 1 else f"{relative(sae.path)} at {place}"
+
     def _opened(self, path: Path, *, first: bool) -> LiveSAE:
         choice = self.context.config.apply.encoder
         weights = load_sae(path, stored=choice != "numpy")
@@ -76,6 +87,15 @@ class LiveSAEs:
         return LiveSAE(path=path, weights=weights if encoder else load_sae(path), encoder=encoder)
 
 
+def points_of(weights: SAEWeights) -> dict[str, str]:
+    """`hook` and, of a transcoder, `hook_out`."""
+    return {"hook": weights.hook} | ({"hook_out": weights.hook_out} if weights.hook_out else {})
+
+
+def place_of(weights: SAEWeights) -> str:
+    return " -> ".join(points_of(weights).values())
+
+
 def interventions(configs: Sequence[InterventionConfig], saes: LiveSAEs) -> list[Intervention]:
     """What the settings name, in their order. At one hook point each acts on the result of the one before."""
     return [intervention(config, saes) for config in configs if config.kind != "none"]
@@ -85,13 +105,19 @@ def said(config: InterventionConfig) -> str:
     """What the settings do, for people: `steer latent 123 by 150`."""
     if config.kind == "reconstruct":
         return "reconstruct" + (" and keep the error" if config.keep_error else "")
-    given, word = {
-        "steer": (list(config.coeffs) or [config.coeff], " by "),
-        "clamp": (list(config.values) or [config.value], " at "),
-    }.get(config.kind, ([], ""))
-    numbers = f"{word}{', '.join(f'{number:g}' for number in given)}"
+    word = {"steer": " by ", "clamp": " at "}.get(config.kind, "")
+    numbers = numbers_of(config)
+    far = word + ", ".join(f"{number:g}" for number in (numbers[:1] if len(set(numbers)) == 1 else numbers))
     latents = ", ".join(map(str, config.latents))
-    return f"{config.kind} {'latent' if len(config.latents) == 1 else 'latents'} {latents}{numbers}"
+    return f"{config.kind} {'latent' if len(config.latents) == 1 else 'latents'} {latents}{far}"
+
+
+def said_of(config: InterventionConfig, saes: LiveSAEs) -> str:
+    """... and of which SAE, where there are several, and at which point, where it is not the SAE's own."""
+    several = len(saes.distinct()) > 1
+    where = [f"SAE of {saes.name_of(saes.get(config.sae))}"] if several else []
+    where += [f"edit at {config.hook}"] if config.hook else []
+    return said(config) + (f" ({', '.join(where)})" if where else "")
 
 
 def without_rows(where: Where, events: Sequence[ReadoutEvent]) -> str:
@@ -105,7 +131,7 @@ def without_rows(where: Where, events: Sequence[ReadoutEvent]) -> str:
         return ""
     phase = "" if where.phase == "all" else f" of the {where.phase}"
     if where.positions is None:
-        return f"every row{phase} is BOS or a special token"
+        return f"every row{phase} is the first one, BOS or a special token"
     named = ", ".join(map(str, where.positions[:NAMED])) + (", ..." if len(where.positions) > NAMED else "")
     return f"no row{phase} was at {named}; the positions were 0 to {len(events) - 1}"
 
@@ -120,14 +146,21 @@ def intervention(config: InterventionConfig, saes: LiveSAEs) -> Intervention:
     where, latents = Where(phase=config.phase, positions=positions_of(config)), tuple(config.latents)
     w, encoder = sae.weights, sae.encoder
     if config.kind == "steer":
-        coeffs = tuple(config.coeffs) or (config.coeff,) * len(latents)
-        return Steer(point=point, where=where, weights=w, latents=latents, coeffs=coeffs)
+        return Steer(point=point, where=where, weights=w, latents=latents, coeffs=numbers_of(config))
     if config.kind == "clamp":
-        values = tuple(config.values) or (config.value,) * len(latents)
+        values = numbers_of(config)
         return Clamp(point=point, where=where, weights=w, latents=latents, values=values, encoder=encoder)
     if config.kind == "ablate":
         return Ablate(point=point, where=where, weights=w, latents=latents, encoder=encoder)
     return Reconstruct(point=point, where=where, weights=w, keep_error=config.keep_error, encoder=encoder)
+
+
+def numbers_of(config: InterventionConfig) -> tuple[float, ...]:
+    """How far each latent is steered, or where it is clamped; () for the other kinds and where nothing is said."""
+    one, each = {"steer": (config.coeff, config.coeffs), "clamp": (config.value, config.values)}.get(
+        config.kind, (None, [])
+    )
+    return tuple(each) or (() if one is None else (one,) * len(config.latents))
 
 
 def _check_settings(config: InterventionConfig) -> None:
@@ -142,6 +175,12 @@ def _check_settings(config: InterventionConfig) -> None:
                 f"intervention.{name}: expected one for each of {len(config.latents)} latents, of intervention={kind}; "
                 f"got {given} for {config.kind}"
             )
+    if config.kind in NUMBER_OF and not numbers_of(config):
+        key = NUMBER_OF[config.kind]
+        raise ConfigError(
+            f"{config.kind} of latents {config.latents} needs a number: intervention.{key}=8, or {key}:8 in "
+            f"apply.interventions{' (0 is what ablate does)' if config.kind == 'clamp' else ''}"
+        )
 
 
 def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:

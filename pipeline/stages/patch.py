@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -17,9 +18,13 @@ from ..llama.session import Session
 from ..run import RunContext, write_json
 from .inputs import context_tokens, describe_model, open_model, print_wide, relative, session_options
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PATCH_NAME = "patch.json"
 PICTURE_NAME = "patch.png"
 SIDE_BY_SIDE = 16
+LEAST_WIDTH = 6.5  # inches of the picture, for its title
 
 
 def run(context: RunContext) -> None:
@@ -47,7 +52,12 @@ def run(context: RunContext) -> None:
     else:
         print_wide(table(result, clean, corrupted))
     write_json(context.folder / PATCH_NAME, values)
-    picture(result, clean, corrupted, str(context.folder / PICTURE_NAME))
+    picture(result, clean, corrupted).savefig(context.folder / PICTURE_NAME, dpi=110)
+    if result.clean_difference <= 0:
+        context.console.print(
+            f"warning: after the clean prompt {config.answer!r} is no likelier than {config.wrong!r} (logit difference "
+            f"{result.clean_difference:.3f}): a share of 1 restores no answer", style="yellow", highlight=False, markup=False,
+        )  # fmt: skip
     context.outputs |= {"patch": str(context.folder / PATCH_NAME), "picture": str(context.folder / PICTURE_NAME)}
     context.metrics = {"clean_difference": result.clean_difference, "corrupted_difference": result.corrupted_difference}
     block, position = np.unravel_index(int(result.grid_LP.argmax()), result.grid_LP.shape)
@@ -83,11 +93,12 @@ def table(result: PatchResult, clean: list[str], corrupted: list[str]) -> Table:
     return shown
 
 
-def picture(result: PatchResult, clean: list[str], corrupted: list[str], path: str) -> None:
-    """The grid as a heat map, PNG."""
+def picture(result: PatchResult, clean: list[str], corrupted: list[str]) -> Figure:
+    """The grid as a heat map."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2 + 0.8 * len(result.positions), 1.5 + 0.45 * len(result.blocks)), layout="constrained")
+    width = max(LEAST_WIDTH, 2 + 0.8 * len(result.positions))
+    figure = Figure(figsize=(width, 1.5 + 0.45 * len(result.blocks)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(result.grid_LP, origin="lower", aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
     axes.set_xticks(
@@ -98,6 +109,6 @@ def picture(result: PatchResult, clean: list[str], corrupted: list[str], path: s
     )
     axes.set_yticks(range(len(result.blocks)), [str(b) for b in result.blocks])
     axes.set_ylabel("block")
-    axes.set_title(f"clean {result.site} patched into the corrupted run")
+    figure.suptitle(f"clean {result.site} patched into the corrupted run", fontsize=11)
     figure.colorbar(image, label="(patched - corrupted) / (clean - corrupted)")
-    figure.savefig(path, dpi=110)
+    return figure

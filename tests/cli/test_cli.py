@@ -151,6 +151,25 @@ def test_texts_pass_outside_the_grammar(tmp_path):
     assert take_texts("patch", ["--clean=a=b", "--answer", "c"])[0] == {"patch.clean": "a=b", "patch.answer": "c"}
 
 
+def test_an_experiment_of_one_s_own_needs_its_first_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "experiment").mkdir(parents=True)
+    readme = (ROOT / "README.md").read_text()
+    text = readme.split("`my/experiment/notes.yaml`:\n```yaml\n")[1].split("```")[0]
+    for name, content in {"notes": text, "bare": text.split("\n", 1)[1]}.items():
+        (tmp_path / "my" / "experiment" / f"{name}.yaml").write_text(content)
+    assert main(["train", "--config-dir", "my", "experiment=bare"]) == 2
+    said = capfd.readouterr().err
+    assert said == (
+        'ggscope train: experiment=bare: expected "# @package _global_" as the first line of experiment/bare.yaml, '
+        "which sets other groups\n"
+    )
+    assert main(["train", "--config-dir", "my", "experiment=notes"]) == 2
+    assert "expected a finished `ggscope extract` run" in capfd.readouterr().err
+    assert main(["train", "experiment.k=3"]) == 2
+    assert "unknown setting 'experiment" in capfd.readouterr().err
+
+
 def test_a_path_the_grammar_cannot_parse_is_quoted():
     for value in ("a (1).gguf", "x, y=2.gguf", "a,b.gguf", 'q"uote.gguf', "plain.gguf"):
         assert composed("train", quoted(f"model.path={value}")).model.path == value
@@ -182,13 +201,3 @@ def test_completion_names_every_command_and_setting(shell, capsys):
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS)
     assert "sae.num_latents=" in out
-
-
-def test_the_bash_completion_is_valid_and_completes(capsys):
-    main(["completion", "bash"])
-    script = (
-        capsys.readouterr().out
-        + 'COMP_WORDS=(ggscope train sae.n); COMP_CWORD=2; compopt() { :; }; _ggscope; echo "${COMPREPLY[@]}"'
-    )
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20)
-    assert done.stdout.strip() == "sae.num_latents="

@@ -1,4 +1,4 @@
-"""What help and completion say: choices beside the defaults, and only what a command takes."""
+"""What help says: choices beside the defaults, and only what a command takes."""
 
 from __future__ import annotations
 
@@ -115,24 +115,6 @@ def test_settings_of_the_store_command_are_listed_for_it_alone(name, there, caps
     assert any(line.startswith("store.inputs=") for line in lines) == there
     assert any(line.startswith("store.format=") for line in lines) == there
     assert any(line.startswith("store.path=") for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("words", "place", "expected"),
-    [("ggscope store v", 2, "verify"), ("ggscope store info store.shard", 3, "store.shard_rows=")],
-)
-def test_verbs_are_offered_right_after_the_command(words, place, expected, capsys):
-    main(["completion", "bash"])
-    call = f'COMP_WORDS=({words}); COMP_CWORD={place}; compopt() {{ :; }}; _ggscope; echo "${{COMPREPLY[@]}}"'
-    done = subprocess.run(
-        ["bash", "-c", capsys.readouterr().out + call], capture_output=True, text=True, timeout=20, check=True
-    )
-    assert done.stdout.strip() == expected
-
-
-def test_fish_knows_the_verbs(capsys):
-    main(["completion", "fish"])
-    assert "-a 'info verify merge compact'" in capsys.readouterr().out
 
 
 def test_a_reader_that_stops_reading_ends_the_help_without_a_word():

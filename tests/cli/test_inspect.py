@@ -61,7 +61,7 @@ def test_the_card_has_quantisation_vocabulary_and_chat_template(tmp_path, tmp_pa
     assert words["bos"] == {"id": BOS_ID, "text": BOS}
     assert words["eos"] == {"id": EOS_ID, "text": EOS}
     assert words["sha256"] == vocab_sha256(reader.get_field("tokenizer.ggml.tokens").contents())
-    assert card["chat_template"] == {"known_to_llama_cpp": True, "text": CHAT_TEMPLATE}
+    assert card["chat_template"] == {"usable": True, "text": CHAT_TEMPLATE}
 
 
 @pytest.mark.parametrize("flash_attn", ["auto", "off"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import sys
 from importlib import resources
 
@@ -117,15 +119,69 @@ def test_the_text_output_names_the_point_of_every_further_reading(saes, tmp_path
     assert {"sae", "sae:1", "model"} == set(manifest["inputs"])
 
 
+def test_the_summary_says_of_which_sae_each_edit_and_each_mean_is(saes, tmp_path, ggscope):
+    options = [f"sae.path={saes[1]}", f"apply.also=[{saes[3]}]", "apply.max_tokens=2", "run_dir=shown"]
+    items = edits(
+        "{kind:steer,latents:[5],coeff:8}", f"{{kind:clamp,sae:{saes[3]},latents:[7],value:3}}",
+        f"{{kind:ablate,sae:{saes[4]},latents:[2],hook:blocks.5.hook_resid_post}}",
+    )  # fmt: skip
+    out, _ = ggscope("apply", *options, items, "--prompt", "import os")
+    out = " ".join(out.split())
+    for text in (
+        "steer latent 5 by 8 (SAE of blocks.1.hook_resid_post)",
+        "clamp latent 7 at 3 (SAE of blocks.3.hook_resid_post)",
+        "ablate latent 2 (SAE of blocks.4.hook_resid_post, edit at blocks.5.hook_resid_post)",
+    ):
+        assert text in out
+    metrics = json.loads((tmp_path / "shown" / "manifest.json").read_text())["metrics"]
+    for block, found in ((1, metrics), (3, metrics["also"][0])):
+        assert f"blocks.{block}.hook_resid_post: mean L0 {found['l0']:.1f}, mean token FVU {found['fvu']:.4f}" in out
+
+
+def test_two_saes_of_one_hook_point_are_told_apart_by_their_files(saes, tmp_path, ggscope):
+    copy = tmp_path / "copy.gguf"
+    write_sae_gguf(copy, load_weights(saes[1]), encoder_type="F16", decoder_type="F16")
+    items = edits("{kind:steer,sae:copy.gguf,latents:[5],coeff:8}")
+    out, _ = ggscope("apply", f"sae.path={saes[1]}", items, "apply.max_tokens=1", "--prompt", "import os")
+    out = " ".join(out.split())
+    assert "steer latent 5 by 8 (SAE of copy.gguf at blocks.1.hook_resid_post)" in out
+    alone, _ = ggscope("apply", f"sae.path={saes[1]}", edits("{kind:ablate,latents:[5]}"), "--prompt", "import os")
+    assert "ablate latent 5\n" in alone
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        (
+            ["intervention.kind=steer", "intervention.latents=[1]"],
+            "steer of latents [1] needs a number: intervention.coeff=8",
+        ),
+        (
+            ["intervention=clamp", "intervention.latents=[1]"],
+            "intervention.value=8, or value:8 in apply.interventions (0",
+        ),
+        ([edits("{kind:steer,latents:[1]}")], "coeff:8 in apply.interventions"),
+        (
+            [edits("{kind:ablate,latents:[1]}", "{kind:clamp,latents:[2],coeff:3}")],
+            "clamp of latents [2] needs a number",
+        ),
+        (["intervention.coeff=much", "intervention=steer"], "intervention.coeff=much: expected a number"),
         (["intervention=reconstruct", "intervention.latents=[1]"], "takes no latents"),
         ([edits("{kind:steer,latents:[1,2],coeffs:[3]}")], "one for each of 2 latents"),
         ([edits("{kind:ablate,latents:[1],coeffs:[3]}")], "of intervention=steer"),
-        ([edits("{kind:steer,latents:[1],phase:later}")], "all, prompt, response"),
-        ([edits("{kind:steer,latents:[1],sae:nowhere.gguf}")], "nowhere.gguf"),
-        ([edits("{kind:steer,latent:[1]}")], "latent"),
+        ([edits("{kind:steer,latents:[1],coeff:1,phase:later}")], "all, prompt, response"),
+        ([edits("{kind:steer,latents:[1],coeff:1,sae:nowhere.gguf}")], "nowhere.gguf"),
+        (
+            [edits("{kind:steer,latent:[1]}")],
+            "unknown setting 'latent' in apply.interventions; did you mean latents?",
+        ),
+        (
+            [edits("{kind:ablate,latents:[1]}", "{kind:steer,latents:[5],coef:8}")],
+            "interventions; did you mean coeff?",
+        ),
+        ([edits("{kind:steer,latents:x}")], "latents in apply.interventions: expected a list of whole numbers"),
+        ([edits("{kind:steer,latents:[1],coeff:x}")], "coeff in apply.interventions: expected a number"),
+        ([edits("{zzz:1}")], "expected kind, latents, sae, coeff"),
         (["apply.also=[nowhere]"], "nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -160,3 +216,19 @@ def test_cvector_sums_latents_of_several_saes_block_by_block(saes, tmp_path, ggs
 def test_control_vectors_that_cannot_be_are_one_line(args, expected, saes, tmp_path, ggscope):
     assert expected in ggscope("cvector", f"sae.path={saes[1]}", *args, code=2)[1]
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_the_command_of_a_refusal_makes_the_control_vector(saes, tmp_path, ggscope):
+    save_weights(tmp_path / "mlp", dataclasses.replace(load_weights(saes[1]), hook="blocks.2.hook_mlp_out"))
+    options = ["sae.path=mlp", "convert.source=mlp", "convert.latent=5", "convert.coeff=4", "convert.probe_tokens=200"]
+    for command, given in (
+        ("cvector", ["sae.path=mlp", "cvector.latents=[5]", "cvector.coeffs=[4]"]),
+        ("convert", options),
+    ):
+        _, said = ggscope(command, *given, code=2)
+        words = shlex.split(said.split("ggscope cvector ")[-1])
+        assert words == ["cvector.directions=[{latents:[5],coeffs:[4.0],block:2}]"]
+    ggscope("cvector", "sae.path=mlp", *words, "cvector.out=cv.gguf")
+    np.testing.assert_array_equal(
+        read_control_vector(tmp_path / "cv.gguf")[2], np.float32(4) * load_weights(saes[1]).W_dec_FD[5]
+    )

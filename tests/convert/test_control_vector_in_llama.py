@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 
 import numpy as np
 import pytest
@@ -44,6 +45,18 @@ def test_llama_cpp_moves_the_logits_as_steering_does_bit_for_bit(tmp_path, block
     assert np.abs(steered - run(session(), tokens)).max() > 0.1
 
 
+@pytest.mark.parametrize("block", [2, 3])
+def test_an_sae_before_a_block_moves_the_logits_as_steering_there_does(tmp_path, block):
+    tokens, point = prompt(), HookPoint.parse(f"blocks.{block}.hook_resid_pre")
+    sae = dataclasses.replace(sae_at(2), hook=str(point))
+    found = direction(sae, [5, 9], [6.0, -3.0])
+    assert found[0] == block - 1
+    path = write_control_vector(tmp_path / "cv.gguf", summed([found]), model_hint="llama", n_layer=BLOCKS)
+    where = Where(positions=tuple(range(len(tokens))))
+    steer = Steer(point=point, weights=sae, latents=(5, 9), coeffs=(6.0, -3.0), where=where)
+    np.testing.assert_array_equal(logits_under(path, tokens), run(session(), tokens, [steer]))
+
+
 def test_several_latents_of_several_saes_at_several_blocks_bit_for_bit(tmp_path):
     tokens = prompt()
     wanted = {1: ((5, 9, 40), (3.1, -2.7, 0.3)), 2: ((7,), (-4.0,)), 3: ((0, 127), (1.5, 2.25))}
@@ -65,12 +78,14 @@ def test_sums_at_one_block_are_added_in_float64():
 
 
 def test_an_sae_that_no_control_vector_can_stand_for_is_refused():
-    import dataclasses
-
     sae = sae_at(2)
     with pytest.raises(ConfigError, match="units of its sigma"):
         direction(dataclasses.replace(sae, norm_mode="layer", norm_eps=1e-5), [1], [1.0])
-    with pytest.raises(ConfigError, match="resid_post only"):
+    with pytest.raises(ConfigError, match=r"added to a block's output, this SAE reads blocks\.2\.hook_mlp_out"):
         direction(dataclasses.replace(sae, hook="blocks.2.hook_mlp_out"), [1], [1.0])
+    with pytest.raises(
+        ConfigError, match=r"reads blocks\.0\.hook_resid_pre; .*\[\{latents:\[1\],coeffs:\[2\.0\],block:1\}\]"
+    ):
+        direction(dataclasses.replace(sae, hook="blocks.0.hook_resid_pre"), [1], [2.0])
     block, _ = direction(dataclasses.replace(sae, hook="blocks.2.hook_mlp_out"), [1], [1.0], block=3)
     assert block == 3

@@ -10,8 +10,10 @@ from rich.console import Console
 
 from pipeline.config import Config, CorpusConfig, InterventionConfig, ModelConfig
 from pipeline.llama.symbols import lc
+from pipeline.readout import ReadoutEvent
 from pipeline.resuming import run_to_resume, same_place
 from pipeline.run import RunContext, running
+from pipeline.stages.apply import line
 from pipeline.stages.evaluate_rows import warn_other_corpus
 from pipeline.stages.inputs import open_model
 from pipeline.stages.live import said
@@ -29,13 +31,20 @@ def context_of(folder, **settings):
     [
         (InterventionConfig(kind="steer", latents=[123], coeff=150), "steer latent 123 by 150"),
         (InterventionConfig(kind="steer", latents=[1, 2], coeffs=[8, -2.5]), "steer latents 1, 2 by 8, -2.5"),
-        (InterventionConfig(kind="clamp", latents=[3]), "clamp latent 3 at 0"),
+        (InterventionConfig(kind="clamp", latents=[3], value=0), "clamp latent 3 at 0"),
+        (InterventionConfig(kind="clamp", latents=[3, 4], value=2), "clamp latents 3, 4 at 2"),
         (InterventionConfig(kind="ablate", latents=[3, 4]), "ablate latents 3, 4"),
         (InterventionConfig(kind="reconstruct", keep_error=True), "reconstruct and keep the error"),
     ],
 )
 def test_an_edit_is_said_with_its_latents_and_how_far(config, text):
     assert said(config) == text
+
+
+@pytest.mark.parametrize(("pos", "why"), [(0, "first row of a window"), (3, "BOS or special")])
+def test_a_row_that_is_not_read_says_why(pos, why):
+    event = ReadoutEvent(pos=pos, token=5, text="def", phase="prompt", flagged=True, logprob=None, readings=())
+    assert line(event, 3, {}).endswith(f"(not read: {why})")
 
 
 def test_layers_for_a_gpu_that_is_not_there_are_warned_about(tmp_path):
