@@ -50,10 +50,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def prune(folder: Path, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints."""
-    for old in checkpoints(folder)[:-keep_last]:
-        old.unlink(missing_ok=True)
+def prune(folder: Path, *, keep_last: int, step: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints up to that of `step`, which was just written."""
+    for old in [s for s in checkpoint_steps(folder) if s <= step][:-keep_last]:
+        checkpoint_path(folder, old).unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
