@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sae.batches import Prefetcher
-from sae.checkpoint_torch import checkpoints, load_checkpoint
+from sae.checkpoint_torch import checkpoints, load_checkpoint, save_checkpoint
 from sae.errors import ConfigError, DivergedError, FormatError, InterruptedRunError, ShapeError
 from sae.metrics import ReconstructionMetrics
 from sae.runtime import decode, encode
@@ -351,6 +351,26 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_last_good_check
         trainer(tmp_path / "early", toy=Toy(batch=128, poison=1)).fit()
 
 
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed_or_changes_nothing(tmp_path):
+    state = {"x": torch.arange(9.0), "meta": '{"step": 3}'}
+    path = save_checkpoint(tmp_path, 3, state)
+    good, noticed = path.read_bytes(), 0
+    for at in range(len(good)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :])
+        try:
+            found = load_checkpoint(path)
+        except FormatError:
+            noticed += 1
+            continue
+        assert torch.equal(found["x"], state["x"])
+        assert found["meta"] == state["meta"]
+    data = good.index(state["x"].numpy().tobytes())
+    assert noticed > 36
+    path.write_bytes(good[:data] + bytes([good[data] ^ 1]) + good[data + 1 :])
+    with pytest.raises(FormatError, match=r"the checksum of archive/data/0 does not fit\); delete it"):
+        load_checkpoint(path)
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("touch PWNED",)
@@ -366,7 +386,7 @@ def test_a_checkpoint_that_is_damaged_or_hostile_is_refused_and_runs_nothing(tmp
         with pytest.raises(FormatError, match=r"step_00000012\.pt cannot be read .*; delete it"):
             trainer(tmp_path / "run").fit(resume=True)
     torch.save({"x": Payload()}, newest)
-    with pytest.raises(FormatError, match="cannot be read"):
+    with pytest.raises(FormatError, match=r"cannot be read \(it holds other things than tensors and text\); delete it"):
         trainer(tmp_path / "run").fit(resume=True)
     torch.save({"format": "other"}, newest)
     with pytest.raises(FormatError, match="is not a ggscope-training file"):
