@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import ConfigError, SAEError
+from sae.signals import terminations
 
 from .commands import COMMANDS
 from .config import Config
@@ -373,7 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    signal.signal(signal.SIGTERM, terminate)
+    for number in terminations():
+        signal.signal(number, terminate)
     try:
         if any(arg in ("-h", "--help") for arg in args):
             print(help_of(name, *(composed(name) if COMMANDS[name].groups else ({}, {}))), flush=True)

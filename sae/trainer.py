@@ -111,7 +111,7 @@ class JointTrainer:
         Raises:
             ConfigError: checkpoints exist and `resume` is false, or they were made with other settings, or there is no
                 step of which every SAE has one.
-            InterruptedRunError: Ctrl-C or SIGTERM; a checkpoint was written.
+            InterruptedRunError: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was written.
             DivergedError: no SAE is left whose loss is a finite number; names the step, the place in the data and the
                 last good checkpoint.
             OutOfMemoryError: says what to lower.

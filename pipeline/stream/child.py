@@ -40,6 +40,7 @@ def main(connection_fd: int, memory_fd: int, parent: int) -> int:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with Connection(connection_fd) as connection:
         try:
             serve(connection, memory_fd)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.checkpoint_torch import checkpoint_path, checkpoint_steps, load_checkpoint, prune, save_checkpoint
+from sae.checkpoint_torch import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from sae.errors import ConfigError, DivergedError, InterruptedRunError, OutOfMemoryError
 from sae.saving import BEST, DIVERGED
 from sae.trainer import JointTrainer, Trainer, checkpoint_step
@@ -97,13 +97,6 @@ def test_a_kill_between_two_files_then_a_stop_leaves_every_sae_the_step_of_the_s
         joint(tmp_path, configs, progress=signalled(5)).fit(resume=True)
     assert {name: checkpoint_steps(tmp_path / name) for name in configs} == {name: [6] for name in configs}
     assert_as_alone(joint(tmp_path, configs).fit(resume=True), alone)
-
-
-def test_the_checkpoint_that_was_just_written_is_never_pruned(tmp_path):
-    for step in (1, 2, 9):
-        save_checkpoint(tmp_path, step, {})
-    prune(tmp_path, keep_last=1, step=2)
-    assert checkpoint_steps(tmp_path) == [2, 9]
 
 
 def test_a_resume_without_a_step_that_all_have_is_refused(tmp_path):
