@@ -155,8 +155,10 @@ class RunContext:
     def three_lines(self, given: str, numbers: str, output: str, *, stderr: bool = False) -> None:
         """What every command ends with: its input, its numbers, where its output lies.
 
-        On stdout, or on stderr where stdout carries JSON.
+        On stdout, or on stderr where stdout carries JSON. The work is done by then, and the manifest says so first.
         """
+        if self._status:
+            self.write(self.ends_as)
         print_three(self.command, given, numbers, output, stderr=stderr)
 
     @contextmanager

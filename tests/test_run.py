@@ -277,3 +277,10 @@ def test_a_resumed_run_has_its_own_settings_where_none_are_typed():
     with pytest.raises(ConfigError, match=r"settings differ \(trainer\.lr: 0\.5 -> "):
         resume_folder("train", typed, ("trainer",))
     assert with_settings_of_run("train", given, ["trainer", "resume"]) == given
+
+
+def test_the_manifest_says_finished_before_the_last_lines():
+    context = started()
+    with running(context):
+        context.three_lines("a", "b", "c")
+        assert read_manifest(context.folder)["status"] == "finished"
