@@ -26,6 +26,7 @@ from sae.signals import terminations
 from .commands import COMMANDS
 from .config import Config
 from .help import help_of, overview
+from .log_lines import show_warnings
 from .ranges import check_ranges
 from .setting_errors import one_line, unknown
 from .streams import lasting_streams
@@ -318,6 +319,7 @@ def called(args: list[str]) -> int:
         return 2
     for number in terminations():
         signal.signal(number, terminate)
+    show_warnings()
     try:
         if any(arg in ("-h", "--help") for arg in args):
             print(help_of(name, *(composed(name) if COMMANDS[name].groups else ({}, {}))))
