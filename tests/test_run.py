@@ -114,6 +114,27 @@ def test_a_run_refused_before_it_did_anything_leaves_nothing():
     assert not list(Path("mine").iterdir())
 
 
+def test_a_refused_run_leaves_what_was_in_its_folder_before():
+    mine = Path("mine")
+    mine.mkdir()
+    (mine / ".gitkeep").touch()
+    (mine / "notes.txt").write_text("x")
+    (mine / "link").symlink_to("nowhere")
+    before = sorted(mine.iterdir())
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="no"), running(started(config=Config(run_dir="mine"))):
+            raise ConfigError("no")
+        assert sorted(mine.iterdir()) == before
+
+
+def test_a_run_dir_that_is_no_folder_is_refused():
+    Path("file").touch()
+    Path("link").symlink_to("nowhere")
+    for name, what in (("file", "a file"), ("link", "a link to nothing")):
+        with pytest.raises(ConfigError, match=f"run_dir={name}: expected a folder, got {what}"):
+            new_folder("train", Config(run_dir=name))
+
+
 def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, monkeypatch):
     seconds = iter([0.0, 1.0, 31.0, 40.0, 61.5])
     monkeypatch.setattr(run.time, "monotonic", lambda: next(seconds))
@@ -165,8 +186,8 @@ def test_resume_latest_takes_the_newest_run_in_which_something_was_done():
         raise ValueError("x")
     assert resume_folder("train", Config(resume="latest"), ("trainer",)) == interrupted.folder
     worked = started()
-    (worked.folder / "checkpoints").mkdir()
     with pytest.raises(ConfigError), running(worked):
+        (worked.folder / "checkpoints").mkdir()
         raise ConfigError("the disk is too small")
     assert read_manifest(worked.folder)["status"] == "failed"
     assert resume_folder("train", Config(resume="latest"), ("trainer",)) == worked.folder
