@@ -186,9 +186,13 @@ def test_resume_latest_takes_the_newest_run_in_which_something_was_done():
         raise ValueError("x")
     assert resume_folder("train", Config(resume="latest"), ("trainer",)) == interrupted.folder
     worked = started()
-    with pytest.raises(ConfigError), running(worked):
+
+    def work():
         (worked.folder / "checkpoints").mkdir()
         raise ConfigError("the disk is too small")
+
+    with pytest.raises(ConfigError), running(worked):
+        work()
     assert read_manifest(worked.folder)["status"] == "failed"
     assert resume_folder("train", Config(resume="latest"), ("trainer",)) == worked.folder
     with (
