@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from importlib import metadata
@@ -42,12 +42,17 @@ PACKAGES = ("ggscope", "llama-cpp-python", "torch", "numpy", "zarr", "hydra-core
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that a reader sees the old file or the whole new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk names no file
+        raise
 
 
 def file_sha256(path: Path) -> str:
@@ -331,6 +336,7 @@ def _manifest_kept(context: RunContext) -> Iterator[None]:
         if faulty and nothing_done(context.folder, found=context.found):
             take_back(context)
         else:
-            context.write("failed", f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # of a full disk; what went wrong before says more
+                context.write("failed", f"{type(error).__name__}: {error}")
         raise
     context.write(context.ends_as)

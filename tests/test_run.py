@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from dataclasses import replace
@@ -244,6 +245,24 @@ def test_a_manifest_is_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_full_disk_is_named_and_hides_no_earlier_error(tmp_path, monkeypatch):
+    context = started()
+
+    def full(_file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail():
+        monkeypatch.setattr(run.os, "fsync", full)
+        raise ValueError("before")
+
+    with pytest.raises(ValueError, match="before"), running(context):
+        fail()
+    with pytest.raises(OSError, match="manifest") as caught:
+        context.write("running")
+    assert caught.value.filename == str(context.folder / "manifest.json")
+    assert not list(context.folder.glob("*.tmp"))
 
 
 def test_the_metrics_file_continues_at_the_checkpoint(tmp_path):
