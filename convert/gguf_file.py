@@ -6,6 +6,7 @@ to `general.alignment`, tensor data. Source: llama.cpp's gguf.h.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import struct
@@ -272,8 +273,12 @@ def write_atomically(
             check(partial)
         os.replace(partial, path)
         _sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
     finally:
-        writer.close()
+        with contextlib.suppress(OSError):  # of what it still holds for a full disk
+            writer.close()
         partial.unlink(missing_ok=True)
     return path
 

@@ -6,7 +6,6 @@ Heavy packages are imported by the stages, so `--help` is quick.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import errno
 import functools
@@ -22,14 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import ConfigError, SAEError
+from sae.signals import terminations
 
 from .commands import COMMANDS
 from .config import Config
-from .help import help_of, overview, takes_several
+from .help import help_of, overview
+from .log_lines import show_warnings
 from .ranges import check_ranges
 from .setting_errors import one_line, unknown
+from .streams import lasting_streams
 from .terminal import shown
 from .unread import warnings
+from .words import take_texts, take_words, with_paths, with_texts
 
 # numpy's BLAS threads spin for a while after each product and then take the cores from llama.cpp's threads, which
 # wait for each other: evaluate took 1.5 times as long. Must be set before numpy is loaded; 2**4 cycles is the least.
@@ -106,70 +109,6 @@ def in_quotes(value: str) -> str:
     return f'"{escaped}"'
 
 
-def read_text(source: str) -> str:
-    """The text of a file, or of standard input for `-`; exactly one trailing newline is dropped."""
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"expected a readable UTF-8 text file, got {source}: {error}") from None
-    return text.removesuffix("\n")
-
-
-def take_texts(name: str, args: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split the prompt flags off: `{config key: text}` and the arguments that are Hydra's."""
-    flags = dict(COMMANDS[name].prompts)
-    texts: dict[str, str] = {}
-    rest: list[str] = []
-    queue = list(args)
-    while queue:
-        arg = queue.pop(0)
-        flag, sign, value = arg.partition("=") if arg.startswith("--") else (arg, "", "")
-        base = flag.removesuffix("-file")
-        if arg == "-" and flags:
-            texts[next(iter(flags.values()))] = read_text("-")
-        elif base in flags:
-            if not sign and not queue:
-                raise ConfigError(f"{flag}: expected a text after it, e.g. {flag} 'import os'")
-            value = value if sign else queue.pop(0)
-            texts[flags[base]] = read_text(value) if flag.endswith("-file") else value
-        else:
-            rest.append(arg)
-    return texts, rest
-
-
-def take_words(name: str, args: list[str]) -> tuple[str, list[str], list[str]]:
-    """Split the verb and the paths off: `(verb, paths, the rest)`. Paths are the words before the first setting."""
-    command, rest = COMMANDS[name], list(args)
-    verb = ""
-    if command.verbs:
-        word = rest[0] if rest else ""
-        close = difflib.get_close_matches(word, command.verbs, 1)
-        if word in command.verbs or not command.verb_optional or (close and not Path(word).exists()):
-            verb = word
-            rest = rest[1:]
-        if verb not in command.verbs and (verb or not command.verb_optional):
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(
-                f"expected `ggscope {name} {'|'.join(command.verbs)} ...`, got {verb or 'nothing'!r}{hint}"
-            )
-    paths = []
-    while command.path_key and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-        paths.append(rest.pop(0))
-    return verb, paths, rest
-
-
-def with_paths(name: str, config: Config, paths: list[str]) -> Config:
-    """The settings with the paths of the command line put where the command wants them."""
-    if not paths:
-        return config
-    group, item = COMMANDS[name].path_key.split(".")
-    several = takes_several(COMMANDS[name].path_key)
-    if not several and len(paths) > 1:
-        raise ConfigError(f"`ggscope {name}` takes one path, got {len(paths)}: {' '.join(paths)}")
-    value = paths if several else paths[0]
-    return dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{item: value})})
-
-
 def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
     """Quote what the grammar cannot take; `format=json` is short for the command's own `<command>.format=json`."""
     checked, skip = [], False
@@ -193,13 +132,6 @@ def checked_overrides(name: str, args: Sequence[str]) -> list[str]:
     if skip:
         raise ConfigError(f"{checked[-1]}: expected a value after it")
     return checked
-
-
-def with_texts(config: Config, texts: dict[str, str]) -> Config:
-    for key, text in texts.items():
-        group, item = key.split(".")
-        config = dataclasses.replace(config, **{group: dataclasses.replace(getattr(config, group), **{item: text})})
-    return config
 
 
 def run_stage(name: str, config: Config, verb: str = "") -> None:
@@ -357,6 +289,18 @@ def terminate(signum: int, frame: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
+    name = args[0] if args else ""
+    keeps_run = name in COMMANDS and COMMANDS[name].keeps_run and bool(COMMANDS[name].groups)
+    try:
+        with lasting_streams(results_elsewhere=keeps_run and {"-h", "--help"}.isdisjoint(args)):
+            return called(args)
+    except OSError as error:
+        print(f"ggscope: standard output: {error.strerror}; free some room there and start again", file=sys.stderr)
+        return 2
+
+
+def called(args: list[str]) -> int:
+    """Do what the words say; returns the exit code."""
     if not args or args[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -373,19 +317,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    signal.signal(signal.SIGTERM, terminate)
+    for number in terminations():
+        signal.signal(number, terminate)
+    show_warnings()
     try:
         if any(arg in ("-h", "--help") for arg in args):
-            print(help_of(name, *(composed(name) if COMMANDS[name].groups else ({}, {}))), flush=True)
+            print(help_of(name, *(composed(name) if COMMANDS[name].groups else ({}, {}))))
         elif not COMMANDS[name].groups:
             importlib.import_module(f"pipeline.stages.{name}").run(args)
         else:
             run_command(name, args)
     except SystemExit as error:  # Hydra's own flags (--cfg, --info) end this way
         return error.code if isinstance(error.code, int) else 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as error:  # noqa: BLE001  the one place where every failure becomes a line and a code
         return exit_code_of(error, name)
     return 0

@@ -9,6 +9,7 @@ number of threads. Letters: N rows, D width of a hook, S rows per shard.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class Estimate:
         """StoreError, with the numbers, when the disk cannot hold it."""
         if self.free_bytes is not None and self.bytes_missing > self.free_bytes:
             raise StoreError(
-                f"the disk of {location} is too full: {self.bytes_missing / 1e9:.2f} GB needed, "
-                f"{self.free_bytes / 1e9:.2f} GB free; free some, set store.path elsewhere, or lower corpus.max_tokens"
+                f"the disk of {location} is too full: {math.ceil(self.bytes_missing / 1e7) / 100:.2f} GB needed, "
+                f"{self.free_bytes // 10**7 / 100:.2f} GB free; free some, set store.path elsewhere, or lower corpus.max_tokens"
             )
 
 

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from importlib import metadata
@@ -42,12 +42,17 @@ PACKAGES = ("ggscope", "llama-cpp-python", "torch", "numpy", "zarr", "hydra-core
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that a reader sees the old file or the whole new one."""
     temporary = path.with_suffix(path.suffix + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-        f.write("\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1)
+            f.write("\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk names no file
+        raise
 
 
 def file_sha256(path: Path) -> str:
@@ -121,6 +126,7 @@ class RunContext:
     console: Console = field(default_factory=lambda: PlainConsole(stderr=True))
     started: float = field(default_factory=time.time)
     _status: str = ""  # as it was last written
+    found: frozenset[str] = frozenset()  # files that were in the folder before this run
     refused: bool = False  # a new run that ended by a fault in its settings or inputs before it did anything
 
     def __post_init__(self) -> None:
@@ -155,8 +161,10 @@ class RunContext:
     def three_lines(self, given: str, numbers: str, output: str, *, stderr: bool = False) -> None:
         """What every command ends with: its input, its numbers, where its output lies.
 
-        On stdout, or on stderr where stdout carries JSON.
+        On stdout, or on stderr where stdout carries JSON. The work is done by then, and the manifest says so first.
         """
+        if self._status:
+            self.write(self.ends_as)
         print_three(self.command, given, numbers, output, stderr=stderr)
 
     @contextmanager
@@ -195,7 +203,11 @@ def new_folder(command: str, config: Config, root: Path = Path("runs")) -> Path:
     """Make `runs/<command>/<time>/`, or `run_dir` where one is named."""
     if config.run_dir:
         folder = Path(config.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            what = "a link to nothing" if folder.is_symlink() else "a file"
+            raise ConfigError(f"run_dir={folder}: expected a folder, got {what}; name another") from None
         if (folder / MANIFEST).exists():
             raise ConfigError(
                 f"run_dir={folder} already holds a run; continue it with resume={folder} or name another folder"
@@ -227,9 +239,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     }
 
 
-def nothing_done(folder: Path, *, but: str = MANIFEST) -> bool:
-    """Whether a run folder holds no more than what every run starts with, `but`, and files without content."""
-    return {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size} <= {MANIFEST, but}
+def nothing_done(folder: Path, *, but: str = MANIFEST, found: frozenset[str] = frozenset()) -> bool:
+    """Whether a run folder holds no more than what every run starts with, `but`, `found`, and files without content."""
+    made = {path.name for path in folder.iterdir() if path.is_dir() or path.lstat().st_size}
+    return made <= {MANIFEST, but, *found}
 
 
 def runs_of(command: str, root: Path = Path("runs")) -> list[tuple[Path, dict[str, Any]]]:
@@ -282,6 +295,7 @@ def torchrun_rank(name: str, config: Config) -> int:
 @contextmanager
 def running(context: RunContext) -> Iterator[RunContext]:
     """Keep the manifest true whatever happens inside; one process at a time in a run folder."""
+    context.found = frozenset(path.name for path in context.folder.iterdir() if not path.is_dir())
     with open(context.folder / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends, however it ends
@@ -294,7 +308,8 @@ def running(context: RunContext) -> Iterator[RunContext]:
 def take_back(context: RunContext) -> None:
     """Leave nothing of a run that was refused before it did anything: the next try finds no folder in its way."""
     for path in context.folder.iterdir():
-        path.unlink()
+        if path.name not in context.found:
+            path.unlink()
     made = [] if context.config.run_dir else [context.folder, *context.folder.parents[:2]]  # runs/COMMAND/TIME
     for folder in made:
         if any(folder.iterdir()):
@@ -317,10 +332,11 @@ def _manifest_kept(context: RunContext) -> Iterator[None]:
         ) from error
     except BaseException as error:
         faulty = isinstance(error, SAEError) and error.exit_code == 2 and not context.resumed
-        context.refused = faulty and nothing_done(context.folder, but=SPOOL_NAME)
-        if faulty and nothing_done(context.folder):
+        context.refused = faulty and nothing_done(context.folder, but=SPOOL_NAME, found=context.found)
+        if faulty and nothing_done(context.folder, found=context.found):
             take_back(context)
         else:
-            context.write("failed", f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # of a full disk; what went wrong before says more
+                context.write("failed", f"{type(error).__name__}: {error}")
         raise
     context.write(context.ends_as)

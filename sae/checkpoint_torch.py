@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,10 @@ from .errors import DiskError, FormatError
 FORMAT = "ggscope-training"
 VERSION = 1
 NAME = re.compile(r"step_(\d{8,})\.pt")
+DIRECTORY = 0x10  # in the attributes of a part of a zip file
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError,
+)  # fmt: skip
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -50,10 +57,23 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def prune(folder: Path, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints."""
-    for old in checkpoints(folder)[:-keep_last]:
-        old.unlink(missing_ok=True)
+def prune(folder: Path, *, keep_last: int, step: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints up to that of `step`, which was just written."""
+    for old in [s for s in checkpoint_steps(folder) if s <= step][:-keep_last]:
+        checkpoint_path(folder, old).unlink(missing_ok=True)
+
+
+def check_sums(path: Path) -> None:
+    """Read the whole file and compare the checksums of its parts, which torch writes but does not look at.
+
+    Raises:
+        zipfile.BadZipFile: a part is not what was written. Others of UNREADABLE where its headers are damaged.
+    """
+    with zipfile.ZipFile(path) as parts:
+        if (damaged := parts.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
+        if any(part.external_attr & DIRECTORY for part in parts.infolist()):  # of which torch would read nothing
+            raise zipfile.BadZipFile("it holds a directory")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -63,10 +83,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FormatError: damaged, foreign, or of another version.
     """
     try:
+        check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(f"{path} cannot be read ({first}); delete it to resume from the one before") from error
+        why = "it holds other things than tensors and text" if isinstance(error, pickle.UnpicklingError) else first
+        raise FormatError(f"{path} cannot be read ({why}); delete it to resume from the one before") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise FormatError(f"{path} is not a {FORMAT} file")
     if state.get("version") != VERSION:

@@ -61,7 +61,7 @@ class Saves:
             if best and self.save_best:
                 keep_as(written, written.with_name(BEST))
         for name in alive if self.writes else ():
-            prune(self.folder / name, keep_last=self.keep_last)
+            prune(self.folder / name, keep_last=self.keep_last, step=step)
         return written if len(self.learners) == 1 else self.folder
 
     def leave_out(self, name: str) -> None:
@@ -95,6 +95,12 @@ class Saves:
             ):  # killed between the two files
                 keep_as(path, path.with_name(BEST))
         return data_state
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints above `step`: the training that goes on from there comes to these steps anew."""
+        for folder in (self.folder / name for name in self.learners if self.writes):
+            for later in (s for s in checkpoint_steps(folder) if s > step):
+                checkpoint_path(folder, later).unlink(missing_ok=True)
 
 
 def keep_as(path: Path, copy: Path) -> None:
@@ -150,9 +156,23 @@ def diverged_at(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def common_step(folder: Path, names: Iterable[str]) -> int:
-    """The newest step of which every SAE has a checkpoint (or was left out before it); 0 if there is none."""
+def common_step(folder: Path, names: Iterable[str], *, first: int = 0) -> int:
+    """The newest step of which every SAE has a checkpoint (or was left out before it); 0 if there are no checkpoints.
+
+    0 too where there are some of one SAE but no step after `first`, that of the first checkpoint: a kill in the midst
+    of the first.
+
+    Raises:
+        ConfigError: there are checkpoints after `first`, but no step of which every SAE has one.
+    """
     found = {name: set(checkpoint_steps(folder / name)) for name in names}
     left = {name: note["step"] for name in found if (note := diverged_at(folder / name)) is not None}
     every = set.union(*found.values())
-    return max((s for s in every if all(s in found[n] or s >= left.get(n, s + 1) for n in found)), default=0)
+    common = max((s for s in every if all(s in found[n] or s >= left.get(n, s + 1) for n in found)), default=0)
+    if not common and max(every, default=0) > first:
+        there = "; ".join(f"{name}: {', '.join(map(str, sorted(found[name]))) or 'none'}" for name in found)
+        raise ConfigError(
+            f"expected in {folder} a step of which every SAE has a checkpoint, got {there}; "
+            "put the missing files back, or start a new run"
+        )
+    return common

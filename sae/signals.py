@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a note that a loop reads between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as a note that a loop reads between two steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from types import FrameType
 from typing import Any
 
 
+def terminations() -> list[signal.Signals]:
+    """The signals that end a process from outside: SIGTERM, and that of a closed terminal unless nohup has it ignored."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, *hang_up]
+
+
 class Signals:
-    """While it is entered, SIGINT and SIGTERM are noted in `received`; a second SIGINT raises at once.
+    """While it is entered, SIGINT and `terminations` are noted in `received`; a second SIGINT raises at once.
 
     Only the main thread can take signals; elsewhere this does nothing.
     """
@@ -21,7 +27,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *terminations()):
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -106,6 +106,11 @@ class TrainConfig:
         """T: number of batches."""
         return -(-self.tokens // self.batch_tokens)
 
+    @property
+    def first_checkpoint(self) -> int:
+        """The step after which the first checkpoint is due."""
+        return min(self.checkpoint_steps, self.steps) or self.steps
+
     def lr_at(self, step: int) -> float:
         """Learning rate of the step with this number, counted from 0."""
         warmup_steps = min(self.warmup_steps, int(self.steps * MAX_WARMUP_SHARE))

@@ -110,8 +110,9 @@ class JointTrainer:
         With `resume`, go on from the newest step of which every SAE has a checkpoint (from the start if there is none).
 
         Raises:
-            ConfigError: checkpoints exist and `resume` is false, or they were made with other settings.
-            InterruptedRunError: Ctrl-C or SIGTERM; a checkpoint was written.
+            ConfigError: checkpoints exist and `resume` is false, or they were made with other settings, or there is no
+                step of which every SAE has one.
+            InterruptedRunError: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was written.
             DivergedError: no SAE is left whose loss is a finite number; names the step, the place in the data and the
                 last good checkpoint.
             OutOfMemoryError: says what to lower.
@@ -123,10 +124,11 @@ class JointTrainer:
             raise ConfigError(
                 f"{existing[-1].parent} already holds {existing[-1].name}; resume it or take another folder"
             )
-        if step := common_step(self.saves.folder, self.learners):
+        if step := common_step(self.saves.folder, self.learners, first=self.config.first_checkpoint):
             self._data_state = self.saves.restore(step)
             self.step = self._finite_step = step
             self.source.load_state(self._data_state)
+        self.saves.forget_after(step)
         config, left = self.config, self.config.steps - self.step
         with Signals() as signals, Prefetcher(self.source, config.prefetch_batches, left) as batches:
             self._clock.start()
@@ -312,9 +314,10 @@ def memory_advice(configs: Mapping[str, TrainConfig]) -> str:
     return f"num_latents ({latents}) or batch_tokens ({first.batch_tokens}){together}"
 
 
-def checkpoint_step(folder: Path | str, *names: str) -> int:
+def checkpoint_step(folder: Path | str, *names: str, first: int = 0) -> int:
     """The newest step of which each of `names` has a checkpoint in `folder`: where `fit(resume=True)` will start.
 
-    0 if there is none; without names, that of `folder` itself.
+    0 if there are no checkpoints; without names, that of `folder` itself. `first`: as `common_step` has it, which also
+    says what it raises.
     """
-    return common_step(Path(folder), names or ("",))
+    return common_step(Path(folder), names or ("",), first=first)

@@ -16,6 +16,7 @@ from pipeline.corpus.windows import (
     FLAG_NOT_FINITE,
     FLAGS_ALL,
 )
+from pipeline.extract import Estimate
 from pipeline.llama.model import Model
 from pipeline.store.reader import ActivationStore
 from pipeline.store.writer import invalidate
@@ -72,6 +73,14 @@ def test_a_plan_that_does_not_fit_the_disk_is_refused_with_the_numbers_before_an
     with pytest.raises(StoreError, match=r"too full: 0\.\d\d GB needed, 0\.00 GB free; .*lower corpus.max_tokens"):
         run(model, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_too_little_room_is_never_said_to_be_enough(tmp_path):
+    plan = Estimate(
+        rows=1, rows_missing=1, shards_missing=1, bytes_missing=9_800_000, free_bytes=9_500_000, tokens_per_s=1
+    )
+    with pytest.raises(StoreError, match=r"0\.01 GB needed, 0\.00 GB free"):
+        plan.check(tmp_path)
 
 
 def edited_model(source, target, edit):
@@ -165,7 +174,8 @@ from pathlib import Path
 from pipeline.config import CorpusConfig, ExtractConfig, ModelConfig, StoreConfig
 from pipeline.corpus.readers import read_documents
 from pipeline.corpus.windows import windows
-from pipeline.extract import extract, plan_extraction
+from pipeline.extract import Estimate, extract, plan_extraction
+from pipeline.extract import Estimate
 from pipeline.llama.model import Model
 
 def progress(done, total):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from dataclasses import replace
@@ -114,6 +115,27 @@ def test_a_run_refused_before_it_did_anything_leaves_nothing():
     assert not list(Path("mine").iterdir())
 
 
+def test_a_refused_run_leaves_what_was_in_its_folder_before():
+    mine = Path("mine")
+    mine.mkdir()
+    (mine / ".gitkeep").touch()
+    (mine / "notes.txt").write_text("x")
+    (mine / "link").symlink_to("nowhere")
+    before = sorted(mine.iterdir())
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="no"), running(started(config=Config(run_dir="mine"))):
+            raise ConfigError("no")
+        assert sorted(mine.iterdir()) == before
+
+
+def test_a_run_dir_that_is_no_folder_is_refused():
+    Path("file").touch()
+    Path("link").symlink_to("nowhere")
+    for name, what in (("file", "a file"), ("link", "a link to nothing")):
+        with pytest.raises(ConfigError, match=f"run_dir={name}: expected a folder, got {what}"):
+            new_folder("train", Config(run_dir=name))
+
+
 def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, monkeypatch):
     seconds = iter([0.0, 1.0, 31.0, 40.0, 61.5])
     monkeypatch.setattr(run.time, "monotonic", lambda: next(seconds))
@@ -165,9 +187,13 @@ def test_resume_latest_takes_the_newest_run_in_which_something_was_done():
         raise ValueError("x")
     assert resume_folder("train", Config(resume="latest"), ("trainer",)) == interrupted.folder
     worked = started()
-    (worked.folder / "checkpoints").mkdir()
-    with pytest.raises(ConfigError), running(worked):
+
+    def work():
+        (worked.folder / "checkpoints").mkdir()
         raise ConfigError("the disk is too small")
+
+    with pytest.raises(ConfigError), running(worked):
+        work()
     assert read_manifest(worked.folder)["status"] == "failed"
     assert resume_folder("train", Config(resume="latest"), ("trainer",)) == worked.folder
     with (
@@ -219,6 +245,24 @@ def test_a_manifest_is_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_full_disk_is_named_and_hides_no_earlier_error(tmp_path, monkeypatch):
+    context = started()
+
+    def full(_file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail():
+        monkeypatch.setattr(run.os, "fsync", full)
+        raise ValueError("before")
+
+    with pytest.raises(ValueError, match="before"), running(context):
+        fail()
+    with pytest.raises(OSError, match="manifest") as caught:
+        context.write("running")
+    assert caught.value.filename == str(context.folder / "manifest.json")
+    assert not list(context.folder.glob("*.tmp"))
 
 
 def test_the_metrics_file_continues_at_the_checkpoint(tmp_path):
@@ -277,3 +321,10 @@ def test_a_resumed_run_has_its_own_settings_where_none_are_typed():
     with pytest.raises(ConfigError, match=r"settings differ \(trainer\.lr: 0\.5 -> "):
         resume_folder("train", typed, ("trainer",))
     assert with_settings_of_run("train", given, ["trainer", "resume"]) == given
+
+
+def test_the_manifest_says_finished_before_the_last_lines():
+    context = started()
+    with running(context):
+        context.three_lines("a", "b", "c")
+        assert read_manifest(context.folder)["status"] == "finished"

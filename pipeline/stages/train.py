@@ -85,7 +85,7 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
         configs = {name: replace(c, lr=searched[name]["best"]) for name, c in configs.items()}
         for line in searched_lines(searched):
             context.console.print(line, highlight=False)
-    step = checkpoint_step(folder, *configs)
+    step = checkpoint_step(folder, *configs, first=next(iter(configs.values())).first_checkpoint)
     loggers = {
         name: open_loggers(config.logger, context.folder, asdict(config) | {"sae": asdict(c)}, step, name)
         for name, c in configs.items()

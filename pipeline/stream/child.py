@@ -25,6 +25,7 @@ from ..capture.shards import outliers, stored_rows
 from ..corpus.plan import make_plan
 from ..corpus.windows import FLAG_NOT_FINITE, FLAGS_ALL, WindowTable
 from ..executors.processes import die_with_parent, portable
+from ..log_lines import show_warnings
 from ..run import RunContext
 from ..stages.corpora import window_table
 from ..stages.executing import capture_model
@@ -40,6 +41,8 @@ def main(connection_fd: int, memory_fd: int, parent: int) -> int:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    show_warnings()
     with Connection(connection_fd) as connection:
         try:
             serve(connection, memory_fd)

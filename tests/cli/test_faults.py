@@ -161,7 +161,7 @@ def test_an_interrupted_extract_exits_with_130_and_resumes_to_the_same_bytes(num
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL]
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGHUP, signal.SIGKILL]
 )
 def test_a_stopped_training_resumes_to_bit_identical_weights(number, made, tmp_path):
     store = next(made.glob("runs/extract/*/activations.zarr"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import gguf
 import numpy as np
 import pytest
@@ -214,3 +216,17 @@ def test_tensors_lie_as_llama_cpp_reads_them(tmp_path):
         (tmp_path / "moved.gguf").write_bytes(data[:at] + moved.to_bytes(8, "little") + data[at + 8 :])
         with pytest.raises(FormatError, match=f"is at {moved} of the data, expected {offset}, behind the one before"):
             read_sae_gguf(tmp_path / "moved.gguf")
+
+
+def test_a_full_disk_leaves_no_partial_file_and_is_named(tmp_path, monkeypatch):
+    close = gguf.GGUFWriter.close
+
+    def full(writer):
+        close(writer)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "close", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        write_sae_gguf(tmp_path / "x.gguf", random_sae())
+    assert caught.value.filename == str(tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())

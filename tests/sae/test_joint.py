@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.checkpoint_torch import checkpoint_path, checkpoint_steps, load_checkpoint
+from sae.checkpoint_torch import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from sae.errors import ConfigError, DivergedError, InterruptedRunError, OutOfMemoryError
 from sae.saving import BEST, DIVERGED
 from sae.trainer import JointTrainer, Trainer, checkpoint_step
@@ -80,6 +80,37 @@ def test_saes_stopped_together_resume_to_the_same_bits(alone, tmp_path):
         joint(tmp_path).fit()
     assert_as_alone(joint(tmp_path).fit(resume=True), alone)
     assert {name: checkpoint_steps(tmp_path / name) for name in CONFIGS} == {name: [8, 12] for name in CONFIGS}
+
+
+def signalled(after):
+    """A progress call that sends SIGTERM once so many steps are done: it is noted during the next."""
+    return lambda tokens: os.kill(os.getpid(), signal.SIGTERM) if tokens == after * 128 else None
+
+
+def test_a_kill_between_two_files_then_a_stop_leaves_every_sae_the_step_of_the_stop(alone, tmp_path):
+    configs = {name: replace(config, keep_last=1) for name, config in CONFIGS.items()}
+    with pytest.raises(InterruptedRunError):
+        joint(tmp_path, configs, progress=signalled(3)).fit()
+    for name in ("plain", "wider"):  # a kill before the file of "other"
+        checkpoint_path(tmp_path / name, 8).write_bytes(b"of the history that is not continued")
+    with pytest.raises(InterruptedRunError, match="after step 6 of 12"):
+        joint(tmp_path, configs, progress=signalled(5)).fit(resume=True)
+    assert {name: checkpoint_steps(tmp_path / name) for name in configs} == {name: [6] for name in configs}
+    assert_as_alone(joint(tmp_path, configs).fit(resume=True), alone)
+
+
+def test_a_resume_without_a_step_that_all_have_is_refused(tmp_path):
+    joint(tmp_path).fit()
+    for step in (8, 12):
+        checkpoint_path(tmp_path / "other", step).unlink()
+    with pytest.raises(ConfigError, match=r"every SAE has a checkpoint, got plain: 8, 12; wider: 8, 12; other: none"):
+        joint(tmp_path).fit(resume=True)
+    assert checkpoint_steps(tmp_path / "plain") == [8, 12]
+
+
+def test_a_kill_in_the_midst_of_the_first_checkpoint_starts_over(alone, tmp_path):
+    save_checkpoint(tmp_path / "plain", 4, {})
+    assert_as_alone(joint(tmp_path).fit(resume=True), alone)
 
 
 def test_a_checkpoint_of_several_is_one_of_each(alone, tmp_path):

@@ -273,6 +273,20 @@ def test_ctrl_c_writes_a_checkpoint_and_the_old_handler_is_back_afterwards(tmp_p
     assert_same_weights(trainer(tmp_path).fit(resume=True), trainer(tmp_path / "whole").fit())
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_stops_a_run_unless_nohup_has_it_ignored(ignored, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        run = trainer(tmp_path, progress=lambda tokens: os.kill(os.getpid(), signal.SIGHUP) if tokens == 640 else None)
+        if ignored:
+            run.fit()
+        else:
+            with pytest.raises(InterruptedRunError, match=r"SIGHUP after step 6 of 12; checkpoint .*00000006\.pt"):
+                run.fit()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_reading_ahead_does_not_change_the_result_nor_where_a_run_resumes(tmp_path):
     plain = trainer(tmp_path / "plain", replace(SMALL, prefetch_batches=0)).fit()
     ahead = trainer(tmp_path / "ahead", replace(SMALL, prefetch_batches=5)).fit()
@@ -373,7 +387,7 @@ def test_a_checkpoint_that_is_damaged_or_hostile_is_refused_and_runs_nothing(tmp
         with pytest.raises(FormatError, match=r"step_00000012\.pt cannot be read .*; delete it"):
             trainer(tmp_path / "run").fit(resume=True)
     torch.save({"x": Payload()}, newest)
-    with pytest.raises(FormatError, match="cannot be read"):
+    with pytest.raises(FormatError, match=r"cannot be read \(it holds other things than tensors and text\); delete it"):
         trainer(tmp_path / "run").fit(resume=True)
     torch.save({"format": "other"}, newest)
     with pytest.raises(FormatError, match="is not a ggscope-training file"):
