@@ -130,6 +130,8 @@ class StoreMeta:
         hooks = tuple(
             HookInfo.from_dict(of_kind(hook, dict, "hooks")) for hook in of_kind(data["hooks"], list, "hooks")
         )
+        if not hooks:
+            raise ValueError("hooks: expected at least one")
         if len({hook.array_path for hook in hooks}) < len(hooks):
             raise ValueError("hooks: one twice")
         if data["columns"] != COLUMN_DTYPES:
