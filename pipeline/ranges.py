@@ -91,7 +91,7 @@ MOST_WHOLE = 2**31 - 1  # what llama.cpp and the compiled kernels count with
 MOST_FLOAT = 3.4e38  # about what a float32 holds
 # the greatest value where another one than these, by the last word of a setting's name ...
 MOST_OF: dict[str, float] = {
-    "seed": 2**63 - 1, "tokens": 2**48, "rows": 2**48, "bytes": 2**48, "documents": 2**48, "share": 1, "coef": 1e6,
+    "seed": 2**63 - 1, "tokens": 2**48, "rows": 2**48, "bytes": 2**48, "documents": 2**48, "threads": 512, "share": 1, "coef": 1e6,
 }  # fmt: skip
 # ... or of one setting
 MOST: dict[str, float] = {
@@ -99,6 +99,7 @@ MOST: dict[str, float] = {
     "sae.init_scale": 1e6, "sae.threshold_start": 1e6, "sae.bandwidth": 1e6,
     "corpus.context_tokens": MOST_WHOLE, "corpus.generate_tokens": MOST_WHOLE, "apply.max_tokens": MOST_WHOLE,
     "extract.batch_tokens": MOST_WHOLE, "extract.ubatch_tokens": MOST_WHOLE, "sweep.seed": MOST_WHOLE,
+    "executor.threads_per_worker": 512,
 }  # fmt: skip
 
 
