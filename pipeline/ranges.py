@@ -102,6 +102,12 @@ MOST: dict[str, float] = {
     "executor.threads_per_worker": 512,
 }  # fmt: skip
 
+# lists that a value stands in once
+NAMED_ONCE = (
+    "hook.points", "sae.inputs", "sae.outputs", "sae.prefixes", "trainer.lr_search", "together.variant",
+    "together.num_latents", "together.k", "together.lr", "together.seed", "evaluate.probe_k",
+)  # fmt: skip
+
 
 def numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
     """Every number of the settings, those in lists too, with its setting."""
@@ -127,7 +133,7 @@ def check_number(key: str, value: float) -> None:
 
 
 def check_ranges(config: Config) -> None:
-    """ConfigError for a value that is none of its choices, a number out of its range or not finite, a hook point named twice."""
+    """ConfigError for a value that is none of its choices, a number out of its range or not finite, one named twice in a list."""
     for key, choices in CHOICES.items():
         group, item = key.split(".")
         value = getattr(getattr(config, group), item)
@@ -135,13 +141,15 @@ def check_ranges(config: Config) -> None:
             raise ConfigError(f"{key}={value!r}; expected {', '.join(choice or 'nothing' for choice in choices)}")
     for key, value in numbers(config):
         check_number(key, value)
-    ks, share = config.evaluate.probe_k, config.evaluate.probe_test_share
-    if not ks or min(ks) < 1 or share >= 1:
+    if not config.evaluate.probe_k or config.evaluate.probe_test_share == 1:
         raise ConfigError(
-            f"evaluate.probe_k={ks} evaluate.probe_test_share={share}: expected numbers of at least 1, and a share below 1"
+            f"evaluate.probe_k={config.evaluate.probe_k} evaluate.probe_test_share={config.evaluate.probe_test_share}: "
+            "expected one number or more, and a share below 1"
         )
-    points = config.hook.points
-    if len(set(points)) != len(points):
-        raise ConfigError(f"hook.points names a point twice: {', '.join(points)}")
+    for key in NAMED_ONCE:
+        group, item = key.split(".")
+        values = getattr(getattr(config, group), item)
+        if len(set(values)) != len(values):
+            raise ConfigError(f"{key} names a value twice: {', '.join(map(str, values))}")
     if config.intervention.latents and config.intervention.kind == "none":
         raise ConfigError("intervention.latents without a kind does nothing: add intervention=steer, clamp or ablate")

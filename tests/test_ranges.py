@@ -7,7 +7,15 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from pipeline.config import ApplyConfig, Config, EvaluateConfig, InterventionConfig, SAEConfig, TrainerConfig
+from pipeline.config import (
+    ApplyConfig,
+    Config,
+    EvaluateConfig,
+    HookConfig,
+    InterventionConfig,
+    SAEConfig,
+    TrainerConfig,
+)
 from pipeline.ranges import LEAST, MOST, check_number, check_ranges
 from sae.errors import ConfigError
 
@@ -53,6 +61,13 @@ def test_no_number_is_without_bounds(key):
         (Config(trainer=TrainerConfig(eps=1e308)), "trainer.eps=1e+308: expected a number of at most 1"),
         (Config(trainer=TrainerConfig(decay_share=1.5)), "trainer.decay_share=1.5: expected a number of at most 1"),
         (Config(evaluate=EvaluateConfig(probe_k=[1, -1])), "evaluate.probe_k=-1: expected a number of at least 1"),
+        (Config(evaluate=EvaluateConfig(probe_k=[2, 1, 2])), "evaluate.probe_k names a value twice: 2, 1, 2"),
+        (Config(trainer=TrainerConfig(lr_search=[0.1, 0.1])), "trainer.lr_search names a value twice: 0.1, 0.1"),
+        (Config(hook=HookConfig(points=["a", "a"])), "hook.points names a value twice: a, a"),
+        (
+            Config(evaluate=EvaluateConfig(probe_k=[])),
+            "evaluate.probe_k=[] evaluate.probe_test_share=0.2: expected one number or more, and a share below 1",
+        ),
         (
             Config(apply=ApplyConfig(interventions=[InterventionConfig(coeffs=[float("nan")])])),
             "apply.interventions.coeffs=nan: expected a number of at least -3.4e+38",
