@@ -39,16 +39,13 @@ class JsonlLogger(MetricsLogger):
     """One JSON object a line, flushed at once. Resuming at a step drops the rows past it; a kill meanwhile, no other."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = []
+        kept = b""
         if resume_step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # the line a kill cut short
-                if row.get(STEP, 0) <= resume_step:
-                    kept.append(line + "\n")
-        write_atomic(path, lambda file: file.write("".join(kept).encode()))
+            lines = path.read_bytes().splitlines()
+            kept = b"".join(
+                line + b"\n" for line in lines if (step := step_of(line)) is not None and step <= resume_step
+            )
+        write_atomic(path, lambda file: file.write(kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the whole run
 
     def log(self, row: dict[str, Any]) -> None:
@@ -57,6 +54,16 @@ class JsonlLogger(MetricsLogger):
 
     def close(self) -> None:
         self.file.close()
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None for one that a kill cut short, or that is none of ours."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get(STEP) if isinstance(row, dict) else None
+    return step if type(step) is int else None
 
 
 @final

@@ -11,12 +11,20 @@ from pathlib import Path
 import pytest
 
 from pipeline import run
-from pipeline.config import Config, ExecutorConfig, ExtractConfig, LoggerConfig, TrainerConfig
+from pipeline.config import (
+    Config,
+    CVectorConfig,
+    DirectionConfig,
+    ExecutorConfig,
+    ExtractConfig,
+    LoggerConfig,
+    TrainerConfig,
+)
 from pipeline.console import PlainConsole
 from pipeline.loggers import JsonlLogger, open_loggers
 from pipeline.resuming import resume_folder, with_settings_of_run
 from pipeline.run import ProgressLines, RunContext, new_folder, newest_finished, read_manifest, running, write_json
-from sae.errors import CheckFailedError, ConfigError, InterruptedRunError
+from sae.errors import CheckFailedError, ConfigError, FormatError, InterruptedRunError
 
 
 @pytest.fixture(autouse=True)
@@ -281,6 +289,17 @@ def test_the_metrics_file_continues_at_the_checkpoint(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "junk",
+    [b"5", b'"x"', b"[1]", b"null", b'{"step": "a"}', b'{"step": null}', b'{"step": true}', b'{"fvu": 1}', b"\xff{"],
+)
+def test_a_line_that_is_no_row_is_left_out_of_the_metrics_file(junk, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10}\n' + junk + b'\n{"step": 20}\n{"step": 30}\n')
+    JsonlLogger(path, resume_step=20).close()
+    assert path.read_bytes() == b'{"step": 10}\n{"step": 20}\n'
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_gets_the_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -328,3 +347,49 @@ def test_the_manifest_says_finished_before_the_last_lines():
     with running(context):
         context.three_lines("a", "b", "c")
         assert read_manifest(context.folder)["status"] == "finished"
+
+
+def test_a_resumed_run_has_its_own_lists_of_settings():
+    directions = [DirectionConfig(sae="a", latents=[1], coeffs=[2])]
+    context = started("cvector", Config(cvector=CVectorConfig(directions=directions)))
+    with pytest.raises(InterruptedRunError), running(context):
+        raise KeyboardInterrupt
+    found = with_settings_of_run("cvector", Config(resume="latest"), ["resume"])
+    assert found.cvector.directions == directions
+    assert resume_folder("cvector", found, ("cvector",)) == context.folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"config": None}, "config: expected dict, got None"),
+        ({"config": 3}, "config: expected dict, got 3"),
+        ({"config": {"sae": 3}}, "config.sae: expected dict, got 3"),
+        ({"config": {"sae": {"k": "abc"}}}, "config.sae.k: expected int, got 'abc'"),
+        ({"config": {"sae": {"k": None}}}, "config.sae.k: expected int, got None"),
+        ({"config": {"trainer": {"lr": "1"}}}, "config.trainer.lr: expected float, got '1'"),
+        ({"config": {"trainer": {"lr_search": [None]}}}, "config.trainer.lr_search: expected float, got None"),
+        ({"config": {"cvector": {"directions": [3]}}}, "config.cvector.directions: expected dict, got 3"),
+        ({"inputs": 3}, "inputs: expected dict, got 3"),
+        ({"inputs": []}, "inputs: expected dict, got []"),
+        ({"inputs": {"store": 3}}, "inputs.store: expected dict, got 3"),
+        ({"inputs": {"store": {}}}, "inputs.store.path: expected str, got None"),
+    ],
+)
+@pytest.mark.parametrize("resume", ["latest", "FOLDER"])
+def test_a_damaged_manifest_of_a_run_to_resume_is_one_line(change, said, resume):
+    context = started()
+    context.write("interrupted")
+    path = context.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(FormatError) as refused:
+        resume_folder("train", Config(resume=resume.replace("FOLDER", str(context.folder))), ("trainer",))
+    assert f"manifest.json is damaged ({said}); start a new run" in str(refused.value)
+
+
+def test_settings_that_there_are_no_more_and_new_ones_stop_no_resume():
+    context = started()
+    context.write("interrupted")
+    path = context.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": {"gone": 1, "trainer": {"lr": 1, "old": 2}}}))
+    assert with_settings_of_run("train", Config(resume="latest"), ["resume"]).trainer == TrainerConfig(lr=1)

@@ -120,17 +120,17 @@ def read_training_curve(path: Path, num_latents: int, dead_after_tokens: int = 0
     """The curve of a metrics.jsonl: rows with `tokens`, `fvu` and, where there is one, `dead` (a number of latents).
 
     A run that was resumed logs some steps again: the later row of a token count counts. FormatError for a line
-    that is not JSON.
+    that is not JSON, or whose numbers are none.
     """
     rows: dict[float, tuple[float, float | None]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
-            raise FormatError(f"{path}, line {number}: expected a JSON object per line; the log is damaged") from None
-        if isinstance(row, dict) and row.get("tokens") is not None and row.get("fvu") is not None:
-            dead = row.get("dead")
-            rows[float(row["tokens"])] = (float(row["fvu"]), None if dead is None else dead / num_latents)
+            if isinstance(row, dict) and row.get("tokens") is not None and row.get("fvu") is not None:
+                dead = row.get("dead")
+                rows[float(row["tokens"])] = (float(row["fvu"]), None if dead is None else float(dead) / num_latents)
+        except (TypeError, ValueError, OverflowError):
+            raise FormatError(f"{path}, line {number}: expected a JSON object of numbers; the log is damaged") from None
     tokens = sorted(rows)
     dead_shares = [rows[t][1] for t in tokens]
     return TrainingCurve(

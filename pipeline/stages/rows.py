@@ -25,7 +25,7 @@ from ..store.reader import ActivationStore
 from ..store.shuffle import MIN_BLOCKS_IN_BUFFER
 from ..store.side_by_side import SideBySide
 from ..stream.batches import StreamBatches
-from ..stream.messages import NotFinite
+from ..stream.messages import Calibration, NotFinite
 from ..stream.process import CaptureProcess
 from .inputs import counted, open_store, relative, store_sha256, threads
 
@@ -212,8 +212,8 @@ def with_origin(weights: SAEWeights, origin: dict[str, Any]) -> SAEWeights:
 
 def read_calibration(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return Calibration.from_dict(json.loads(path.read_bytes())).as_dict()
+    except (LookupError, TypeError, ValueError) as error:
         raise FormatError(f"{path} is damaged ({error}); start a new run") from None
 
 

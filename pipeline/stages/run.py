@@ -100,7 +100,7 @@ def stage(context: RunContext, name: str, subfolder: str, *overrides: str) -> No
     """Run one stage into `<run>/<subfolder>`; a finished one is kept, an unfinished one continued."""
     folder = context.folder / subfolder
     manifest = read_manifest(folder)
-    if manifest is not None and manifest["status"] == "finished":
+    if manifest is not None and manifest.get("status") == "finished":
         context.console.print(f"{subfolder}: already finished, kept", highlight=False)
     else:
         where = f"resume={folder}" if manifest is not None else f"run_dir={folder}"

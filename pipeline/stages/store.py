@@ -16,8 +16,9 @@ from ..store.backends import as_location
 from ..store.reader import ActivationStore
 from ..store.rewrite import compact as compact_store
 from ..store.rewrite import merge as merge_stores
+from ..store.schema import CHECKSUMS_FILE
 from ..store.summary import info as describe
-from ..store.verify import verify_store
+from ..store.verify import unchecked, verify_store
 from .inputs import print_wide, relative, store_path
 from .store_text import facts_table, hooks_table
 
@@ -56,6 +57,12 @@ def verify(context: RunContext) -> None:
             problems += 1
     if problems:
         raise CheckFailedError(f"{relative(store.path)}: {problems} problem{'s' * (problems > 1)} found, see above")
+    if files := unchecked(store):
+        context.console.print(
+            f"note: {CHECKSUMS_FILE} has no checksum of {', '.join(files[:3])}{', ...' * (len(files) > 3)}: what they say was "
+            "checked, not every byte; stores of an older ggscope and of a run that did not end have none",
+            highlight=False,
+        )
     context.three_lines(
         f"{relative(store.path)}, {model_of(store)}",
         f"{len(store.commits)} shards of {store.n_rows:,} rows, {total:,} bytes read: all as their commits say",

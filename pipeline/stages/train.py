@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -70,7 +71,11 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
 
     torch.set_num_threads(trainer_threads(context.config))
     config, folder, configs = context.config, context.folder / CHECKPOINTS, train_configs(context.config)
-    check_memory(configs, rows.source.d_in)
+    device, split = (
+        pick_device(config.trainer.device),
+        config.trainer.parallel == "latent" and "WORLD_SIZE" in os.environ,
+    )
+    check_memory(configs, rows.source.d_in, wiring=rows.wiring, stays_here=device.type == "cpu" and not split)
     open_trainer = partial(
         JointTrainer, source=rows.source, mean_D=rows.mean_D, variance=rows.variance, hook=rows.hook, host=rows.host,
         start=start_sae(context, rows), wiring=rows.wiring, variances=rows.variances,
@@ -92,7 +97,7 @@ def fit(context: RunContext, rows: TrainingRows) -> tuple[JointTrainer, dict[str
         if context.rank == 0
     }
     with (
-        torchrun_ranks(pick_device(config.trainer.device)) as ranks,
+        torchrun_ranks(device) as ranks,
         context.progress("training", config.trainer.tokens) as progress,
         Reporter(loggers, progress) as reporter,
     ):

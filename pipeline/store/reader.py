@@ -91,10 +91,14 @@ class ActivationStore:
     def iter_documents(self) -> Iterator[dict[str, Any]]:
         """The same, one after another from the file."""
         try:
-            pending = b""
-            for chunk in self.backend.chunks(DOCS_FILE, self.backend.size(DOCS_FILE) or 0):
+            size, pending = self.backend.size(DOCS_FILE), b""
+            if size is None:
+                raise ValueError("it is missing")
+            for chunk in self.backend.chunks(DOCS_FILE, size):
                 *lines, pending = (pending + chunk).split(b"\n")
                 yield from (document_of(line) for line in lines)
+            if pending:
+                raise ValueError("it ends within a line")
         except (OSError, ValueError) as error:
             raise StoreError(f"{self.path}/{DOCS_FILE} is damaged ({error}); extract into a new store") from None
 

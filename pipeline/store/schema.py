@@ -8,6 +8,7 @@ Layout of a store, S rows per shard, D the width of a hook, N padded to a multip
     hooks/<hook>/acts             (N, D) float16, float32, or uint16 that is bfloat16; sharded, not compressed
     columns/<name>                (N,) doc window pos token byte_offset flags
     _commits/00000000.json        shard 0 is whole: the only truth about what was captured
+    checksums.json                of meta.json, docs.jsonl and the commits, which no commit names
     stats.json, stats.safetensors statistics of every hook, written when a run ends
 """
 
@@ -37,6 +38,7 @@ META_FILE = "meta.json"
 DOCS_FILE = "docs.jsonl"
 COMMITS_FOLDER = "_commits"
 STATS_FILE = "stats.json"
+CHECKSUMS_FILE = "checksums.json"
 STATS_ARRAYS_FILE = "stats.safetensors"
 
 FLOAT16_MAX = 65504.0
@@ -130,6 +132,8 @@ class StoreMeta:
         hooks = tuple(
             HookInfo.from_dict(of_kind(hook, dict, "hooks")) for hook in of_kind(data["hooks"], list, "hooks")
         )
+        if not hooks:
+            raise ValueError("hooks: expected at least one")
         if len({hook.array_path for hook in hooks}) < len(hooks):
             raise ValueError("hooks: one twice")
         if data["columns"] != COLUMN_DTYPES:

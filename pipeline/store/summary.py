@@ -17,6 +17,7 @@ from pipeline.corpus.windows import (
 )
 
 from .backends import Backend, Location
+from .checksums import note_checksums
 from .schema import STATS_ARRAYS_FILE, STATS_FILE, dump_json
 from .statistics import HookStats
 
@@ -37,7 +38,8 @@ RANGES_NAMED = 8
 
 
 def write_stats(location: Location | Backend) -> dict[str, Any]:
-    """Write `stats.safetensors` and `stats.json` of the committed rows into the store; returns what stats.json says.
+    """Write `stats.safetensors` and `stats.json` of the committed rows into the store, and note the commits' checksums;
+    returns what stats.json says.
 
     The same rows give the same bytes. Call it when the run that holds the store ends.
     """
@@ -46,6 +48,7 @@ def write_stats(location: Location | Backend) -> dict[str, Any]:
     store = ActivationStore(location)
     for key, document in statistics_documents(store).items():
         store.backend.put(key, document)
+    note_checksums(store.backend, [commit.shard for commit in store.commits])
     return hooks_summary(store)
 
 

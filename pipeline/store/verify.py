@@ -1,4 +1,4 @@
-"""Whether a store is what its metadata and commits say: files, zarr's metadata, commits, statistics."""
+"""Whether a store is what its metadata, commits and checksums say: files, zarr's metadata, documents, statistics."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from sae.errors import StoreError
 
 from .backends import Backend
 from .checks import parse_object
-from .commits import Commit, read_shard_stats
+from .checksums import Checksums, read_checksums
+from .commits import Commit, commit_key, read_shard_stats
 from .encode import array_documents, shard_key
-from .schema import DOCS_FILE, META_FILE, STATS_FILE
+from .schema import CHECKSUMS_FILE, DOCS_FILE, META_FILE, STATS_FILE
 from .summary import ranges, statistics_documents
 
 if TYPE_CHECKING:
@@ -50,23 +51,36 @@ class Problem:
 def verify_store(store: ActivationStore, *, progress: Callable[[int, int], None]) -> Iterator[Problem]:
     """Every problem there is, as it is found. `progress` gets bytes read and bytes in all.
 
-    zarr's metadata, commits, each committed file's size and sha256, flags, statistics, missing shards.
+    zarr's metadata, documents, commits, each file's size and sha256, flags, statistics, missing shards.
     """
     yield from sorted(store.damaged, key=lambda problem: problem.shard)  # object storage answers in any order
+    noted: Checksums = {}
+    try:
+        noted = read_checksums(store.backend)
+    except (OSError, ValueError) as error:
+        yield Problem(file=CHECKSUMS_FILE, what=f"cannot be read ({error})")
+    yield from _wrong_noted(store, META_FILE, noted)
     yield from _wrong_metadata(store)
-    yield from _wrong_documents(store)
+    wrong_documents = [*_wrong_documents(store)] or [*_wrong_noted(store, DOCS_FILE, noted)]
+    yield from wrong_documents
     total = sum(file["bytes"] for commit in store.commits for file in commit.files.values())
-    done, commits_fit = 0, not store.damaged
+    done, commits_fit, named = 0, not store.damaged, -1
     for commit in store.commits:
         problems = [*_wrong_commit(store, commit)]
-        commits_fit = commits_fit and not problems
+        changed = [*_wrong_noted(store, commit_key(commit.shard), noted, commit.shard)]
+        commits_fit = commits_fit and not problems and not changed
         for key, expected in commit.files.items():
             what = wrong_file(store.backend, key, expected, True)
             if what:
                 problems.append(Problem(shard=commit.shard, file=key, what=what))
             done += expected["bytes"]
             progress(done, total)
-        yield from problems or _wrong_flags(store, commit)
+        problems = problems or [*_wrong_flags(store, commit)]
+        if not problems:
+            named = max(named, _last_document(store, commit))
+        yield from problems or changed
+    if not wrong_documents and named >= (count := sum(1 for _ in store.iter_documents())):
+        yield Problem(file=DOCS_FILE, what=f"names {count} documents, there are rows of {named + 1}")
     if commits_fit:
         yield from _wrong_statistics(store)
     there = {commit.shard for commit in store.commits}
@@ -78,8 +92,17 @@ def verify_store(store: ActivationStore, *, progress: Callable[[int, int], None]
         )
 
 
-def wrong_file(backend: Backend, key: str, expected: dict[str, Any], checksums: bool) -> str:
-    """What is wrong with a committed file; empty when nothing is."""
+def unchecked(store: ActivationStore) -> list[str]:
+    """Files that no checksum is noted of: of an older store, or of a run that was killed."""
+    try:
+        noted = read_checksums(store.backend)
+    except (OSError, ValueError):
+        return []  # a problem
+    return [key for key in (META_FILE, DOCS_FILE, *(commit_key(c.shard) for c in store.commits)) if key not in noted]
+
+
+def wrong_file(backend: Backend, key: str, expected: dict[str, Any], checksums: bool, says: str = "its commit") -> str:
+    """What is wrong with a file of this size and sha256; empty when nothing is."""
     size = backend.size(key)
     if size is None:
         return "is missing"
@@ -87,7 +110,7 @@ def wrong_file(backend: Backend, key: str, expected: dict[str, Any], checksums: 
         return f"has {size} bytes, not {expected['bytes']}"
     try:
         if checksums and _sha256(backend, key, size) != expected["sha256"]:
-            return "has another sha256 than its commit"
+            return f"has another sha256 than {says}"
     except (OSError, StoreError) as error:
         return f"cannot be read ({error})"
     return ""
@@ -98,6 +121,11 @@ def _sha256(backend: Backend, key: str, size: int) -> str:
     for chunk in backend.chunks(key, size):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def _wrong_noted(store: ActivationStore, key: str, noted: Checksums, shard: int = -1) -> Iterator[Problem]:
+    if key in noted and (what := wrong_file(store.backend, key, noted[key], True, CHECKSUMS_FILE)):
+        yield Problem(shard=shard, file=key, what=what)
 
 
 def _wrong_metadata(store: ActivationStore) -> Iterator[Problem]:
@@ -157,6 +185,14 @@ def _wrong_flags(store: ActivationStore, commit: Commit) -> Iterator[Problem]:
     flagged = int(np.count_nonzero(flags & FLAGS_ALL))
     if flagged != commit.flagged_rows:
         yield Problem(shard=commit.shard, file="commit", what=f"says {commit.flagged_rows} flagged rows, {flagged} are")
+
+
+def _last_document(store: ActivationStore, commit: Commit) -> int:
+    """The greatest number of a document that a row is of; -1 where the column cannot be read, which its zarr.json is told for."""
+    try:
+        return int(store.shard_column("doc", commit).max(initial=-1))
+    except StoreError:
+        return -1
 
 
 def _wrong_statistics(store: ActivationStore) -> Iterator[Problem]:

@@ -22,9 +22,11 @@ from pipeline.corpus.windows import FLAGS_ALL, DocumentInfo
 from sae.errors import ShapeError, StoreError
 
 from .backends import CHUNK_BYTES, LOCK_FILE, Backend, Buffer, Location, Lock, as_location, open_backend
+from .checksums import Counted, forget_commits, write_checksums
 from .commits import Commit, commit_key, committed_shards, write_commit
 from .encode import ARRAY_METADATA, array_documents, encode_plain, encode_with_zarr, is_plain, shard_key
 from .schema import (
+    CHECKSUMS_FILE,
     COMMITS_FOLDER,
     DOCS_FILE,
     META_FILE,
@@ -42,7 +44,9 @@ from .statistics import shard_stats
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DIFFERENCES_NAMED = 4
 # What a run that was killed while it made a store may have left: nothing in it is committed.
-OWN_ENTRIES = {LOCK_FILE, ARRAY_METADATA, "hooks", "columns", COMMITS_FOLDER, DOCS_FILE, STATS_FILE, STATS_ARRAYS_FILE}
+OWN_ENTRIES = {
+    LOCK_FILE, ARRAY_METADATA, "hooks", "columns", COMMITS_FOLDER, DOCS_FILE, CHECKSUMS_FILE, STATS_FILE, STATS_ARRAYS_FILE,
+}  # fmt: skip
 
 
 class ShardWriter:
@@ -183,6 +187,7 @@ class StoreWriter:
             refuse_difference(backend.location, read_meta(backend), self.meta)
             backend.remove_partial()
             self._check_room(len(self.missing()))
+            forget_commits(backend, self.committed)
             return
         refuse_strangers(backend)
         backend.remove_partial()
@@ -195,8 +200,12 @@ class StoreWriter:
     def _create(self, documents: Iterable[DocumentInfo]) -> None:
         for key, document in array_documents(self.meta).items():
             self.backend.put(key, document)
-        self.backend.put(DOCS_FILE, _joined(dump_json(asdict(document)) for document in documents))
-        self.backend.put(META_FILE, dump_json(self.meta.as_dict()))
+        lines = Counted(_joined(dump_json(asdict(document)) for document in documents))
+        meta = Counted([dump_json(self.meta.as_dict())])
+        self.backend.put(DOCS_FILE, lines)
+        meta_bytes = b"".join(meta)
+        write_checksums(self.backend, {DOCS_FILE: lines.checksum, META_FILE: meta.checksum})
+        self.backend.put(META_FILE, meta_bytes)
 
     def _check_room(self, shards: int) -> None:
         needed, free = self.meta.shard_bytes * shards, self.backend.free_bytes()

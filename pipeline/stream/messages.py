@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..store.checks import of_kind
 from ..store.schema import STORED_DTYPES, HookInfo
 
 NAMED_WINDOWS = 5
@@ -52,10 +53,11 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Calibration:
+        """Raises LookupError, TypeError or ValueError for what `as_dict` did not give."""
         pilot = data["pilot"]
         mean_D = np.array(pilot["mean"], np.float64)
         return cls(
-            hook=HookInfo(**data["hook"]),
+            hook=HookInfo.from_dict(of_kind(data["hook"], dict, "hook")),
             pilot=Pilot(rows=pilot["rows"], mean_D=mean_D, variance=pilot["variance"]),
             corpus_hash=data["corpus_hash"],
             config_hash=data["config_hash"],

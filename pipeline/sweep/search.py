@@ -7,11 +7,13 @@ A point that failed is not told: it is asked for again at the next start, once.
 from __future__ import annotations
 
 import math
+import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from sae.errors import ConfigError
+from sae.errors import ConfigError, FormatError
 
 from ..config import SweepConfig
 from .points import Point, Space, name_of
@@ -31,8 +33,24 @@ def import_optuna() -> Any:
     return optuna
 
 
+def check_study(path: Path) -> None:
+    """FormatError for a file that is no whole database."""
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        raise FormatError(
+            f"{path} is damaged ({found}); delete it, and resume asks for the same points again and keeps the finished ones"
+        )
+
+
 class Search:
-    """`ask` gives points, `tell` their values; TPE (Bergstra et al. 2011) from the second ten trials on."""
+    """`ask` gives points, `tell` their values; TPE (Bergstra et al. 2011) from the second ten trials on.
+
+    Raises FormatError where the study of an earlier start is damaged.
+    """
 
     def __init__(self, config: SweepConfig, spaces: Sequence[Space], folder: Path) -> None:
         optuna = import_optuna()
@@ -40,6 +58,7 @@ class Search:
         self._optuna, self.config = optuna, config
         self._failed: set[int] = set()  # in this start
         self._distributions = {space.key: distribution(optuna, space) for space in spaces}
+        check_study(folder / STUDY)
         self._study = optuna.create_study(
             storage=f"sqlite:///{folder / STUDY}", study_name=NAME, load_if_exists=True,
             direction="maximize" if config.maximize else "minimize",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,13 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from sae.errors import ConfigError, InterruptedRunError, SAEError
+from sae.errors import ConfigError, FormatError, InterruptedRunError, SAEError
 
 from ..commands import COMMANDS
 from ..config import Config, ExecutorConfig
 from ..console import PlainConsole
 from ..executors import open_executor
-from ..run import print_three, read_manifest, write_json
+from ..run import LOCK, print_three, read_manifest, write_json
 from .points import Override, Point, described, described_spaces, grid, refuse_own, spaces, split
 from .search import Search, import_optuna, run_search
 from .work import Runs
@@ -64,7 +66,8 @@ def run_sweep(
     """Make the runs of `ggscope NAME -m ...`. `command`: the words and texts after `ggscope`; `flags`: Hydra's, with values.
 
     Raises:
-        ConfigError: settings that make no sweep, a resumed sweep with other points.
+        ConfigError: settings that make no sweep, a resumed sweep with other points or one that is running.
+        FormatError: a resumed sweep whose note of its points is damaged.
         SAEError: with the exit code of the first point that failed, after all others were run.
         InterruptedRunError: Ctrl-C, or a run that was interrupted.
     """
@@ -81,14 +84,26 @@ def run_sweep(
         name=name, folder=folder, command=(*command, *flags), shared=tuple(shared),
         executor=ExecutorConfig() if own else config.executor, console=PlainConsole(stderr=True),
     )  # fmt: skip
-    same_points(folder / SWEEP, {"command": list(command), "shared": shared, **wanted})
-    try:
-        if config.sweep.trials:
-            searched(sweep, Search(config.sweep, spaces(swept), folder), config)
-        else:
-            finish(sweep, sweep.run(points))
-    except KeyboardInterrupt:
-        raise InterruptedRunError(f"interrupted; continue with -m, the same settings and resume={folder}") from None
+    with locked(folder):
+        same_points(folder / SWEEP, {"command": list(command), "shared": shared, **wanted})
+        try:
+            if config.sweep.trials:
+                searched(sweep, Search(config.sweep, spaces(swept), folder), config)
+            else:
+                finish(sweep, sweep.run(points))
+        except KeyboardInterrupt:
+            raise InterruptedRunError(f"interrupted; continue with -m, the same settings and resume={folder}") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time in a sweep's folder: ConfigError for a second one."""
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the process ends, however it ends
+        except OSError:
+            raise ConfigError(f"another process runs the sweep in {folder}; wait for it or stop it first") from None
+        yield
 
 
 def planned(config: Config, fixed: Sequence[str], swept: Sequence[Override]) -> tuple[dict[str, Any], list[Point]]:
@@ -107,7 +122,7 @@ def planned(config: Config, fixed: Sequence[str], swept: Sequence[Override]) -> 
 
 
 def sweep_folder(config: Config, name: str) -> Path:
-    """The folder of a new sweep, not made yet, or the one that `resume` names."""
+    """The folder of a new sweep, which is made, or the one that `resume` names."""
     if config.resume == "latest":
         found = sorted(ROOT.glob(f"*-{name}/{SWEEP}"), key=lambda path: path.stat().st_mtime)
         if not found:
@@ -118,24 +133,49 @@ def sweep_folder(config: Config, name: str) -> Path:
         if not (folder / SWEEP).is_file():
             raise ConfigError(f"resume={config.resume}: {folder} holds no sweep (no {SWEEP})")
         return folder
+    if config.run_dir:
+        folder = Path(config.run_dir).resolve()
+        if (folder / SWEEP).exists():
+            raise ConfigError(f"run_dir={folder} already holds a sweep; continue it with resume={folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = (Path(config.run_dir) if config.run_dir else ROOT / f"{stamp}-{name}").resolve()
-    if (folder / SWEEP).exists():
-        raise ConfigError(f"run_dir={folder} already holds a sweep; continue it with resume={folder}")
-    return folder
+    for attempt in range(1, 1000):
+        folder = ROOT / (f"{stamp}-{name}" if attempt == 1 else f"{stamp}-{attempt}-{name}")
+        try:
+            folder.mkdir(parents=True)
+            return folder.resolve()
+        except FileExistsError:
+            continue
+    raise ConfigError(f"expected a free sweep folder name like {stamp}-{name}, found 999 taken; set run_dir=FOLDER")
 
 
 def same_points(path: Path, wanted: dict[str, Any]) -> None:
-    """Note what the sweep is of, in its folder, which is made; ConfigError where the folder's is another."""
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+    """Note what the sweep is of, in its folder; ConfigError where the folder's is another, FormatError for a damaged note."""
+    there = noted(path)
+    if there is not None:
         changed = [
             f"{key}: {there.get(key)} there, {wanted[key]} now" for key in wanted if there.get(key) != wanted[key]
         ]
         if changed:
             raise ConfigError(f"{path.parent} is another sweep ({'; '.join(changed)}); use its settings, or start anew")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
+
+
+def noted(path: Path) -> dict[str, Any] | None:
+    """What a sweep's folder says it is of; None for a new one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise FormatError(
+            f"{path} is damaged: expected a JSON object; delete it and start the same sweep with run_dir={path.parent}, "
+            "which keeps the finished points"
+        )
+    return found
 
 
 def searched(sweep: Sweep, search: Search, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Whether the batches that the settings ask for can be trained on at all, said before anything is allocated."""
+"""Whether the batches and SAEs that the settings ask for can be trained at all, said before anything is allocated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae.errors import ConfigError
+from sae.wiring import SAME, Wiring
 
 from ..config import TrainerConfig
 
@@ -18,6 +19,7 @@ MEMINFO = Path("/proc/meminfo")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 ROW_COPIES = 4  # float32 arrays of all rows that every step holds at least: two batches, the reconstruction, its error
 PAIR_FLOATS = 3  # a value and an index of 8 bytes
+STATES = {"adam": 3, "signum": 3, "muon": 2}  # a parameter and what its optimizer keeps of it, float32; no gradients
 
 
 def check_batch(trainer: TrainerConfig) -> None:
@@ -29,15 +31,40 @@ def check_batch(trainer: TrainerConfig) -> None:
         )
 
 
-def check_memory(configs: Mapping[str, TrainConfig], d_in: int) -> None:
-    """ConfigError for a batch whose rows alone are more than the memory there is: Linux would end the process without a word."""
+def check_memory(
+    configs: Mapping[str, TrainConfig], d_in: int, *, wiring: Wiring = SAME, stays_here: bool = True
+) -> None:
+    """ConfigError for a batch or SAEs that alone are more than the memory there is: Linux would end the process without a word.
+
+    `stays_here`: all SAEs are trained in this process' memory; else each is only made there, then goes to a GPU or
+    is shared out among ranks.
+    """
     batch, k = (max(getattr(config, key) for config in configs.values()) for key in ("batch_tokens", "k"))
-    needed, free = 4 * batch * (ROW_COPIES * d_in + PAIR_FLOATS * k), available_memory()
-    if free is not None and needed > free:
+    rows, free = 4 * batch * (ROW_COPIES * d_in + PAIR_FLOATS * k), available_memory()
+    if free is None:
+        return
+    if rows > free:
         raise ConfigError(
-            f"a step on trainer.batch_tokens={batch} rows of width {d_in} needs at least {needed / 1e9:.1f} GB, "
+            f"a step on trainer.batch_tokens={batch} rows of width {d_in} needs at least {rows / 1e9:.1f} GB, "
             f"{free / 1e9:.1f} GB of memory are free; lower trainer.batch_tokens"
         )
+    sizes = [state_bytes(config, d_in, wiring, copies=STATES if stays_here else {}) for config in configs.values()]
+    needed = rows + (sum(sizes) if stays_here else max(sizes))
+    if needed > free:
+        latents = ", ".join(str(number) for number in sorted({config.num_latents for config in configs.values()}))
+        several = len(configs) > 1
+        raise ConfigError(
+            f"{f'{len(configs)} SAEs' if several else 'an SAE'} of sae.num_latents={latents} at width {d_in} "
+            f"{'need' if several else 'needs'} at least {needed / 1e9:.1f} GB to train, {free / 1e9:.1f} GB of memory "
+            f"are free; lower sae.num_latents{' or name fewer values in together.*' if several else ''}"
+        )
+
+
+def state_bytes(config: TrainConfig, d_in: int, wiring: Wiring, copies: Mapping[str, int]) -> int:
+    """Of W_enc and W_dec in `copies` of the optimizer, one where it names none; biases and counters are small beside them."""
+    read = wiring.inputs[0][1] if wiring.two_sided else d_in  # a cross-layer latent reads one hook point
+    written = len(range(*wiring.target.indices(d_in)))
+    return 4 * config.num_latents * (read + written) * copies.get(config.optimizer, 1)
 
 
 def available_memory() -> int | None:

@@ -18,6 +18,7 @@ PANELS = (
     ("tokens_per_s", "tokens/s", "linear"),
     ("wait_share", "share of the time spent waiting for rows", "linear"),
 )
+SHOWN = ("tokens", *(key for key, _, _ in PANELS))
 INK, GRID = "#1d2126", "#e3e6ea"
 FEW = 10  # lines that the legend still names
 FEW_ROWS = 30  # that are marked one by one: a line through one or two says nothing
@@ -25,13 +26,15 @@ LOG_FROM = 3.0  # ratio of the largest to the least value from which on a logari
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl that have a number for every panel; a line that a kill cut short has not."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and all(type(row.get(key)) in (int, float) for key in SHOWN):
+            rows.append(row)
     return rows
 
 

@@ -113,7 +113,7 @@ def test_the_table_of_the_latents_agrees_with_the_weights_and_the_metrics(folder
         (["evaluate.against=c"], "evaluate.against: expected an SAE of blocks.3.hook_resid_post"),
         (["evaluate.probe=texts.csv"], "expected a column 'text' (evaluate.probe_text), found code, kind"),
         (["evaluate.probe=none.csv"], "none.csv: cannot be read as CSV"),
-        (["evaluate.probe_k=[0]"], "expected numbers of at least 1"),
+        (["evaluate.probe_k=[0]"], "evaluate.probe_k=0: expected a number of at least 1"),
         (["evaluate.probe=texts.csv", "evaluate.probe_k=[1,300]"], "expected at most 256, this SAE has 512 latents of width 256"),
     ],
 )  # fmt: skip

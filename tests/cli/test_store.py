@@ -54,6 +54,11 @@ def test_info_as_json_is_json_alone_for_a_store_or_the_run_around_it(folder, pla
 def test_verify_is_silent_about_a_whole_store_and_lists_what_is_wrong_with_another(folder, tmp_path):
     done = ggscope("store", "verify", "a.zarr", cwd=folder)
     assert "all as their commits say" in done.stdout
+    assert "checksums.json" not in done.stderr
+    shutil.copytree(folder / "a.zarr", tmp_path / "older.zarr")
+    (tmp_path / "older.zarr/checksums.json").unlink()
+    older = " ".join(ggscope("store", "verify", "older.zarr", cwd=tmp_path).stderr.split())
+    assert "note: checksums.json has no checksum of meta.json, docs.jsonl, _commits/00000000.json, ...: what" in older
     shutil.copytree(folder / "a.zarr", tmp_path / "broken.zarr")
     (tmp_path / "broken.zarr" / "columns/pos/c/1").unlink()
     (tmp_path / "broken.zarr" / f"hooks/{HOOK}/acts/c/3/0").write_bytes(b"short")

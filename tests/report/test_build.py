@@ -133,8 +133,18 @@ def test_a_resumed_runs_repeated_steps_count_once(built):
     assert curve.dead_share == [13 / 128] * 3
 
 
-def test_a_damaged_training_log_is_named(tmp_path):
-    (tmp_path / "m.jsonl").write_text('{"tokens": 1, "fvu": 0.5}\n{"tok')
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"tok',
+        b"\xff",
+        b'{"tokens": "a", "fvu": 1}',
+        b'{"tokens": 1, "fvu": [1]}',
+        b'{"tokens": 1, "fvu": 1, "dead": "x"}',
+    ],
+)
+def test_a_damaged_training_log_is_named(line, tmp_path):
+    (tmp_path / "m.jsonl").write_bytes(b'{"tokens": 1, "fvu": 0.5}\n' + line)
     with pytest.raises(FormatError, match="line 2"):
         read_training_curve(tmp_path / "m.jsonl", 128)
 

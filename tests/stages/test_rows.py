@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pipeline.config import Config, HookConfig, TrainerConfig
 from pipeline.run import RunContext
-from pipeline.stages.rows import the_hook, warn_passes
+from pipeline.stages.rows import read_calibration, the_hook, warn_passes
 from pipeline.store.reader import ActivationStore
-from sae.errors import ConfigError, HookError
+from sae.errors import ConfigError, FormatError, HookError
 from tests.store.helpers import fill, known_rows, make_meta
 
 NAMES = ["blocks.1.mlp.hook_post", "blocks.1.hook_resid_post"]
@@ -45,6 +47,28 @@ def test_a_point_is_found_by_any_of_its_names(stores):
     assert chosen(one) == chosen(one, NAMES[0]) == chosen(one, "blocks.*.hook_resid_post") == NAMES[0]
     with pytest.raises(ConfigError, match=r"holds blocks\.1\.mlp\.hook_post, not blocks\.3\.hook_resid_post: train on"):
         chosen(one, "blocks.3.hook_resid_post")
+
+
+CALIBRATION = {
+    "hook": {"name": NAMES[0], "width": 2, "dtype": "float16", "outlier_threshold": 9.0},
+    "pilot": {"rows": 4, "mean": [0.5, 1.0], "variance": 2.0},
+    "corpus_hash": "a", "config_hash": "b", "model_sha256": "c",
+}  # fmt: skip
+
+
+def test_the_calibration_of_a_stream_is_read_as_it_was_written(tmp_path):
+    (tmp_path / "stream.json").write_text(json.dumps(CALIBRATION))
+    assert read_calibration(tmp_path / "stream.json") == CALIBRATION
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["3", "[1]", "{}", '{"pilot"', "\xff", *(json.dumps(CALIBRATION | {key: 3}) for key in ("hook", "pilot"))],
+)
+def test_a_damaged_calibration_of_a_stream_is_one_line(text, tmp_path):
+    (tmp_path / "stream.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(FormatError, match=r"stream\.json is damaged .*; start a new run"):
+        read_calibration(tmp_path / "stream.json")
 
 
 def test_what_names_no_single_point_of_the_store_is_refused(stores):

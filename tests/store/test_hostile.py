@@ -63,6 +63,7 @@ def with_file(key, entry):
         ("meta.json", lambda m: m["hooks"][0].update(dtype="int4"), "expected float16, bfloat16, float32, got 'int4'"),
         ("meta.json", lambda m: m["hooks"][0].update(name=".."), "expected a path inside the store"),
         ("meta.json", lambda m: m["hooks"].append(m["hooks"][0]), "hooks: one twice"),
+        ("meta.json", lambda m: m.update(hooks=[]), "hooks: expected at least one"),
         ("meta.json", lambda m: m["columns"].update({"../x": "int32"}), "columns: expected doc"),
         (COMMIT, with_file(KEY, {}), "keys are missing or not known: ['bytes', 'sha256']"),
         (COMMIT, with_file(KEY, {"bytes": "9", "sha256": ""}), "expected int, got '9'"),

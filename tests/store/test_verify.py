@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.store.reader import ActivationStore
 from pipeline.store.summary import info, ranges, write_stats
-from pipeline.store.verify import verify_store
+from pipeline.store.verify import unchecked, verify_store
 from pipeline.store.writer import invalidate
 
 from .helpers import fill, known_rows, make_meta
@@ -46,10 +46,19 @@ def test_a_whole_store_has_no_problem(made):
     assert problems_of(made[0]) == []
 
 
-def flip(file):
+def flip(file, at=-30):
     data = bytearray(file.read_bytes())
-    data[-30] ^= 4
+    data[at] ^= 1
     file.write_bytes(data)
+
+
+def after(file, text):
+    """Where in the file the text ends."""
+    return file.read_bytes().index(text) + len(text)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-3])
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,20 @@ def flip(file):
             lambda p: change_json(p / "stats.json", lambda d: d.update(rows=1)),
             ["stats.json is not the statistics of the commits"],
         ),
+        (lambda p: (p / "docs.jsonl").unlink(), ["docs.jsonl cannot be used: "]),
+        (lambda p: (p / "docs.jsonl").write_bytes(b""), ["docs.jsonl has 0 bytes, not "]),
+        (lambda p: cut(p / "docs.jsonl"), ["docs.jsonl cannot be used: "]),
+        (lambda p: flip(p / "docs.jsonl"), ["docs.jsonl has another sha256 than checksums.json"]),
+        (lambda p: flip(p / "meta.json", after(p / "meta.json", b'"corpus_hash": "')), ["meta.json has another sha256 than checksums.json"]),
+        (
+            lambda p: flip(p / "_commits/00000003.json", after(p / "_commits/00000003.json", b'"norm_sum": ')),
+            ["shard 3: _commits/00000003.json has another sha256 than checksums.json"],
+        ),
+        (lambda p: cut(p / "checksums.json"), ["checksums.json cannot be read"]),
+        (
+            lambda p: [(p / "checksums.json").unlink(), (p / "docs.jsonl").write_bytes(b"")],
+            ["docs.jsonl names 0 documents, there are rows of 1"],
+        ),
         (
             lambda p: [invalidate(p, shard) for shard in (1, 2, 4)],
             ["meta.json plans 3 of 5 shards (1-2, 4) that are not committed"],
@@ -97,6 +120,47 @@ def test_each_damage_is_found_and_named(made, tmp_path, damage, named):
         assert [problem for problem in found if problem.startswith(start)], found
     about_statistics = [problem for problem in found if problem.startswith("stats.")]
     assert len(found) - len(about_statistics) <= len(named)
+
+
+def test_every_byte_of_the_documents_and_of_a_commit_counts(made, tmp_path):
+    copy = shutil.copytree(made[0], tmp_path / "copy")
+    for name in ("docs.jsonl", "_commits/00000001.json"):
+        whole = (copy / name).read_bytes()
+        for at in range(0, len(whole), max(1, len(whole) // 20)):
+            flip(copy / name, at)
+            store = ActivationStore(copy, damaged_commits=True)
+            assert list(verify_store(store, progress=lambda done, total: None)), (name, at)
+            (copy / name).write_bytes(whole)
+
+
+def test_an_older_store_says_what_was_not_compared_until_a_run_ends_in_it(made, tmp_path):
+    copy = shutil.copytree(made[0], tmp_path / "copy")
+    assert unchecked(ActivationStore(copy)) == []
+    (copy / "checksums.json").unlink()
+    assert problems_of(copy) == []
+    commits = [f"_commits/{shard:08d}.json" for shard in range(5)]
+    assert unchecked(ActivationStore(copy)) == ["meta.json", "docs.jsonl", *commits]
+    write_stats(copy)
+    assert unchecked(ActivationStore(copy)) == []
+    assert (copy / "checksums.json").read_bytes() == (made[0] / "checksums.json").read_bytes()
+
+
+def test_what_was_noted_stays_and_a_shard_captured_again_is_noted_anew(made, tmp_path):
+    acts, columns = known_rows(ROWS, {HOOK: 12})
+    meta = make_meta(ROWS, {HOOK: 12}, dtype="float16")
+    copy = shutil.copytree(made[0], tmp_path / "copy")
+    flip(copy / "docs.jsonl")
+    write_stats(copy)
+    assert [problem.split()[0] for problem in problems_of(copy)] == ["docs.jsonl"]
+    shutil.copy(made[0] / "docs.jsonl", copy)
+    invalidate(copy, 1)
+    other = {name: column.copy() for name, column in columns.items()}
+    other["flags"][40] ^= 8
+    fill(copy, meta, acts, other)  # another commit than before
+    assert unchecked(ActivationStore(copy)) == ["_commits/00000001.json"]
+    write_stats(copy)
+    assert problems_of(copy) == []
+    assert unchecked(ActivationStore(copy)) == []
 
 
 def test_a_commit_that_counts_other_flags_than_its_column_holds_is_found(made, tmp_path):

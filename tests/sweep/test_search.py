@@ -14,7 +14,7 @@ from pipeline.config import SweepConfig
 from pipeline.sweep.points import Space, described_spaces, split
 from pipeline.sweep.search import Search, run_search
 from pipeline.sweep.sweep import same_points
-from sae.errors import ConfigError
+from sae.errors import ConfigError, FormatError
 from tests.cli.conftest import ggscope, last_line
 from tests.training.conftest import TRAIN
 
@@ -112,6 +112,13 @@ def test_a_trial_that_was_stopped_before_it_had_all_settings_is_no_point(tmp_pat
     assert search.count() == (0, 2)
 
 
+def test_a_damaged_study_is_one_line(tmp_path):
+    pytest.importorskip("optuna")
+    (tmp_path / "optuna.db").write_bytes(b"junk" * 1000)
+    with pytest.raises(FormatError, match=r"optuna\.db is damaged \(file is not a database\); delete it"):
+        Search(SweepConfig(trials=2), SPACES, tmp_path)
+
+
 FAILS = ["train", "-m", "sweep=optuna", "sweep.trials=1", "sae.num_latents=8", "sae.k=900,901"]
 
 
@@ -149,12 +156,13 @@ def test_a_search_is_not_resumed_with_other_settings(words, message, tmp_path, m
     monkeypatch.chdir(tmp_path)
     _, swept = split(FAILS[4:])
     own = {"spaces": described_spaces(swept), "metric": "fvu", "maximize": False}
+    (tmp_path / "m2").mkdir()
     same_points(tmp_path / "m2/sweep.json", {"command": ["train"], "shared": ["sae.num_latents=8"], **own})
     keys = [word.partition("=")[0] for word in words]
     kept = [word for word in FAILS if word.partition("=")[0] not in keys]
     assert main([*kept, *words, "resume=m2"]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
-    assert [path.name for path in (tmp_path / "m2").iterdir()] == ["sweep.json"]
+    assert {path.name for path in (tmp_path / "m2").iterdir()} == {".lock", "sweep.json"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.training.picture import draw_training
+from pipeline.training.picture import draw_training, read_rows
 
 ROW = {"fvu": 0.6, "l0": 32.0, "dead": 0, "lr": 0.001, "tokens_per_s": 9e3, "wait_share": 0.0}
 
@@ -34,3 +34,10 @@ def test_every_panel_shows_its_rows_however_few(tmp_path, rows):
 
 def test_a_number_that_is_not_finite_leaves_the_rest(tmp_path):
     assert (drawn(tmp_path, [{}, {"fvu": float("inf")}, {"fvu": 0.5}]) > 15).all()
+
+
+def test_a_line_that_is_no_row_is_left_out(tmp_path):
+    row = json.dumps(ROW | {"tokens": 1}).encode()
+    junk = [b"5", b'"x"', b"[1]", b"null", b'{"step": 5}', b"\xff", row.replace(b"0.6", b'"x"'), row[:20]]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([row, *junk, row]) + b"\n")
+    assert read_rows(tmp_path / "metrics.jsonl") == [ROW | {"tokens": 1}] * 2
