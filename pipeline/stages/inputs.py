@@ -17,7 +17,7 @@ from sae.weights import SAEWeights
 
 from ..config import ModelConfig
 from ..cores import usable_cores
-from ..run import RunContext, file_sha256, newest_finished, runs_of
+from ..run import RunContext, file_sha256, newest_finished, read_manifest, runs_of
 from ..store.backends import as_location
 from .hub import fetch_file
 from .sae_files import load_located, located, split_entry
@@ -80,10 +80,19 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
+def store_place(name: str) -> Path | str:
+    """A store as it is named by a user: a folder, a URL, or the run folder around a store."""
+    place = as_location(name)
+    manifest = read_manifest(place) if isinstance(place, Path) else None
+    if manifest is not None and "store" in manifest.get("outputs", {}):
+        return as_location(manifest["outputs"]["store"])
+    return place
+
+
 def store_path(context: RunContext) -> Path | str:
-    """`store.path`, or the store of the newest finished extract run (which one is printed): a folder or a URL."""
+    """The store of `store.path`, or the store of the newest finished extract run (which one is printed): a folder or a URL."""
     if context.config.store.path:
-        return as_location(context.config.store.path)
+        return store_place(context.config.store.path)
     return as_location(newest_output(context, "extract", "store", "store"))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sae.errors import CheckFailedError, ConfigError
 
-from ..run import RunContext, read_manifest
+from ..run import RunContext
 from ..store.backends import as_location
 from ..store.reader import ActivationStore
 from ..store.rewrite import compact as compact_store
@@ -19,7 +19,7 @@ from ..store.rewrite import merge as merge_stores
 from ..store.schema import CHECKSUMS_FILE
 from ..store.summary import info as describe
 from ..store.verify import unchecked, verify_store
-from .inputs import print_wide, relative, store_path
+from .inputs import print_wide, relative, store_path, store_place
 from .store_text import facts_table, hooks_table
 
 
@@ -72,7 +72,7 @@ def verify(context: RunContext) -> None:
 
 def merge(context: RunContext) -> None:
     """Several stores into a new one."""
-    places = [place_of(name) for name in context.config.store.inputs]
+    places = [store_place(name) for name in context.config.store.inputs]
     rewrite(context, places, merge_stores)
 
 
@@ -103,19 +103,10 @@ def given_or_newest(context: RunContext, *, newest: bool) -> list[Path | str]:
     """The one store of the command line; where `newest`, else that of `store.path` or the newest run."""
     named = context.config.store.inputs
     if len(named) == 1:
-        return [place_of(named[0])]
+        return [store_place(named[0])]
     if named or not newest:
         raise ConfigError(f"`ggscope store {context.verb}` takes one store, got {len(named)}")
     return [store_path(context)]
-
-
-def place_of(name: str) -> Path | str:
-    """A store as it is named on the command line: a folder, a URL, or the run folder around a store."""
-    place = as_location(name)
-    manifest = read_manifest(place) if isinstance(place, Path) else None
-    if manifest is not None and "store" in manifest.get("outputs", {}):
-        return as_location(manifest["outputs"]["store"])
-    return place
 
 
 def model_of(store: ActivationStore) -> str:

@@ -49,6 +49,8 @@ def test_info_as_json_is_json_alone_for_a_store_or_the_run_around_it(folder, pla
     assert found["rows"] == found["rows_planned"] == 300
     store = ActivationStore(folder / ("b.zarr" if place == "b.zarr" else "a.zarr"))
     np.testing.assert_allclose(found["statistics"][HOOK]["variance"], store.stats(HOOK).variance, rtol=1e-12)
+    same = json.loads(ggscope("store", "info", f"store.path={place}", "format=json", cwd=folder).stdout)
+    assert same == found
 
 
 def test_verify_is_silent_about_a_whole_store_and_lists_what_is_wrong_with_another(folder, tmp_path):
