@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from .collect import Row, front, rows_of_group
 
 FEW = 14  # points that are still named
 LINE = "#c8371e"
+MARKERS = "os^DvP*X"
 # where a name may stand beside its point: (points right, points up, alignment), the first that is free
 PLACES = [(6 * side, up, "left" if side > 0 else "right") for up in (4, -10, 15, -21, 26, -32, 37) for side in (1, -1)]
 
@@ -52,7 +54,7 @@ def draw_pareto(grouped: Mapping[str, Sequence[Row]], path: Path) -> None:
 def plot(
     ax: Any, rows: Sequence[Row], key: str, *, lower_is_better: bool, with_front: bool = True
 ) -> list[tuple[str, float, float]]:
-    """Points by size of the dictionary, and the front; returns (name, L0, value) of each."""
+    """Points, coloured by size of the dictionary and shaped by variant, and the front; returns (name, L0, value) of each."""
     from matplotlib import colormaps
 
     sign = 1 if lower_is_better else -1
@@ -67,11 +69,13 @@ def plot(
         front_line = [l0 for l0, _ in best], [sign * value for _, value in best]
         ax.plot(*front_line, color=LINE, linewidth=1, zorder=1, label="front")
     sizes = sorted({row.num_latents for row in rows})
-    for i, size in enumerate(sizes):
-        mine = [(l0, value) for row, l0, value in found if row.num_latents == size]
+    variants = sorted({row.variant for row in rows})
+    for (i, size), (j, variant) in product(enumerate(sizes), enumerate(variants)):
+        mine = [(l0, value) for row, l0, value in found if (row.num_latents, row.variant) == (size, variant)]
         if mine:
-            colour = colormaps["viridis"](0.85 * i / max(1, len(sizes) - 1))
-            ax.scatter(*zip(*mine, strict=True), color=colour, s=34, zorder=2, label=f"{size} latents")
+            colour, marker = colormaps["viridis"](0.85 * i / max(1, len(sizes) - 1)), MARKERS[j % len(MARKERS)]
+            label = f"{size} latents" + (f", {variant}" if len(variants) > 1 else "")
+            ax.scatter(*zip(*mine, strict=True), color=colour, marker=marker, s=34, zorder=2, label=label)
     ax.margins(x=0.18, y=0.12)  # room for the names
     return [(short(row, rows), l0, value) for row, l0, value in found]
 

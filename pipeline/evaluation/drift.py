@@ -24,6 +24,7 @@ from convert.sae_gguf import matrix_bytes
 from pipeline.config import DriftConfig
 from pipeline.corpus.windows import WindowTable
 from pipeline.llama.hooks import HookPoint
+from pipeline.llama.identity import UNKNOWN_TYPE
 from pipeline.llama.model import Model
 from sae import runtime
 from sae.errors import ConfigError
@@ -162,8 +163,12 @@ def spliced(
 
 
 def with_names(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The models under the shortest name that tells them apart; the first is the reference."""
+    """The models under the shortest name that tells them apart: quantisation, else file; the first is the reference."""
     kinds = [one["file_type"] for one in found]
-    names = kinds if len(set(kinds)) == len(kinds) else [Path(one["file"]).stem for one in found]
+    names = (
+        kinds
+        if len(set(kinds)) == len(kinds) and UNKNOWN_TYPE not in kinds
+        else [Path(one["file"]).stem for one in found]
+    )
     names = names if len(set(names)) == len(names) else [f"{i}: {name}" for i, name in enumerate(names)]
     return {"reference": names[0], "models": [{"name": name} | one for name, one in zip(names, found, strict=True)]}

@@ -16,6 +16,7 @@ import gguf
 
 from sae.errors import FormatError, ModelMismatchError
 
+UNKNOWN_TYPE = "unknown"  # `file_type` of a file that does not say it
 _CACHE_VERSION = 1
 VERSIONS = (2, 3)  # of GGUF, that the reader knows
 _PARSE_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, struct.error, OSError)
@@ -154,7 +155,7 @@ def _file_sha256(file: Path) -> str:
 
 def _file_type(value: int | None) -> str:
     if value is None:
-        return "unknown"
+        return UNKNOWN_TYPE
     try:
         return gguf.LlamaFileType(value).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:

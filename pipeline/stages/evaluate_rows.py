@@ -153,7 +153,8 @@ def warn_other_corpus(context: RunContext, store: ActivationStore) -> None:
     for _, manifest in runs_of("extract"):
         if manifest.get("outputs", {}).get("store") != str(store.path):
             continue
-        then = manifest["config"]["corpus"]
+        if not isinstance(then := manifest["config"].get("corpus"), dict):
+            continue
         other = [key for key in SOURCE_KEYS if then.get(key) != now[key]]
         if other:
             given = " ".join(f"corpus.{key}={then.get(key)}" for key in other)

@@ -218,6 +218,8 @@ def finish(context: RunContext) -> None:
     print_wide(table)
     context.metrics = {key: evaluation.get(key) for key in columns}
     extract, train = metrics_of(context, "extract"), metrics_of(context, "train")
+    speed = extract.get("tokens_per_s", 0)
+    captured = f"{speed:,.0f} tokens/s captured" if speed else "rows captured before"
     report = context.folder / "report" / "report.html"
     context.outputs["report"] = str(report)
     path = model_path(context.config.model)
@@ -225,7 +227,7 @@ def finish(context: RunContext) -> None:
     context.add_input("model", path, sha256)
     context.three_lines(
         f"{relative(path)} (sha256 {sha256[:12]}), {extract.get('rows', 0):,} rows captured at {', '.join(context.config.hook.points)}",
-        f"{extract.get('tokens_per_s', 0):,.0f} tokens/s captured, {train.get('tokens_per_s', 0):,.0f} tokens/s trained; "
+        f"{captured}, {train.get('tokens_per_s', 0):,.0f} tokens/s trained; "
         f"FVU {number(evaluation.get('fvu'))}, CE recovered {number(evaluation.get('ce_recovered'))}",
         f"open {relative(report)}",
     )

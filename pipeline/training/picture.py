@@ -46,7 +46,7 @@ def draw_training(run: Path, names: Sequence[str], path: Path, searched: dict[st
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FuncFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
 
     rows = {name: read_rows(sae_folder(run, name) / "metrics.jsonl") for name in names}
     count = len(PANELS) + bool(searched)
@@ -69,9 +69,10 @@ def draw_training(run: Path, names: Sequence[str], path: Path, searched: dict[st
             ax.set_ylim(0, 1.05 * max(values, default=0) or 1.0)
         else:
             ax.set_yscale(scale)
-            for axis_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-                axis_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
-            ax.tick_params(axis="y", which="minor", labelsize=7.5, colors=INK)
+            far = max(values) > 10 * min(values)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if far else (1, 1.5, 2, 3, 5, 7)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: f"{value:g}"))
+            ax.yaxis.set_minor_locator(NullLocator())
     if searched:
         draw_search(panels[len(PANELS)], searched, colours)
     for ax in panels[count:]:

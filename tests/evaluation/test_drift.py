@@ -13,7 +13,7 @@ from convert.gguf_file import stored_bytes
 from pipeline.config import DriftConfig, EvaluateConfig
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
-from pipeline.evaluation.drift import Setting, capture_reference, measure_model
+from pipeline.evaluation.drift import Setting, capture_reference, measure_model, with_names
 from pipeline.evaluation.drift_forms import forms_of, groups_of
 from pipeline.evaluation.drift_picture import draw_drift
 from pipeline.evaluation.evaluate import evaluate
@@ -201,3 +201,14 @@ def test_the_picture_shows_every_model_also_without_intervals(drift, tmp_path):
     a, b = imread(tmp_path / "a.png"), imread(tmp_path / "b.png")
     assert a.shape[1] == b.shape[1]
     assert a.shape[0] > b.shape[0]  # L0 varies: two panels more
+
+
+def test_models_are_named_by_their_quantisation_or_where_that_does_not_tell_them_apart_by_their_file():
+    def names(*found):
+        made = with_names([{"file_type": kind, "file": file} for kind, file in found])
+        return [model["name"] for model in made["models"]]
+
+    assert names(("F16", "a.gguf"), ("Q8_0", "b.gguf")) == ["F16", "Q8_0"]
+    assert names(("F16", "a.gguf"), ("F16", "b.gguf")) == ["a", "b"]
+    assert names(("unknown", "a.gguf"), ("Q8_0", "b.gguf")) == ["a", "b"]
+    assert names(("F16", "a.gguf"), ("F16", "x/a.gguf")) == ["0: a", "1: a"]
