@@ -30,7 +30,6 @@ from .terminal import shown
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 SPOOL_NAME = "corpus"  # the tokenised documents, which a new run would make again
-OBJECTS = ("config", "inputs", "metrics")  # of a manifest
 LINE_SECONDS = 30.0  # between two lines of progress in a log
 NAMED_BY = {
     "extract": "a store with store.path=PATH",
@@ -247,15 +246,15 @@ def nothing_done(folder: Path, *, but: str = MANIFEST, found: frozenset[str] = f
 
 
 def runs_of(command: str, root: Path = Path("runs")) -> list[tuple[Path, dict[str, Any]]]:
-    """Every run of `command`, newest first, those inside a whole `run` included, with all of OBJECTS in the manifest."""
+    """Every run of `command`, newest first, those inside a whole `run` included; all have `metrics`."""
     patterns = (f"{command}/*/{MANIFEST}", f"run/*/{command}/{MANIFEST}")
     found = []
     for pattern in patterns:
         for path in root.glob(pattern):
             manifest = read_manifest(path.parent)
             if manifest is not None and manifest.get("command") == command:
-                objects = {key: manifest[key] if isinstance(manifest.get(key), dict) else {} for key in OBJECTS}
-                found.append((path.parent, manifest | objects))
+                metrics = manifest.get("metrics")
+                found.append((path.parent, manifest | {"metrics": metrics if isinstance(metrics, dict) else {}}))
     return sorted(found, key=lambda item: (str(item[1].get("started", "")), item[0].name), reverse=True)
 
 

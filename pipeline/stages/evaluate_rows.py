@@ -153,7 +153,8 @@ def warn_other_corpus(context: RunContext, store: ActivationStore) -> None:
     for _, manifest in runs_of("extract"):
         if manifest.get("outputs", {}).get("store") != str(store.path):
             continue
-        if not isinstance(then := manifest["config"].get("corpus"), dict):
+        config = manifest.get("config")
+        if not isinstance(config, dict) or not isinstance(then := config.get("corpus"), dict):
             continue
         other = [key for key in SOURCE_KEYS if then.get(key) != now[key]]
         if other:

@@ -160,6 +160,15 @@ def test_an_interrupted_extract_exits_with_130_and_resumes_to_the_same_bytes(num
     assert all((first / f).read_bytes() == (second / f).read_bytes() for f in files)
 
 
+@pytest.fixture
+def _hang_ups():
+    """Not ignored, as a child of `nohup` would have them."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_hang_ups")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGHUP, signal.SIGKILL]
 )

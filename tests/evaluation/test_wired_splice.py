@@ -179,7 +179,7 @@ def identity(points, outputs=()):
     zeros = np.zeros(columns)
     return SAEWeights(
         W_enc_FD=both_FD, b_enc_F=np.zeros(2 * columns), W_dec_FD=both_FD, b_dec_D=zeros, mean_D=zeros, variance=1.0,
-        k=columns, hook=points[0], hook_out=outputs[0], variant="threshold", threshold_F=np.zeros(2 * columns),
+        k=columns, hook=points[0], hook_out=outputs[0] if outputs else "", variant="threshold", threshold_F=np.zeros(2 * columns),
         b_dec_subtracted=False, ports=tuple((name, D) for name in (*points, *outputs)),
     )  # fmt: skip
 

@@ -67,10 +67,10 @@ def test_a_threshold_sae_keeps_its_thresholds(tmp_path):
 FURTHER = {
     "layer norm": {"norm_mode": "layer", "norm_eps": 1e-5, "norm_correction": 1},
     "skip transcoder": {
-        "hook_out": "blocks.1.hook_mlp_out", "b_dec_subtracted": False, "W_enc_FD": np.ones((6, 4)),
+        "hook": "blocks.1.hook_resid_mid", "hook_out": "blocks.1.hook_mlp_out", "b_dec_subtracted": False, "W_enc_FD": np.ones((6, 4)),
         "W_skip_OD": np.arange(12.0).reshape(3, 4), "ports": (("blocks.1.hook_resid_mid", 4), ("blocks.1.hook_mlp_out", 3)),
     },
-    "crosscoder": {"ports": (("blocks.0.hook_resid_post", 1), ("blocks.1.hook_resid_post", 2))},
+    "crosscoder": {"hook": "blocks.0.hook_resid_post", "ports": (("blocks.0.hook_resid_post", 1), ("blocks.1.hook_resid_post", 2))},
 }  # fmt: skip
 
 
