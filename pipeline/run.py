@@ -213,15 +213,20 @@ def new_folder(command: str, config: Config, root: Path = Path("runs")) -> Path:
                 f"run_dir={folder} already holds a run; continue it with resume={folder} or name another folder"
             )
         return folder.resolve()
+    return timed_folder(root / command, "run")
+
+
+def timed_folder(root: Path, what: str, end: str = "") -> Path:
+    """Make a folder `TIME` + `end` in `root`, `TIME-2` and so on where others of this second are there already."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
-        folder = root / command / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        folder = root / f"{stamp}{f'-{attempt}' if attempt > 1 else ''}{end}"
         try:
             folder.mkdir(parents=True)
             return folder.resolve()
         except FileExistsError:
             continue
-    raise ConfigError(f"expected a free run folder name like {stamp}, found 999 taken; set run_dir=FOLDER")
+    raise ConfigError(f"expected a free {what} folder name like {stamp}{end}, found 999 taken; set run_dir=FOLDER")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ def collect(places: Sequence[str]) -> tuple[list[Row], list[str]]:
         ConfigError: a place that holds no train run.
     """
     of_place = {place: list(evaluate_runs(Path(place))) for place in places}
-    evaluations = evaluations_by_sae([run for runs in of_place.values() for run in runs])
+    evaluations = evaluations_by_sae([manifest for manifests in of_place.values() for manifest in manifests])
     # a folder of both, like `runs` of a sweep's evaluations, gives both
     places = [place for place in places if not of_place[place] or next(train_runs(Path(place)), None) is not None]
     rows, unfinished, seen = [], [], set()
@@ -91,12 +91,12 @@ def runs_in(place: str) -> list[Path]:
     return runs
 
 
-def evaluate_runs(place: Path) -> Iterator[Path]:
-    """The evaluate runs of a place: itself, or those of a folder, newest first."""
-    found = [place, *(sorted(place.iterdir(), reverse=True) if place.is_dir() else [])]
-    for run in found:
-        if (read_manifest(run) or {}).get("command") == "evaluate":
-            yield run
+def evaluate_runs(place: Path) -> Iterator[dict[str, Any]]:
+    """The manifests of the evaluate runs of a place: its own, or those of a folder, newest first."""
+    for run in [place, *(sorted(place.iterdir(), reverse=True) if place.is_dir() else [])]:
+        manifest = read_manifest(run) or {}
+        if manifest.get("command") == "evaluate":
+            yield manifest
 
 
 def train_runs(place: Path) -> Iterator[Path]:
@@ -161,11 +161,10 @@ def rows_of(run: Path, manifest: dict[str, Any], evaluations: dict[str, dict[str
         )
 
 
-def evaluations_by_sae(named: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
-    """sae_id to the numbers of the newest finished evaluation of that SAE; those of the runs `named` before all others."""
+def evaluations_by_sae(named: Sequence[dict[str, Any]] = ()) -> dict[str, dict[str, Any]]:
+    """sae_id to the numbers of the newest finished evaluation of that SAE; the manifests `named` before all others."""
     found: dict[str, dict[str, Any]] = {}
-    manifests = [read_manifest(run) or {} for run in named]
-    for manifest in (*manifests, *(manifest for _, manifest in runs_of("evaluate"))):
+    for manifest in (*named, *(manifest for _, manifest in runs_of("evaluate"))):
         sae_id = manifest.get("metrics", {}).get("sae_id")
         if manifest.get("status") == "finished" and sae_id and sae_id not in found:
             found[sae_id] = manifest["metrics"] | {"measured_on": rows_measured(manifest)}

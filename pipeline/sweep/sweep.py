@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..commands import COMMANDS
 from ..config import Config, ExecutorConfig
 from ..console import PlainConsole
 from ..executors import open_executor
-from ..run import LOCK, print_three, read_manifest, write_json
+from ..run import LOCK, print_three, read_manifest, timed_folder, write_json
 from .points import Override, Point, described, described_spaces, grid, refuse_own, spaces, split
 from .search import Search, import_optuna, run_search
 from .work import Runs
@@ -139,15 +138,7 @@ def sweep_folder(config: Config, name: str) -> Path:
             raise ConfigError(f"run_dir={folder} already holds a sweep; continue it with resume={folder}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in range(1, 1000):
-        folder = ROOT / (f"{stamp}-{name}" if attempt == 1 else f"{stamp}-{attempt}-{name}")
-        try:
-            folder.mkdir(parents=True)
-            return folder.resolve()
-        except FileExistsError:
-            continue
-    raise ConfigError(f"expected a free sweep folder name like {stamp}-{name}, found 999 taken; set run_dir=FOLDER")
+    return timed_folder(ROOT, "sweep", f"-{name}")
 
 
 def same_points(path: Path, wanted: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ def test_a_second_process_in_a_sweeps_folder_is_one_line(tmp_path, monkeypatch, 
 
 def test_two_sweeps_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.sweep.sweep.datetime", Mock(now=lambda: datetime(2026, 1, 31, 12)))
+    monkeypatch.setattr("pipeline.run.datetime", Mock(now=lambda: datetime(2026, 1, 31, 12)))
     names = [sweep_folder(Config(), "train").name for _ in range(2)]
     assert names == ["2026-01-31_12-00-00-train", "2026-01-31_12-00-00-2-train"]
 
