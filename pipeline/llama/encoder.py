@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import cached_property
 from typing import final
 
 import gguf
@@ -34,7 +35,7 @@ from sae.weights import SAEWeights
 
 from .ggml_graph import Affine, Backend, Graph, to_host
 from .latent_nodes import LatentNodes
-from .reading import CompiledRow, decoder_of, kernels
+from .reading import Bounds, CompiledRow, Decoder, decoder_of, kernels, most_open
 from .switching import quick_switching
 
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0")
@@ -122,13 +123,30 @@ class GgmlEncoder(Encoder):
         if self._nodes is not None:
             graph = None if self.weights.is_transcoder else self._nodes.row_graph()
             return None if graph is None else DeviceRow(self, self._nodes, graph)
+        return None if self._decoder is None else self._compiled_row(self._decoder)
+
+    @cached_property
+    def _row(self) -> CompiledRow | None:
+        """For `encode` of a single row."""
+        return self._compiled_row(None)
+
+    def _compiled_row(self, decoder: Decoder | None) -> CompiledRow | None:
         w, plain = self.weights, self.weights.variant != "groupmax" and self.weights.norm_mode == "none"
-        if self._native is None or self._decoder is None or not (self._one_row and plain):
+        if self._native is None or not (self._one_row and plain):
             return None
         return CompiledRow(
-            self._native, w, self._decoder, self.dtype, self._affine.weight_address, self._affine,
-            limit=self._limit, threads=self._n_threads,
+            self._native, w, decoder, self.dtype, self._affine.weight_address, self._affine,
+            limit=self._limit, threads=self._n_threads, bounds=self._bounds,
         )  # fmt: skip
+
+    @cached_property
+    def _bounds(self) -> Bounds | None:
+        """Of the encoder's rows, made with the first reading: half a byte a weight more that saves reading most others."""
+        assert self._native is not None
+        w, n_threads = self.weights, self._n_threads
+        if not most_open(self.dtype, w, n_threads):
+            return None
+        return self._native.bounds(self.dtype, self._affine.weight_address, (w.num_latents, w.d_in), n_threads)
 
     def _pre_acts(self, u_ND: np.ndarray) -> np.ndarray:
         """Pre-activations, valid until the next call."""
@@ -144,6 +162,10 @@ class GgmlEncoder(Encoder):
     def _block(self, x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._nodes is not None:
             found = self._nodes.encode(x_ND)
+            return self._by_numpy(x_ND) if found is None else found
+        if len(x_ND) == 1 and self._row is not None:
+            self._row.x_D[:] = x_ND[0]
+            found = self._row.latents()
             return self._by_numpy(x_ND) if found is None else found
         u_ND = encoder_input(self.weights, x_ND)
         if not self._holds(u_ND):

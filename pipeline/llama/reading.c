@@ -135,6 +135,22 @@ struct pair {
     float value;
 };
 
+/* What is known of W_enc without reading it (bounds.c). Where a part of the latents leaves more than `most` of them in
+   question, that part is multiplied whole, and the bounds are not looked at for a number of rows that doubles from one
+   such row to the next. */
+struct bounds {
+    const uint8_t * rows; /* NULL: there are none */
+    const float *dither_D, *norm_F;
+    void * input;
+    float * upper_F;
+    int32_t * open_F; /* latents in question; a part's begin at its first latent */
+    uint64_t * items; /* room for K of every thread */
+    int64_t most, pause, pauses;
+    int64_t exact; /* of the last row: latents whose exact product was computed */
+};
+
+#define LONGEST_PAUSE 255
+
 /* One row of an SAE without layer norm or skip, "topk" or "threshold". Memory is the caller's. */
 struct reading {
     struct decoder decoder;
@@ -149,6 +165,7 @@ struct reading {
     const float * y_O; /* what the reconstruction is compared with: x_D, or the row at a transcoder's output */
     float * u_D;
     void * input;
+    struct bounds bounds;
     int64_t room; /* items of each thread */
     uint64_t * items;
     int64_t * counts;
@@ -177,6 +194,14 @@ static uint64_t keep_largest(uint64_t * items, int64_t * count, int64_t K) {
     return least;
 }
 
+static float value_of(uint64_t item) { /* of `ranked`'s key; NaN comes out as NaN */
+    int32_t key = (int32_t) ((uint32_t) (item >> 32) ^ 0x80000000u);
+    int32_t bits = key ^ ((key >> 31) & INT32_MAX);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 /* The candidates of one thread's latents. */
 static void choose_among(struct reading * r, int64_t part) {
     int64_t first = ggscope_part(r->F, part, r->threads), last = ggscope_part(r->F, part + 1, r->threads), count = 0;
@@ -196,12 +221,95 @@ static void choose_among(struct reading * r, int64_t part) {
     r->counts[part] = count;
 }
 
-static float value_of(uint64_t item) { /* of `ranked`'s key; NaN comes out as NaN */
-    int32_t key = (int32_t) ((uint32_t) (item >> 32) ^ 0x80000000u);
-    int32_t bits = key ^ ((key >> 31) & INT32_MAX);
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+/* ---- the same by bounds ---- */
+
+#define ROWS_AHEAD 4 /* that are begun to be fetched: the processor goes on by itself */
+#define BYTES_AHEAD 512
+
+/* Items of the exact values of some latents. */
+static void exact_items(const struct reading * r, const int32_t * latents, int64_t count, uint64_t * items) {
+    int64_t row_bytes = bytes_before(r->kind, r->D);
+    for (int64_t i = 0; i < count; i++) {
+        if (i + ROWS_AHEAD < count) {
+            const uint8_t * row = r->W_enc + latents[i + ROWS_AHEAD] * row_bytes;
+            for (int64_t j = 0; j < row_bytes && j < BYTES_AHEAD; j += 64) __builtin_prefetch(row + j, 0, 2);
+        }
+        float pre;
+        ggscope_products(r->kind, r->W_enc, r->D, r->input, r->b_enc_F, latents[i], latents[i] + 1, &pre);
+        items[i] = ranked(order_key(pre), (uint32_t) latents[i]);
+    }
+}
+
+/* The bounds of a part's latents, and the exact values of the K of them that look largest. */
+static void bound_part(struct reading * r, int64_t part) {
+    struct bounds * b = &r->bounds;
+    int64_t first = ggscope_part(r->F, part, r->threads), last = ggscope_part(r->F, part + 1, r->threads), count = 0;
+    uint64_t *items = r->items + part * r->room, bound = 0;
+    int32_t * open = b->open_F + first;
+    float approx[BLOCK_LATENTS];
+    for (int64_t f = first; f < last; f += BLOCK_LATENTS) {
+        int64_t n = last - f < BLOCK_LATENTS ? last - f : BLOCK_LATENTS;
+        ggscope_upper_bounds(b->rows, b->norm_F, r->D, b->input, r->b_enc_F, f, f + n, approx, b->upper_F);
+        if (r->K == 0) continue;
+        for (int64_t i = 0; i < n; i++) {
+            uint64_t item = ranked(order_key(approx[i]), (uint32_t) (f + i));
+            if (item > bound) items[count++] = item;
+        }
+        if (count + BLOCK_LATENTS > r->room) bound = keep_largest(items, &count, r->K);
+    }
+    if (r->K > 0) keep_largest(items, &count, r->K);
+    for (int64_t i = 0; i < count; i++) {
+        open[i] = ranked_index(items[i]);
+        b->upper_F[open[i]] = -INFINITY; /* not to be asked about again */
+    }
+    exact_items(r, open, count, items);
+    r->counts[part] = count;
+}
+
+/* The K-th largest of the exact values so far, at least 0: what a latent has to reach. */
+static float least_wanted(const struct reading * r) {
+    int64_t count = 0;
+    for (int64_t part = 0; part < r->threads; part++) {
+        memcpy(r->bounds.items + count, r->items + part * r->room, (size_t) r->counts[part] * sizeof *r->items);
+        count += r->counts[part];
+    }
+    if (r->K == 0 || count < r->K) return 0;
+    float least = value_of(keep_largest(r->bounds.items, &count, r->K));
+    return least > 0 ? least : 0;
+}
+
+/* The candidates among a part's latents; 1 where they were too many to be looked at one by one. */
+static int settle_part(struct reading * r, int64_t part, float least, int64_t * exact) {
+    const struct bounds * b = &r->bounds;
+    int64_t first = ggscope_part(r->F, part, r->threads), last = ggscope_part(r->F, part + 1, r->threads), in_question = 0;
+    uint64_t * items = r->items + part * r->room;
+    int32_t * open = b->open_F + first;
+    for (int64_t f = first; f < last; f++) {
+        open[in_question] = (int32_t) f;
+        in_question += r->K > 0 ? !(b->upper_F[f] < least) : !(b->upper_F[f] <= r->threshold_F[f]);
+    }
+    if (in_question > b->most) {
+        choose_among(r, part);
+        *exact = last - first;
+        return 1;
+    }
+    int64_t count = r->counts[part];
+    *exact = count + in_question;
+    for (int64_t i = 0; i < in_question; i += BLOCK_LATENTS) {
+        int64_t n = in_question - i < BLOCK_LATENTS ? in_question - i : BLOCK_LATENTS;
+        exact_items(r, open + i, n, items + count);
+        if (r->K > 0) {
+            count += n;
+            if (count + BLOCK_LATENTS > r->room) keep_largest(items, &count, r->K);
+            continue;
+        }
+        for (int64_t j = 0, made = count; j < n; j++) {
+            if (value_of(items[made + j]) > r->threshold_F[open[i + j]]) items[count++] = items[made + j];
+        }
+    }
+    if (r->K > 0) keep_largest(items, &count, r->K);
+    r->counts[part] = count;
+    return 0;
 }
 
 static void sort_chosen(struct reading * r) {
@@ -233,12 +341,33 @@ int ggscope_read_row(struct reading * r) {
     }
     if (beyond) return 1;
     ggscope_round_input(r->kind, r->u_D, r->D, r->input);
-    int64_t pieces = pieces_of(r->decoder.D);
+    struct bounds * b = &r->bounds;
+    int bounded = b->rows && b->pause == 0, failed = 0;
+    if (b->pause > 0) b->pause--;
+    if (bounded) {
+        const float * taken_D = r->kind == KIND_Q8_0 ? r->u_D : (const float *) r->input;
+        ggscope_round_for_bounds(r->kind, taken_D, r->D, b->dither_D, b->input);
+    }
+    float least = 0;
+    int64_t exact = 0, pieces = pieces_of(r->decoder.D);
     int known = r->decoder.W && knows_decoder(r->decoder.kind);
     #pragma omp parallel num_threads((int) r->threads)
     {
-        #pragma omp for schedule(static)
-        for (int64_t part = 0; part < r->threads; part++) choose_among(r, part);
+        if (bounded) {
+            #pragma omp for schedule(static)
+            for (int64_t part = 0; part < r->threads; part++) bound_part(r, part);
+            #pragma omp single
+            least = least_wanted(r);
+            #pragma omp for schedule(static) reduction(+ : exact) reduction(| : failed)
+            for (int64_t part = 0; part < r->threads; part++) {
+                int64_t some;
+                failed |= settle_part(r, part, least, &some);
+                exact += some;
+            }
+        } else {
+            #pragma omp for schedule(static)
+            for (int64_t part = 0; part < r->threads; part++) choose_among(r, part);
+        }
         #pragma omp single
         sort_chosen(r);
         #pragma omp for schedule(static)
@@ -250,6 +379,8 @@ int ggscope_read_row(struct reading * r) {
             }
         }
     }
+    b->exact = bounded ? exact : r->F;
+    if (bounded) b->pause = b->pauses = failed ? (2 * b->pauses + 1) & LONGEST_PAUSE : 0;
     r->error = known ? sum_of(r->errors, pieces) : NAN;
     return 0;
 }

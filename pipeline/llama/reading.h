@@ -50,4 +50,16 @@ void ggscope_products(
     int kind, const uint8_t * W, int64_t D, const void * input, const float * b_F, int64_t first, int64_t last,
     float * pre);
 
+/* bounds.c, which says what they are. Whether matrices of this type and shape can have them; bytes of the copy of W_enc. */
+int ggscope_has_bounds(int kind, int64_t F, int64_t D);
+int64_t ggscope_bounds_bytes(int64_t F, int64_t D);
+/* Bytes of a row as the bounds take it, and making that of a row as the exact product takes it, in floats. */
+int64_t ggscope_bounds_input_bytes(int64_t D);
+void ggscope_round_for_bounds(int kind, const float * taken_D, int64_t D, const float * dither_D, void * input);
+/* What the pre-activations of latents first..last - 1 do not exceed, and about what they are (`approx` begins with the
+   first of them); first and last are multiples of 8. */
+void ggscope_upper_bounds(
+    const uint8_t * rows, const float * norm_F, int64_t D, const void * input, const float * b_F, int64_t first,
+    int64_t last, float * approx, float * upper_F);
+
 #endif

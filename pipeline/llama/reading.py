@@ -1,4 +1,4 @@
-"""The compiled parts of a reading (`reading.c`, `products.c`), built with the machine's C compiler when first wanted.
+"""The compiled parts of a reading (`reading.c`, `products.c`, `bounds.c`), built with the machine's C compiler when first wanted.
 
 Without a compiler, ggml and numpy do the same, slower. On a CPU built with OpenMP its threads are the model's own.
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
@@ -23,8 +25,8 @@ from sae.rows import RowMatrix
 from sae.weights import SAEWeights
 
 _HERE, _STEP = Path(__file__).parent, Path(native.__file__).parent
-SOURCES = (_HERE / "reading.c", _HERE / "products.c", _STEP / "select.c", _STEP / "step.c")
-HEADERS = (_HERE / "reading.h", _STEP / "vectors.h")
+SOURCES = (*(_HERE / f"{name}.c" for name in ("reading", "products", "bounds")), _STEP / "select.c", _STEP / "step.c")
+HEADERS = (_HERE / "reading.h", _HERE / "bytes.h", _STEP / "vectors.h")
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", f"-I{_STEP}")
 _VARIANTS = (
     (*_COMMON, "-march=native", "-fopenmp"),
@@ -36,6 +38,10 @@ _KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}  # of matrices t
 _DECODER_KINDS = {name: kind for name, kind in _KINDS.items() if name != "Q4_0"}  # ... and whose rows are added up
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 KEEP_BYTES = 64 << 20  # of an encoder: a row takes 2 ms at most, less than Python's threads wait for each other anyway
+BOUNDS_BYTES = 1 << 20  # of an encoder: smaller ones are multiplied whole
+_DITHER_SEED = 0x5AE
+_WEIGHT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 34 / 32}
+_BOUND_BYTES = 18 / 32  # of a weight
 _log = logging.getLogger(__name__)
 
 
@@ -67,6 +73,12 @@ class Kernels:
         self.room, self.input_bytes = library.ggscope_reading_room, library.ggscope_input_bytes
         self.room.restype = self.input_bytes.restype = _I
         self.room.argtypes, self.input_bytes.argtypes = [_I, _I, _I], [ctypes.c_int, _I]
+        self.bounds_input_bytes, self._bounds_bytes = library.ggscope_bounds_input_bytes, library.ggscope_bounds_bytes
+        self.bounds_input_bytes.restype = self._bounds_bytes.restype = _I
+        self.bounds_input_bytes.argtypes, self._bounds_bytes.argtypes = [_I], [_I, _I]
+        self._has_bounds, self._make_bounds = library.ggscope_has_bounds, library.ggscope_make_bounds
+        self._has_bounds.argtypes = [ctypes.c_int, _I, _I]
+        self._make_bounds.argtypes = [ctypes.c_int, _P, _I, _I, _P, _P, _P, _I]
         # without letting go of the interpreter, and with
         self.read_row, self.read_large_row = ctypes.PyDLL(str(path)).ggscope_read_row, library.ggscope_read_row
 
@@ -81,6 +93,19 @@ class Kernels:
         """pre_F = W u + b, W at this address in F rows of D values of this type; u is rounded as ggml rounds it."""
         addresses = u_D.ctypes.data, b_F.ctypes.data, pre_F.ctypes.data
         _check(self._affine(_KINDS[type_name], W, b_F.size, u_D.size, *addresses, threads))
+
+    def bounds(self, type_name: str, W: int, shape: tuple[int, int], threads: int) -> Bounds | None:
+        """Of the F rows of D values of this type at address W; None for types and values that have none.
+
+        They take 9/16 of a byte a weight.
+        """
+        kind = _KINDS.get(type_name, -1)
+        if not self._has_bounds(kind, *shape):
+            return None
+        dither_D = np.random.default_rng(_DITHER_SEED).uniform(-0.5, 0.5, shape[1]).astype(np.float32)
+        found = Bounds(np.empty(self._bounds_bytes(*shape), np.uint8), dither_D, np.empty(shape[0], np.float32))
+        places = (array.ctypes.data for array in (found.dither_D, found.rows, found.norm_F))
+        return None if self._make_bounds(kind, W, *shape, *places, threads) else found
 
     def largest(self, pre_NF: np.ndarray, k: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
         """(idx_NK, vals_NK) of the k largest above zero: sorted and padded as `sae.runtime.encode` says."""
@@ -98,6 +123,24 @@ class Kernels:
         return error_N
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Bounds:
+    """What bounds.c keeps of an encoder: four bits a weight, what was added before they were rounded, norms of rows."""
+
+    rows: np.ndarray
+    dither_D: np.ndarray
+    norm_F: np.ndarray
+
+
+class _Bounds(ctypes.Structure):
+    """`struct bounds` of reading.c."""
+
+    _fields_ = (
+        *((name, _P) for name in ("rows", "dither_D", "norm_F", "input", "upper_F", "open_F", "items")),
+        *((name, _I) for name in ("most", "pause", "pauses", "exact")),
+    )
+
+
 class _Reading(ctypes.Structure):
     """`struct reading` of reading.c."""
 
@@ -108,6 +151,7 @@ class _Reading(ctypes.Structure):
         *((name, _P) for name in ("W_enc", "b_enc_F", "subtracted_D", "threshold_F")),
         ("limit", ctypes.c_float),
         *((name, _P) for name in ("x_D", "y_O", "u_D", "input")),
+        ("bounds", _Bounds),
         ("room", _I),
         *((name, _P) for name in ("items", "counts", "errors", "idx", "vals", "pairs")),
         ("fired", _I),
@@ -117,13 +161,17 @@ class _Reading(ctypes.Structure):
 
 @final
 class CompiledRow(RowReading):
-    """Everything of one row in one call. The matrix at `address` and `kept` stay where they are as long as this does."""
+    """Everything of one row in one call. The matrix at `address` and `kept` stay where they are as long as this does.
+
+    Without a decoder there is no squared error. `bounds`: of the matrix; with them only the latents that may be active
+    are multiplied, to the same bits.
+    """
 
     def __init__(
-        self, kernels: Kernels, w: SAEWeights, decoder: Decoder, type_name: str, address: int, kept: object, *,
-        limit: float, threads: int,
+        self, kernels: Kernels, w: SAEWeights, decoder: Decoder | None, type_name: str, address: int, kept: object, *,
+        limit: float, threads: int, bounds: Bounds | None = None,
     ) -> None:  # fmt: skip
-        self._kept = w, decoder, kept
+        self._kept = w, decoder, kept, bounds
         self._x_D, self.width = np.zeros(w.d_in, np.float32), w.d_in
         self._y_O = np.zeros(w.d_out, np.float32) if w.is_transcoder else self._x_D
         k, kind = (w.k if w.variant == "topk" else 0), _KINDS[type_name]
@@ -145,12 +193,20 @@ class CompiledRow(RowReading):
             "pairs": np.empty(slots * PAIR.size, np.uint8),
         }
         self._arrays, self._pairs = arrays, arrays["pairs"].ctypes.data
+        self._bounds_arrays, most = _bounds_arrays(kernels, w, k, threads, bounds), most_open(type_name, w, threads)
         self._c = _Reading(
-            decoder=decoder, kind=kind, D=w.d_in, F=w.num_latents, K=k, threads=threads, W_enc=address, limit=limit,
-            room=room, **{name: None if array is None else array.ctypes.data for name, array in arrays.items()},
+            kind=kind, D=w.d_in, F=w.num_latents, K=k, threads=threads, W_enc=address, limit=limit, room=room,
+            bounds=_Bounds(most=most, **_places(self._bounds_arrays)), **_places(arrays),
         )  # fmt: skip
+        if decoder is not None:
+            self._c.decoder = decoder
         large = w.num_latents * w.d_in * np.dtype(np.float32).itemsize > 4 * KEEP_BYTES
         self._call, self._argument = kernels.read_large_row if large else kernels.read_row, ctypes.byref(self._c)
+
+    @property
+    def computed(self) -> int:
+        """Of how many latents the last reading computed the exact pre-activation."""
+        return self._c.bounds.exact
 
     @property
     def x_D(self) -> np.ndarray:
@@ -165,6 +221,48 @@ class CompiledRow(RowReading):
             return None
         fired = self._c.fired
         return ctypes.string_at(self._pairs, PAIR.size * min(fired, top)), fired, self._c.error
+
+    def latents(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(idx_1K, vals_1K) of `x_D`, sorted and padded as `sae.runtime.encode` says; None as `read` does."""
+        if self._call(self._argument):
+            return None
+        fired = self._c.fired
+        shape = 1, self._c.K or max(fired, 1)
+        idx_1K, vals_1K = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        idx_1K[0, :fired], vals_1K[0, :fired] = self._arrays["idx"][:fired], self._arrays["vals"][:fired]
+        return idx_1K, vals_1K
+
+
+def most_open(type_name: str, w: SAEWeights, threads: int) -> int:
+    """Latents of a thread's part that may be left in question: half of what their bounds save, as rows from here and
+    there take longer to read. 0 where the k largest of every part are more than that already, and where bounds are not
+    worth their bytes."""
+    weight_bytes = _WEIGHT_BYTES.get(type_name, _BOUND_BYTES)
+    if w.num_latents * w.d_in * weight_bytes < BOUNDS_BYTES:
+        return 0
+    most = int(w.num_latents / threads * (1 - _BOUND_BYTES / weight_bytes) / 2)
+    return most if w.variant != "topk" or 2 * w.k <= most else 0
+
+
+def _places(arrays: Mapping[str, np.ndarray | None]) -> dict[str, int | None]:
+    return {name: None if array is None else array.ctypes.data for name, array in arrays.items()}
+
+
+def _bounds_arrays(
+    kernels: Kernels, w: SAEWeights, k: int, threads: int, bounds: Bounds | None
+) -> dict[str, np.ndarray | None]:
+    """The arrays of `struct bounds`."""
+    if bounds is None:
+        return {}
+    return {
+        "rows": bounds.rows,
+        "dither_D": bounds.dither_D,
+        "norm_F": bounds.norm_F,
+        "input": np.empty(-(-kernels.bounds_input_bytes(w.d_in) // 4), np.int32),
+        "upper_F": np.empty(w.num_latents, np.float32),
+        "open_F": np.empty(w.num_latents, np.int32),
+        "items": np.empty(threads * k + 1, np.uint64),
+    }
 
 
 def decoder_of(W_dec_FD: np.ndarray | RowMatrix, b_dec_D: np.ndarray) -> Decoder | None:

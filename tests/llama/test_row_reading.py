@@ -21,7 +21,7 @@ from pipeline.readout import Reader
 from sae.encoders import PAIR, Encoder, NumpyEncoder
 from sae.errors import LlamaError, ShapeError
 from sae.native.build import build
-from sae.runtime import select
+from sae.runtime import encoder_input, select
 from tests.interventions.test_transcoders import INSIDE, MID, OUT, transcoder
 from tests.interventions.tiny import prompt, sae_at, session, tiny
 
@@ -49,6 +49,15 @@ def products():
         pytest.skip("this processor lacks the instructions of the compiled products")
 
 
+def chosen(encoder, w, x_1D, threads):
+    """The product with every latent, and the general path's choice."""
+    kernel, pre_1F = kernels(), np.empty((1, w.num_latents), np.float32)
+    assert kernel is not None
+    u_D, address = encoder_input(w, x_1D)[0].copy(), encoder._affine.weight_address
+    kernel.affine(encoder.dtype, address, u_D, w.b_enc_F, pre_1F[0], threads)
+    return select(w, pre_1F)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", OWN)
@@ -62,7 +71,9 @@ def test_a_row_in_one_call_is_the_encoding_and_the_error_bit_for_bit(dtype, vari
         row.x_D[:] = x_1D[0]
         found = row.read(F)
         assert found is not None
-        idx_NK, vals_NK = encoder.encode(x_1D)
+        idx_NK, vals_NK = chosen(encoder, w, x_1D, threads)
+        for ours, theirs in zip(encoder.encode(x_1D), (idx_NK, vals_NK), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
         fired = int(np.count_nonzero(vals_NK))
         pairs = np.frombuffer(found[0], [("latent", np.int32), ("value", np.float32)])
         assert found[1] == fired
@@ -301,10 +312,7 @@ def test_a_point_seen_both_ways_has_the_same_values():
 
 
 def test_without_the_processors_own_instructions_the_parts_are_the_same():
-    here = reading.Path(reading.__file__)
-    sources = [here.with_name("reading.c"), here.with_name("products.c"), reading._STEP / "select.c"]
-    headers = [here.with_name("reading.h"), reading._STEP / "vectors.h"]
-    plain = Kernels(build("reading-plain", [*sources, reading._STEP / "step.c"], [reading._COMMON], headers=headers))
+    plain = Kernels(build("reading-plain", reading.SOURCES, [reading._COMMON], headers=reading.HEADERS))
     if plain.has_affine("F32", F):
         pytest.skip("the compiler's default processor has the instructions")
     own = kernels()
