@@ -9,7 +9,6 @@ number of threads. Letters: N rows, D width of a hook, S rows per shard.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sae.errors import ConfigError, HookError, StoreError
+from sae.errors import ConfigError, HookError
 
 from .capture.calibrate import Calibration, calibrate, measure_speed
 from .capture.capturer import Capturer
@@ -34,7 +33,7 @@ from .store.commits import committed_shards
 from .store.reader import ActivationStore
 from .store.schema import HookInfo, StoreMeta, is_store, read_meta
 from .store.summary import write_stats
-from .store.writer import StoreWriter, refuse_difference
+from .store.writer import StoreWriter, check_room, refuse_difference
 
 if TYPE_CHECKING:
     from .capture.work import CaptureWork
@@ -63,11 +62,7 @@ class Estimate:
 
     def check(self, location: Location) -> None:
         """StoreError, with the numbers, when the disk cannot hold it."""
-        if self.free_bytes is not None and self.bytes_missing > self.free_bytes:
-            raise StoreError(
-                f"the disk of {location} is too full: {math.ceil(self.bytes_missing / 1e7) / 100:.2f} GB needed, "
-                f"{self.free_bytes // 10**7 / 100:.2f} GB free; free some, set store.path elsewhere, or lower corpus.max_tokens"
-            )
+        check_room(location, self.bytes_missing, self.free_bytes)
 
 
 def plan_extraction(

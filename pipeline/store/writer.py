@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -186,7 +187,7 @@ class StoreWriter:
         if is_store(backend):
             refuse_difference(backend.location, read_meta(backend), self.meta)
             backend.remove_partial()
-            self._check_room(len(self.missing()))
+            check_room(backend.location, self.meta.shard_bytes * len(self.missing()), backend.free_bytes())
             forget_commits(backend, self.committed)
             return
         refuse_strangers(backend)
@@ -194,7 +195,7 @@ class StoreWriter:
         for key in backend.list():
             if key != LOCK_FILE:
                 backend.delete(key)
-        self._check_room(self.meta.n_shards)
+        check_room(backend.location, self.meta.shard_bytes * self.meta.n_shards, backend.free_bytes())
         self._create(documents)
 
     def _create(self, documents: Iterable[DocumentInfo]) -> None:
@@ -207,13 +208,15 @@ class StoreWriter:
         write_checksums(self.backend, {DOCS_FILE: lines.checksum, META_FILE: meta.checksum})
         self.backend.put(META_FILE, meta_bytes)
 
-    def _check_room(self, shards: int) -> None:
-        needed, free = self.meta.shard_bytes * shards, self.backend.free_bytes()
-        if free is not None and needed > free:
-            raise StoreError(
-                f"the disk of {self.location} is too full: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
-                f"free some, set store.path elsewhere, or lower corpus.max_tokens"
-            )
+
+def check_room(location: object, needed_bytes: int, free_bytes: int | None) -> None:
+    """StoreError, with the numbers, where the disk cannot hold so many bytes; `free_bytes` None: not known."""
+    if free_bytes is not None and needed_bytes > free_bytes:
+        needed, free = math.ceil(needed_bytes / 1e7) / 100, free_bytes // 10**7 / 100  # never as much as is needed
+        raise StoreError(
+            f"the disk of {location} is too full: {needed:.2f} GB needed, {free:.2f} GB free; free some, set store.path "
+            "elsewhere, or lower corpus.max_tokens"
+        )
 
 
 def _check_shape(meta: StoreMeta, shard: int, array_path: str, stored: np.ndarray) -> None:
