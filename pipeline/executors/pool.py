@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ..config import ExecutorConfig
+from ..log_lines import show_warnings
 from .base import Placement, Work, attempt
 from .crew import Crew, CrewExecutor, Event
 from .placement import gpus_of, show_only, thread_count, visible_gpus, worker_count
@@ -117,6 +118,7 @@ def _cause(exit_code: int | None) -> str:
 
 def serve(pipe: Connection, work: bytes, place: Placement, environment: dict[str, str], parent: int) -> None:
     """A worker's life: tasks come through the pipe, rows, ends and errors go back."""
+    show_warnings()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(parent)
     os.environ.update(environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -18,13 +19,16 @@ ROWS = 10  # of a batch
 
 @dataclass(frozen=True, kw_only=True)
 class FileWork:
-    """`dies`: shards whose worker dies by SIGKILL, this often; `fails`: a shard that raises; `holds`: one that waits, once."""
+    """`dies`: shards whose worker dies by SIGKILL, this often; `fails`: a shard that raises; `holds`: one that waits, once.
+    `warns`: what every shard has logged as a warning.
+    """
 
     folder: Path
     n_shards: int
     dies: dict[int, int] | None = None
     fails: int = -1
     holds: int = -1
+    warns: str = ""
     commits: bool = True
     batch_seconds: float = 0.0
 
@@ -59,6 +63,8 @@ class FileWork:
         if deaths < (self.dies or {}).get(shard, 0):
             (self.folder / f"death.{shard}.{deaths}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.warns:
+            logging.getLogger("pipeline.somewhere").warning(self.warns)
         if shard == self.fails:
             raise LlamaError(f"shard {shard} cannot be captured")
         if shard == self.holds and not self.logged("held"):

@@ -35,6 +35,12 @@ def test_every_shard_is_captured_once_and_every_row_is_counted(tmp_path):
     assert (calls[0], calls[-1]) == ((0, 360), (360, 360))
 
 
+def test_what_workers_log_as_a_warning_is_a_line_each_on_stderr(tmp_path, capfd):
+    work = FileWork(folder=tmp_path, n_shards=6, warns="a row was odd")
+    open_executor(POOL, tmp_path).run(work)
+    assert capfd.readouterr() == ("", "warning: a row was odd\n" * 2)
+
+
 def test_only_the_missing_shards_are_captured(tmp_path):
     work = FileWork(folder=tmp_path, n_shards=6)
     for shard in (0, 3, 4):
