@@ -140,10 +140,14 @@ class Turns:
     def __exit__(self, *_error: object) -> None:
         self._stack.close()
 
+    def start(self, worker: Worker) -> Worker:
+        """A side that is added later: its imports take seconds, in which others load."""
+        return self._stack.enter_context(worker)
+
     def add(self, name: str, worker: Worker, side: str, options: dict[str, Any]) -> None:
-        """Start a side. BenchError when its rows are not those of the others."""
+        """Load a side. BenchError when its rows are not those of the others."""
         self.say(f"{self.shape.name}: {name}")
-        self.workers[name] = self._stack.enter_context(worker)
+        self.workers[name] = self.start(worker)
         settings = self.settings
         request = {
             "shape": self.shape.request(),
@@ -180,10 +184,11 @@ class Turns:
 def against_peers(shape: Shape, settings: Settings, say: Say, *, with_peers: bool) -> Iterator[Row]:
     """Speed against every peer and the floor, and peak memory: all sides in the same rounds."""
     with Turns(shape, settings, say) as turns:
+        peers = settings.peers(shape) if with_peers else ()
+        started = start_peers(turns, peers, settings)
         kernels = _add_ours(turns, settings, say)
         turns.add("floor", ours_worker(settings.threads), "floor", {})
-        peers = settings.peers(shape) if with_peers else ()
-        labels = dict(add_peers(turns, peers, settings))
+        labels = dict(add_peers(turns, started))
         speeds = turns.speeds()
         for kernel in kernels:
             case = f"{shape.name}_{kernel}"
@@ -222,9 +227,12 @@ def _add_ours(turns: Turns, settings: Settings, say: Say) -> list[str]:
     return kernels
 
 
-def add_peers(turns: Turns, peers: tuple[Peer, ...], settings: Settings) -> Iterator[tuple[str, Peer]]:
-    for peer in peers:
-        worker = library_worker(peer.library, settings.threads)
+def start_peers(turns: Turns, peers: tuple[Peer, ...], settings: Settings) -> list[tuple[Peer, Worker]]:
+    return [(peer, turns.start(library_worker(peer.library, settings.threads))) for peer in peers]
+
+
+def add_peers(turns: Turns, started: list[tuple[Peer, Worker]]) -> Iterator[tuple[str, Peer]]:
+    for peer, worker in started:
         label = peer.label(worker.ask("version", library=peer.library)["version"])
         turns.add(label, worker, peer.library, peer.options)
         yield label, peer

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from bench.common import Row, compare
-from bench.train_cases import Peer, Say, Settings, Shape, Turns, add_peers, ours_worker
+from bench.train_cases import Peer, Say, Settings, Shape, Turns, add_peers, ours_worker, start_peers
 
 SHAPE = Shape(d_in=2048, num_latents=32768, k=64, batch=8192)
 GOAL_TOKENS_PER_S = 1e6
@@ -45,7 +45,8 @@ def rows(
     with Turns(shape, settings, say) as turns:
         for kernel in kernels:
             turns.add(kernel, ours_worker(settings.threads), "ours", {"kernel": kernel})
-        labels = [label for label, _ in add_peers(turns, (PEER,) if with_peers else (), settings)]
+        started = start_peers(turns, (PEER,) if with_peers else (), settings)
+        labels = [label for label, _ in add_peers(turns, started)]
         speeds = turns.speeds(f"_{device}")
         for kernel in kernels:
             case = f"{shape.name}_{device}_{kernel}"

@@ -143,9 +143,13 @@ def _no_native(model: SparseCoder, config: TrainConfig, device: torch.device) ->
         return f"runs on a CPU, the device is {device.type}"
     if not has_fused_step(model, config, ("topk", "batchtopk")):
         return f"is for variant topk or batchtopk {FUSED}"
-    from .native.library import native_library  # here: the compiler starts only where the kernels are wanted
+    from .native.library import SERIAL_THREADS, native_library  # here: the compiler starts only where they are wanted
 
-    return "" if native_library() is not None else "needs a C compiler that works (see the warning above)"
+    library = native_library()
+    if library is None:
+        return "needs a C compiler that works (see the warning above)"
+    slow = config.kernel == "auto" and not library.has_threads and torch.get_num_threads() > SERIAL_THREADS
+    return f"has one thread, torch has {torch.get_num_threads()}" if slow else ""
 
 
 def _no_triton(model: SparseCoder, config: TrainConfig, device: torch.device) -> str:

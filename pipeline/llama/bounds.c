@@ -16,13 +16,6 @@
 
 #define BEYOND 2.2f
 
-/* Where the parts of a rounded row lie. */
-static inline float * scale_of(const void * input) { return (float *) input; }
-static inline float * shift_of(const void * input, int64_t D) { return scale_of(input) + D / QK; }
-static inline float * square_of(const void * input, int64_t D) { return shift_of(input, D) + D / QK; }
-static inline float * rest_of(const void * input, int64_t D) { return square_of(input, D) + D / QK; }
-static inline int8_t * whole_of(const void * input, int64_t D) { return (int8_t *) (rest_of(input, D) + 1); }
-
 int64_t ggscope_bounds_input_bytes(int64_t D) { return D + 12 * (D / QK) + 4; }
 
 int ggscope_has_bounds(int kind, int64_t F, int64_t D) {
@@ -33,6 +26,13 @@ int ggscope_has_bounds(int kind, int64_t F, int64_t D) {
 int64_t ggscope_bounds_bytes(int64_t F, int64_t D) { return F / 8 * (D / QK) * 144; }
 
 #if HAVE_PRODUCTS
+/* Where the parts of a rounded row lie. */
+static inline float * scale_of(const void * input) { return (float *) input; }
+static inline float * shift_of(const void * input, int64_t D) { return scale_of(input) + D / QK; }
+static inline float * square_of(const void * input, int64_t D) { return shift_of(input, D) + D / QK; }
+static inline float * rest_of(const void * input, int64_t D) { return square_of(input, D) + D / QK; }
+static inline int8_t * whole_of(const void * input, int64_t D) { return (int8_t *) (rest_of(input, D) + 1); }
+
 /* Block b of a row of W_enc. */
 static void weights_of(int kind, const uint8_t * row, int64_t b, float * w) {
     const uint8_t * block = kind == KIND_Q8_0 ? row + b * BLOCK_BYTES : row + b * QK * (kind == KIND_F32 ? 4 : 2);

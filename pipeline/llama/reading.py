@@ -20,7 +20,7 @@ import numpy as np
 from convert.stored_rows import StoredRows
 from sae import native
 from sae.encoders import PAIR, RowReading
-from sae.native.build import BuildError, build
+from sae.native.build import BuildError, build, flag_variants
 from sae.rows import RowMatrix
 from sae.weights import SAEWeights
 
@@ -28,12 +28,6 @@ _HERE, _STEP = Path(__file__).parent, Path(native.__file__).parent
 SOURCES = (*(_HERE / f"{name}.c" for name in ("reading", "products", "bounds")), _STEP / "select.c", _STEP / "step.c")
 HEADERS = (_HERE / "reading.h", _HERE / "bytes.h", _STEP / "vectors.h")
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", f"-I{_STEP}")
-_VARIANTS = (
-    (*_COMMON, "-march=native", "-fopenmp"),
-    (*_COMMON, "-march=native"),
-    (*_COMMON, "-mcpu=native"),
-    _COMMON,
-)
 _KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}  # of matrices that are multiplied here
 _DECODER_KINDS = {name: kind for name, kind in _KINDS.items() if name != "Q4_0"}  # ... and whose rows are added up
 _I, _P = ctypes.c_int64, ctypes.c_void_p
@@ -283,7 +277,7 @@ def _check(code: int) -> None:
 def kernels() -> Kernels | None:
     """The library, built on first use; None, after one note in the log, where it cannot be had."""
     try:
-        return Kernels(build("reading", SOURCES, _VARIANTS, headers=HEADERS))
+        return Kernels(build("reading", SOURCES, flag_variants(_COMMON), headers=HEADERS))
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.info("readings without compiled kernels, which is slower: %s", error)
         return None

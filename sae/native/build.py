@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 BUILD_SECONDS = 120
+OPENMP = ("-fopenmp",)
+NATIVE = ("-march=native", "-mcpu=native")  # what compilers call this processor
 
 
 class BuildError(RuntimeError):
@@ -48,6 +50,16 @@ def build(name: str, sources: Sequence[Path], variants: Sequence[Sequence[str]],
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         raise BuildError(str(error)) from error
     return library
+
+
+def flag_variants(common: Sequence[str], *, openmp: Path | None = None) -> tuple[tuple[str, ...], ...]:
+    """Flags to try one after the other: for this processor before any of its kind, with threads before without.
+
+    `openmp`: the runtime library for a compiler that knows OpenMP but has none of its own, as Apple's.
+    """
+    threads = [OPENMP] + ([] if openmp is None else [("-Xclang", *OPENMP, str(openmp), f"-Wl,-rpath,{openmp.parent}")])
+    tried = [(name, *flags) for flags in (*threads, ()) for name in NATIVE] + [OPENMP, ()]
+    return tuple((*common, *flags) for flags in tried)
 
 
 def cache_folder() -> Path:

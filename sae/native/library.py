@@ -16,7 +16,7 @@ from ..kernels import rest_
 from ..model import SparseCoder
 from ..pre_acts import MOST_DIMENSIONS
 from ..train_config import TrainConfig
-from .build import BuildError, build, processor
+from .build import BuildError, build, flag_variants, processor
 
 FOLDER = Path(__file__).parent
 UNIT = 96  # as in vectors.h
@@ -25,12 +25,8 @@ AMX = 16  # height of a tile, as in vectors.h
 LATENTS_PER_K = 48  # fewer latents than this for each of the k, and tiles tell too little about the k largest
 
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-VARIANTS = (
-    (*_COMMON, "-march=native", "-fopenmp"),
-    (*_COMMON, "-march=native"),
-    (*_COMMON, "-mcpu=native"),
-    _COMMON,
-)
+_TORCHS_OPENMP = Path(torch.__file__).parent / "lib" / "libomp.dylib"  # in its wheels for macOS
+SERIAL_THREADS = 2  # of torch, with which a compiled step of one thread is still the faster
 LATENTS_PER_K_OF_BATCH = 12  # BatchTopK asks no tiles; but of fewer latents too many would be candidates
 _INTEGERS = ("N", "D", "F", "K", "threads", "pool_capacity", "tile", "C")
 _FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction", "least")
@@ -74,6 +70,7 @@ class Library:
         # of the 8-bit products that run here, the fastest first; empty: none does
         self.tiles = tuple(heights[: self._library.ggscope_tiles(heights)])
         self.tile = self.tiles[0] if self.tiles else 0
+        self.has_threads = bool(self._library.ggscope_has_threads())
 
     @property
     def has_int8(self) -> bool:
@@ -145,11 +142,14 @@ def native_library() -> Library | None:
     """The library, built on first use; None, after one warning, where it cannot be had."""
     try:
         sources = [FOLDER / name for name in ("select.c", "candidates.c", "step.c")]
-        library = Library(build("step", sources, VARIANTS, [FOLDER / name for name in ("vectors.h", "product.h")]))
+        flags = flag_variants(_COMMON, openmp=_TORCHS_OPENMP if _TORCHS_OPENMP.exists() else None)
+        library = Library(build("step", sources, flags, [FOLDER / name for name in ("vectors.h", "product.h")]))
         if not library.tiles and "avx512_vnni" in processor():
             _log.warning(
                 "this compiler made no 8-bit products of this processor, so training is slower: try gcc (CC=gcc)"
             )
+        if not library.has_threads:
+            _log.warning("this compiler has no OpenMP, so the compiled step has one thread: try gcc (CC=gcc)")
         return library
     except (BuildError, OSError, AttributeError) as error:  # the last two: a library that does not load
         _log.warning("training without compiled kernels, which is slower: %s", error)

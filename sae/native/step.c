@@ -376,3 +376,11 @@ int ggscope_latents(const struct step * s) {
 }
 
 int64_t ggscope_step_bytes(void) { return sizeof(struct step); }
+
+int ggscope_has_threads(void) {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}

@@ -16,7 +16,7 @@ from pipeline.llama import reading
 from pipeline.llama.encoder import GgmlEncoder
 from pipeline.llama.reading import Bounds, CompiledRow, kernels, most_open
 from sae.encoders import PAIR
-from sae.native.build import build
+from sae.native.build import OPENMP, build
 from sae.weights import SAEWeights
 
 from .test_encoder import stored_matrix
@@ -121,7 +121,7 @@ def test_the_bounds_are_the_formulas_and_hold(dtype, kind, processor):
     bounds = bounds_of(w, dtype, stored)
     if processor != "native" and platform.machine() != "x86_64":
         pytest.skip("another processor")
-    flags = (*reading._COMMON, f"-march={processor}", "-fopenmp")
+    flags = (*reading._COMMON, f"-march={processor}", *OPENMP)
     library = ctypes.CDLL(str(build("reading_bounds", reading.SOURCES, [flags], headers=reading.HEADERS)))
     u_D = rng.standard_normal(D).astype(np.float32)
     if kind == "one large":

@@ -86,7 +86,45 @@ def test_a_compiler_without_openmp_or_native_still_builds_and_the_bits_are_the_s
     single = library.native_library()
     assert single is not None
     assert single.has_int8 == lib.has_int8
+    assert (single.has_threads, lib.has_threads) == (False, True)
     assert bits(single, 2, steps=2) == bits(lib, 2, steps=2)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_a_step_of_one_thread_is_not_taken_where_torch_has_several(monkeypatch, lib, threads):
+    model, cpu = make(), torch.device("cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert pick_kernel(model, config_of(model), cpu) == "native"
+    monkeypatch.setattr(lib, "has_threads", False)
+    assert pick_kernel(model, config_of(model), cpu) == ("native" if threads == 2 else "torch")
+    assert pick_kernel(model, replace(config_of(model), kernel="native"), cpu) == "native"
+
+
+@pytest.mark.parametrize(
+    "knows",
+    ["-march=native -fopenmp", "-mcpu=native -fopenmp", "-Xclang", "-march=native", "-mcpu=native", "-fopenmp", ""],
+)
+def test_the_first_flags_that_a_compiler_knows_are_taken(monkeypatch, tmp_path, knows):
+    """A compiler that accepts these alone; "-Xclang": threads by a library that is named, as Apple's."""
+    source, runtime = tmp_path / "one.c", tmp_path / "libomp.so"
+    source.write_text("int one(void) { return 1; }\n")
+    asked = [
+        "-march=native -fopenmp",
+        "-mcpu=native -fopenmp",
+        f"-march=native -Xclang -fopenmp {runtime} -Wl,-rpath,{tmp_path}",
+    ]
+    asked += [asked[-1].replace("-march", "-mcpu"), "-march=native", "-mcpu=native", "-fopenmp", ""]
+    wanted = next(flags for flags in asked if flags == knows or (knows == "-Xclang" and knows in flags))
+    compiler = script(
+        tmp_path / "cc",
+        f'case "$*" in "-O2 {wanted + " " if wanted else ""}-shared"*) ;; *) echo "$*" >> {tmp_path}/refused; exit 1;; esac; '
+        'while [ "$1" != -o ]; do shift; done; : > "$2"',
+    )
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build.build("one", [source], build.flag_variants(("-O2",), openmp=runtime))
+    refused = (tmp_path / "refused").read_text().splitlines() if (tmp_path / "refused").exists() else []
+    assert [line.split(" -shared")[0] for line in refused] == [f"-O2 {flags}" for flags in asked[: asked.index(wanted)]]
 
 
 def test_a_processor_without_these_instructions_gives_the_same_weights_up_to_rounding(monkeypatch, tmp_path, lib):
