@@ -7,14 +7,22 @@
        P(<w, u> > <its rounding, u> + c |s u|) <= exp(-6 c^2),   |s u|^2 = sum_j (s_j u_j)^2
 
    (a sum of independent bounded terms; each of width s_j u_j, variance a twelfth of its square and no heavier tails than
-   a Gaussian of that variance). At c = 2.15 it is 9e-13; BEYOND has 0.05 more for what the sums themselves round.
+   a Gaussian of that variance). At c = 2.15 it is 9e-13. What the sums themselves round, those of the exact product too,
+   is at most that of equal terms of which each rounds the same way: it grows as D sqrt(D), and `beyond` has that more.
    The dither costs a number a block: <q - 8 - v, u> = <q, u> - <8 + v, u>.
 
    The row itself is rounded to blocks of 8-bit integers. Q8_0's product does the same; for the others what is left of
    it, r, adds at most |w| |r|. */
 #include "bytes.h"
 
-#define BEYOND 2.2f
+static inline float beyond(int64_t D) { return 2.15f + 3e-8f * (float) D * sqrtf((float) D); }
+
+/* Numbers smaller than this have squares that float32 loses. */
+#define SQUARELESS 1.1e-19
+
+/* Of Q8_0's scale: the product's sums are of whole numbers of up to 8 bits with 128 added, whatever the weights are, and
+   round accordingly. The scales that quantising gives are smaller than a step's eighteenth, or 0. */
+#define LEAST_STEPS 16
 
 int64_t ggscope_bounds_input_bytes(int64_t D) { return D + 12 * (D / QK) + 4; }
 
@@ -44,15 +52,16 @@ static void weights_of(int kind, const uint8_t * row, int64_t b, float * w) {
     }
 }
 
-/* A block's step, and its whole numbers. */
-static uint16_t round_block(const float * w, const float * dither, uint8_t * q, float * norm2) {
+/* A block's step, `least` or more, and its whole numbers. */
+static uint16_t round_block(const float * w, float least, const float * dither, uint8_t * q, float * norm2) {
     float largest = 0, sum = 0;
     for (int j = 0; j < QK; j++) {
         largest = fabsf(w[j]) > largest ? fabsf(w[j]) : largest;
         sum += w[j] * w[j];
     }
     *norm2 = sum;
-    uint16_t step = _cvtss_sh(largest / 7, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+    float wanted = largest / 7 > least ? largest / 7 : least;
+    uint16_t step = _cvtss_sh(wanted, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
     float s = _cvtsh_ss(step), inverse = s > 0 ? 1 / s : 0;
     for (int j = 0; j < QK; j++) {
         float whole = rintf(w[j] * inverse + 8 + dither[j]);
@@ -65,14 +74,16 @@ static uint16_t round_block(const float * w, const float * dither, uint8_t * q, 
 static int round_rows(
     int kind, const uint8_t * W, int64_t row_bytes, int64_t D, const float * dither, uint8_t * out, float * norm) {
     double sums[8] = {0};
-    int fine = 1;
+    int fine = 1, some[8] = {0};
     for (int64_t b = 0; b < D / QK; b++, out += EIGHT_BYTES) {
         for (int r = 0; r < 8; r++) {
             float w[QK], norm2;
             uint8_t q[QK];
             weights_of(kind, W + r * row_bytes, b, w);
-            uint16_t step = round_block(w, dither + b * QK, q, &norm2);
+            float scale = kind == KIND_Q8_0 ? fabsf(half_at(W + r * row_bytes + b * BLOCK_BYTES)) : 0;
+            uint16_t step = round_block(w, LEAST_STEPS * scale, dither + b * QK, q, &norm2);
             sums[r] += norm2;
+            some[r] |= step != 0;
             fine &= isfinite(norm2) && isfinite(_cvtsh_ss(step));
             memcpy(out + 2 * r, &step, 2);
             for (int half = 0; half < 2; half++) { /* where four_rows looks for them */
@@ -83,7 +94,10 @@ static int round_rows(
             }
         }
     }
-    for (int r = 0; r < 8; r++) norm[r] = (float) (sqrt(sums[r]) * (1 + 1e-5));
+    for (int r = 0; r < 8; r++) {
+        double lost = some[r] ? SQUARELESS * sqrt((double) D) : 0;
+        norm[r] = (float) ((sqrt(sums[r]) + lost) * (1 + 1e-5 + 1e-9 * (double) D));
+    }
     return fine ? 0 : -1;
 }
 
@@ -108,7 +122,7 @@ static void bounds8(const uint8_t * w, int64_t D, const void * input, __m256 * a
     __m256 pairs = _mm256_hadd_ps(total0, total4); /* rows 0 1 4 5 2 3 6 7 */
     __m256 sums = _mm256_permutevar8x32_ps(pairs, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
     *approx = _mm256_sub_ps(sums, much);
-    *upper = _mm256_fmadd_ps(_mm256_sqrt_ps(spread), _mm256_set1_ps(BEYOND), *approx);
+    *upper = _mm256_fmadd_ps(_mm256_sqrt_ps(spread), _mm256_set1_ps(beyond(D)), *approx);
 }
 #endif
 
@@ -154,7 +168,7 @@ void ggscope_round_for_bounds(int kind, const float * taken_D, int64_t D, const 
         square[b] = (float) squares;
         rest += sum16(left);
     }
-    *rest_of(input, D) = kind == KIND_Q8_0 ? 0 : (float) sqrt(rest);
+    *rest_of(input, D) = kind == KIND_Q8_0 ? 0 : (float) (sqrt(rest) + SQUARELESS * sqrt((double) D));
 #else
     (void) kind, (void) taken_D, (void) D, (void) dither_D, (void) input;
 #endif
