@@ -33,7 +33,6 @@ _DECODER_KINDS = {name: kind for name, kind in _KINDS.items() if name != "Q4_0"}
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 KEEP_BYTES = 64 << 20  # of an encoder: a row takes 2 ms at most, less than Python's threads wait for each other anyway
 BOUNDS_BYTES = 1 << 20  # of an encoder: smaller ones are multiplied whole
-_DITHER_SEED = 0x5AE
 _WEIGHT_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 34 / 32}
 _BOUND_BYTES = 18 / 32  # of a weight
 _log = logging.getLogger(__name__)
@@ -96,8 +95,12 @@ class Kernels:
         kind = _KINDS.get(type_name, -1)
         if not self._has_bounds(kind, *shape):
             return None
-        dither_D = np.random.default_rng(_DITHER_SEED).uniform(-0.5, 0.5, shape[1]).astype(np.float32)
-        found = Bounds(np.empty(self._bounds_bytes(*shape), np.uint8), dither_D, np.empty(shape[0], np.float32))
+        # drawn anew by every process: weights made to fit it could hide a latent
+        dither_D = np.random.default_rng().uniform(-0.5, 0.5, shape[1]).astype(np.float32)
+        try:
+            found = Bounds(np.empty(self._bounds_bytes(*shape), np.uint8), dither_D, np.empty(shape[0], np.float32))
+        except MemoryError:  # without them readings are as they were, slower
+            return None
         places = (array.ctypes.data for array in (found.dither_D, found.rows, found.norm_F))
         return None if self._make_bounds(kind, W, *shape, *places, threads) else found
 
