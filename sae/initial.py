@@ -27,7 +27,7 @@ START = 0.5  # of the scale that reconstructs best
 
 
 def best_encoder_scale(d_in: int, num_latents: int, k: float) -> float:
-    """The module docstring's c; 1 / (1 + (k - 1) / D) as k reaches F."""
+    """The module docstring's c; 1 / (1 + (k - 3) / D) as k reaches F."""
     p = k / num_latents
     if p >= 1:
         m2, m4 = 1.0, 3.0

@@ -33,6 +33,11 @@ def test_half_of_the_latents_read_their_surroundings_and_none_is_dead_or_dense()
     assert s.count_F[chosen].max() <= 3000
 
 
+def test_the_odd_place_is_for_a_latent_that_reads_its_surroundings():
+    s = stats()
+    assert sum(s.token_r2_F[f] < 0.5 for f in choose_latents(s, 100_000, 7)) == 4
+
+
 def test_frequencies_are_mixed_not_only_the_most_frequent():
     s = stats()
     logs = np.log10(s.count_F[choose_latents(s, 100_000, 40)])
@@ -45,6 +50,14 @@ def test_preferred_latents_take_every_other_place_of_their_kind():
     chosen = choose_latents(s, 100_000, 12, preferred=context)
     assert chosen[0:6:2] == context
     assert not set(chosen[1:6:2]) & set(context)
+
+
+def test_forty_firings_are_enough_and_the_most_frequent_third_comes_first():
+    s = stats()
+    s.token_r2_F[:], s.mean_square_F[:] = 0.1, 1.0
+    s.count_F[:] = 0
+    s.count_F[:6], s.breadth_F[:] = [40, 39, 90, 91, 900, 901], 50.0
+    assert choose_latents(s, 100_000, 5) == [5, 3, 0, 4, 2]  # of each third in turn
 
 
 def test_latents_of_a_few_documents_are_left_out_while_there_are_others():

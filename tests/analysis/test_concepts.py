@@ -118,3 +118,18 @@ def test_documents_whose_text_is_not_the_captured_one_are_unknown():
     )
     _, known = row_properties(table, np.arange(3), np.ones(3, int), {"a.py": b"x=1"})
     assert not known.any()
+
+
+def test_of_several_properties_the_rarer_names_the_latent_and_only_known_rows_count():
+    properties_CN = np.zeros((len(PROPERTIES), 400), bool)
+    common, rare = PROPERTIES.index("inside a call's arguments"), PROPERTIES.index("in a number")
+    properties_CN[common, :120] = properties_CN[rare, :30] = True
+    properties_CN[rare, 300:] = True  # of documents that do not parse nothing is known
+    known_N = np.arange(400) < 300
+    firings = Firings(
+        row_E=np.r_[np.arange(29), 60], latent_E=np.zeros(30, int), value_E=np.ones(30, np.float32),
+        table_row_N=np.arange(400), token_N=np.arange(400), num_latents=1,
+    )  # fmt: skip
+    found = agreements(firings, properties_CN, known_N)[0]  # all in calls, 29 of 30 in numbers too
+    assert found.name == "in a number"
+    assert (found.share, found.base) == (pytest.approx(29 / 30), pytest.approx(30 / 300))

@@ -16,6 +16,7 @@ ROWS, LATENTS, K = 300, 12, 3
 def searched():
     rng = np.random.default_rng(0)
     token_N = rng.choice([3, 3, 3, 5, 5, 9, 11, *range(20, 60)], ROWS).astype(np.int32)
+    token_N[5::17] = np.arange(100, 100 + len(token_N[5::17]))  # once each
     window_N = np.repeat(np.arange(ROWS // 20), 20)
     dense_NF = np.zeros((ROWS, LATENTS), np.float32)
     for n in range(ROWS):
@@ -70,6 +71,7 @@ def test_counts_maxima_breadth_and_top_tokens_equal_loops(searched):
     assert stats.top_token_F[LATENTS - 1] == -1
     assert stats.breadth_F[LATENTS - 1] == 0
     assert stats.groups == ROWS // 20
+    assert latent_stats(firings, 7 * window_N + 3).groups == ROWS // 20  # of documents that no row was searched of none
 
 
 def test_strongest_rows_come_from_different_windows_strongest_first(searched):
@@ -94,3 +96,9 @@ def test_documents_come_once_each_before_a_second_window_of_one(searched):
     assert set(best.tolist()) <= set(more.tolist())
     assert len(set(window_N[more].tolist())) == 7
     assert (np.diff(dense_NF[more, 4]) <= 0).all()
+
+
+def test_of_equal_firings_the_earlier_row_comes_first():
+    rows, values = np.array([2, 5, 9, 14]), np.array([1.0, 3.0, 3.0, 3.0], np.float32)
+    best = strongest_rows(rows, values, np.arange(20) // 4, np.zeros(20, int), 4)
+    np.testing.assert_array_equal(best, [5, 9, 14, 2])

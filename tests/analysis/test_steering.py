@@ -120,6 +120,7 @@ def test_responses_are_differences_of_the_latents_own_curves(tiny, direction):
 def test_the_clearest_latent_rises_at_every_step():
     factors = [-0.5, 0.5, 1.0]
     assert clearest({1: [-1, 1, 2], 2: [0.5, 3, 9], 3: [-2, 4, 3.9]}, factors) == 1  # 2 rises below zero, 3 falls back
+    assert clearest({1: [-1, 0, 2], 2: [-1, 0.1, 1]}, factors) == 2  # 1 does not rise at first
     assert clearest({2: [0.5, 3, 9], 3: [-2, 4, 3.9]}, factors) == 2  # none rises: the largest
 
 

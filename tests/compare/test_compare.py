@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.compare.collect import collect, front, groups
+from pipeline.compare.collect import collect, front, groups, rows_measured
 from pipeline.compare.picture import draw_pareto, name_points, plot, short
 from pipeline.run import write_json
 from sae.checkpoint import save_weights
@@ -77,6 +77,12 @@ def test_an_evaluation_elsewhere_is_named_beside_the_runs(runs, tmp_path):
         write_json(
             tmp_path / "ev" / sae / "manifest.json", {"command": "evaluate", "status": "finished", "metrics": metrics}
         )
+    older = {"command": "evaluate", "status": "finished", "metrics": {"fvu": 0.9, "sae_id": "a"}}
+    (tmp_path / "ev" / "Z-older").mkdir()  # before "a": folders are named by the time
+    write_json(tmp_path / "ev" / "Z-older" / "manifest.json", older)
+    (tmp_path / "ev" / "killed").mkdir()
+    killed = {"command": "evaluate", "status": "failed", "metrics": {"fvu": 0.1, "sae_id": "bk9"}}
+    write_json(tmp_path / "ev" / "killed" / "manifest.json", killed)
     of_b = collect(["runs/train/b", "ev/bk8"])[0]
     assert [(row.name, row.held_out_fvu) for row in of_b] == [("b/k8", 0.25), ("b/k9", None)]
     assert {row.name: row.held_out_fvu for row in collect(["ev/a"])[0]} == {"a": 0.5, "b/k8": None, "b/k9": None}
@@ -166,6 +172,19 @@ def test_held_out_numbers_stand_over_the_l0_they_were_measured_at(runs, tmp_path
     table = ggscope("compare", cwd=runs).stdout
     assert "held-out L0" in table
     assert "5.5" in table
+
+
+def test_rows_are_the_same_where_model_text_seed_and_counts_are():
+    def manifest(sha256="m", paths=("a.txt",), seed=0, rows=100, splice_rows=50, fvu=0.3):
+        return {
+            "inputs": {"model": {"sha256": sha256}},
+            "config": {"corpus": {"paths": list(paths)}, "evaluate": {"seed": seed}},
+            "metrics": {"rows": rows, "splice_rows": splice_rows, "fvu": fvu},
+        }
+
+    changes = [{"sha256": "n"}, {"paths": ["b.txt"]}, {"seed": 1}, {"rows": 101}, {"splice_rows": 51}]
+    assert rows_measured(manifest()) == rows_measured(manifest(fvu=0.2))
+    assert len({rows_measured(manifest(**change)) for change in [{}, *changes]}) == 6
 
 
 def test_saes_that_were_evaluated_on_other_rows_get_a_warning_and_no_front(runs, tmp_path, monkeypatch):

@@ -58,6 +58,44 @@ def test_rounded_files_stay_in_their_tolerance_and_the_numbers_are_right(tmp_pat
     assert report["max_abs.b_dec_D"] == 0
 
 
+def test_each_matrix_is_held_to_its_own_type_and_fvu_to_the_coarser(tmp_path):
+    sae = random_sae()
+    x_ND = sparse_rows(sae)
+    for kinds in (("F32", "Q4_0"), ("Q4_0", "F32")):
+        path = write_sae_gguf(tmp_path / "a.gguf", sae, encoder_type=kinds[0], decoder_type=kinds[1])
+        report = verify(sae, path, x_ND)
+        assert 0 < abs(report["fvu_file"] - report["fvu_source"]) < TOLERANCES["Q4_0"].fvu
+        name, coarse = ("W_enc_FD", "W_dec_FD") if kinds[0] == "F32" else ("W_dec_FD", "W_enc_FD")
+        assert (report[f"relative.{name}"], report[f"relative.{coarse}"] > 0) == (0, True)
+        changed = dataclasses.replace(sae, **{name: getattr(sae, name) * np.float32(1.01)})
+        path = write_sae_gguf(tmp_path / "b.gguf", changed, encoder_type=kinds[0], decoder_type=kinds[1])
+        with pytest.raises(CheckFailedError, match=f"relative.{name} 1.00e-02 > 0"):
+            verify(sae, path, x_ND)
+
+
+def test_fewer_common_latents_than_the_encoders_type_may_cost_are_found(tmp_path, monkeypatch):
+    sae = random_sae()
+    x_ND = sparse_rows(sae)
+    path = write_sae_gguf(tmp_path / "a.gguf", sae, encoder_type="Q4_0", decoder_type="F32")
+    found = verify(sae, path, x_ND)["topk_overlap"]
+    assert TOLERANCES["Q4_0"].overlap < found < 0.99
+    monkeypatch.setitem(TOLERANCES, "Q4_0", dataclasses.replace(TOLERANCES["Q4_0"], overlap=0.99))
+    with pytest.raises(CheckFailedError, match=f"top-k overlap {found:.3f} < 0.99"):
+        verify(sae, path, x_ND)
+
+
+def test_a_transcoders_file_is_held_against_what_the_source_makes_of_the_probe(tmp_path):
+    sae = random_sae(hook_out="blocks.2.hook_mlp_out", b_dec_subtracted=False)
+    x_ND = sparse_rows(sae)
+    report = verify(sae, write_sae_gguf(tmp_path / "a.gguf", sae, encoder_type="F32", decoder_type="Q8_0"), x_ND)
+    back = read_sae_gguf(tmp_path / "a.gguf")
+    a_NF = np.maximum(x_ND.astype(np.float64) @ sae.W_enc_FD.astype(np.float64).T + sae.b_enc_F, 0)
+    a_NF[a_NF < np.sort(a_NF, axis=1)[:, [-sae.k]]] = 0
+    y_NO, rest_NO = (a_NF @ W_FO.astype(np.float64) for W_FO in (sae.W_dec_FD, back.W_dec_FD - sae.W_dec_FD))
+    assert report["fvu_source"] == 0
+    assert report["fvu_file"] == pytest.approx((rest_NO**2).sum() / ((y_NO - y_NO.mean(axis=0)) ** 2).sum(), rel=1e-2)
+
+
 def test_beyond_an_fvu_of_1_the_change_is_a_share_of_it(tmp_path):
     sae = random_sae()
     rows = sparse_rows(sae)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -13,7 +14,14 @@ from convert.gguf_file import stored_bytes
 from pipeline.config import DriftConfig, EvaluateConfig
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
-from pipeline.evaluation.drift import Setting, capture_reference, measure_model, with_names
+from pipeline.evaluation.drift import (
+    ReferencePart,
+    Setting,
+    activation_fvu,
+    capture_reference,
+    measure_model,
+    with_names,
+)
 from pipeline.evaluation.drift_forms import forms_of, groups_of
 from pipeline.evaluation.drift_picture import draw_drift
 from pipeline.evaluation.evaluate import evaluate
@@ -21,6 +29,7 @@ from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.requantise import write_requantised
 from pipeline.llama.session import Session, capture
+from pipeline.stages.drift_text import half, numbers
 from sae.errors import ConfigError
 from sae.untrained import untrained_weights
 from tests.convert.test_types import I64, LIB, P, ggml_floats
@@ -203,6 +212,30 @@ def test_the_picture_shows_every_model_also_without_intervals(drift, tmp_path):
     assert a.shape[0] > b.shape[0]  # L0 varies: two panels more
 
 
+def test_activations_are_held_against_the_references_at_the_same_rows():
+    rng = np.random.default_rng(0)
+    reference, parts, gap, kept = [], [], 0.0, []
+    for start in (0, 50):
+        x_ND, moved_ND = rng.standard_normal((2, 50, 4)).astype(np.float32)
+        x_ND += 3
+        ours, theirs = (np.sort(rng.permutation(50)[:40]) for _ in range(2))
+        common = np.intersect1d(ours, theirs)
+        reference.append(ReferencePart(row_N=start + theirs, x_ND=x_ND[theirs], code=(np.empty(0), np.empty(0))))
+        parts.append(SimpleNamespace(row_N=start + ours, x_ND=(x_ND + 0.1 * moved_ND)[ours]))
+        gap += ((0.1 * moved_ND[common].astype(np.float64)) ** 2).sum()
+        kept.append(x_ND[common])
+    kept_ND = np.concatenate(kept)
+    scatter = ((kept_ND - kept_ND.mean(axis=0)) ** 2).sum()
+    assert activation_fvu(reference, iter(parts)) == pytest.approx(gap / scatter, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"), [([0.1, 0.3], "+-0.1000"), ([-0.25, 0.25], "+-0.2500"), ([None, None], "n/a"), (None, "n/a")]
+)
+def test_the_table_says_half_the_width_of_an_interval(interval, said):
+    assert half(interval) == said
+
+
 def test_models_are_named_by_their_quantisation_or_where_that_does_not_tell_them_apart_by_their_file():
     def names(*found):
         made = with_names([{"file_type": kind, "file": file} for kind, file in found])
@@ -212,3 +245,17 @@ def test_models_are_named_by_their_quantisation_or_where_that_does_not_tell_them
     assert names(("F16", "a.gguf"), ("F16", "b.gguf")) == ["a", "b"]
     assert names(("unknown", "a.gguf"), ("Q8_0", "b.gguf")) == ["a", "b"]
     assert names(("F16", "a.gguf"), ("F16", "x/a.gguf")) == ["0: a", "1: a"]
+
+
+def test_the_worst_of_all_forms_is_the_largest_fvu_and_the_least_recovered():
+    def form(types, fvu, recovered, overlap):
+        return {"types": types, "fvu": fvu, "ce_recovered": recovered, "top_k_overlap": overlap}
+
+    models = [
+        {"name": "F16", "forms": [form("F32", 0.1, 0.98, 1.0), form("Q4_0", 0.2, 0.99, 0.8)]},
+        {"name": "Q4_K", "forms": [form("F32", 0.15, None, 0.9)]},
+    ]
+    assert numbers({"models": models}) == (
+        "F32 on F16: FVU 0.1000, CE recovered 0.9800; at worst FVU 0.2000 (Q4_0 on F16), CE recovered 0.9800 (F32 on F16), "
+        "top-k overlap 0.8000 (Q4_0 on F16)"
+    )

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pipeline.config import EvaluateConfig
 from pipeline.corpus.readers import Document
-from pipeline.corpus.windows import windows
+from pipeline.corpus.windows import FLAG_BOS, windows
 from pipeline.evaluation.baselines import Replacement, SAEReplacement, fit_pca
-from pipeline.evaluation.evaluate import captured_rows, evaluate, json_safe, recovered, take_windows
+from pipeline.evaluation.evaluate import (
+    captured_rows,
+    clusters_of,
+    evaluate,
+    json_safe,
+    recovered,
+    store_rows,
+    take_windows,
+    window_order,
+)
+from pipeline.evaluation.splice import SpliceResult
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
 from sae.errors import ConfigError
+from sae.latent_statistics import LatentStatistics
+from sae.runtime import decode, encode
 from sae.untrained import untrained_weights
 from tests.tiny_llama import write_tiny_llama
 
@@ -73,6 +87,10 @@ def test_reconstruction_metrics_equal_numpy_on_the_captured_rows(tiny):
     assert result["dead_share"] == pytest.approx((a_NF == 0).all(axis=0).mean(), abs=1.5 / 128)
     assert result["rows"] == len(x_ND)
     assert result["flagged_share"] == pytest.approx(1 - len(x_ND) / table.rows)
+    has_next_N = np.r_[table.window_N[1:] == table.window_N[:-1], False]
+    assert result["splice_rows"] == (has_next_N & (table.flags_N == 0)).sum()
+    assert result["splice_flagged_share"] == pytest.approx(result["flagged_share"], abs=1e-12)
+    assert result["documents"] == 14
     assert sum(result["density_histogram"]["counts"]) + result["density_histogram"]["dead"] == 128
     assert result["same_rows"]["fvu"] == pytest.approx(result["fvu"], rel=1e-5)  # here all windows are spliced
 
@@ -148,6 +166,52 @@ def test_captured_rows_name_their_places_in_the_table(tiny):
     np.testing.assert_array_equal(rows, expected)
     place = np.cumsum(table.flags_N == 0) - 1
     np.testing.assert_allclose(np.concatenate([p.x_ND for p in parts]), x_ND[place[rows]], atol=1e-5)
+
+
+def test_with_layer_norm_what_a_latent_explains_is_in_units_of_each_rows_sigma(tiny):
+    model, weights, table, x_ND, *_ = tiny
+    w = replace(weights, norm_mode="layer", norm_eps=1e-5, b_dec_D=np.zeros(64))
+    statistics = LatentStatistics(w.W_dec_FD)
+    config = EvaluateConfig(tokens=0, splice_tokens=60)
+    found = evaluate(model, w, table, config=config, baselines={}, statistics=statistics, session=ONE)
+    x_ND = x_ND.astype(np.float32)
+    idx_NK, vals_NK = encode(w, x_ND)
+    x_hat_ND = decode(w, idx_NK, vals_NK, x_ND)
+    sigma_N = x_ND.astype(np.float64).std(axis=1)
+    assert sigma_N.max() > 1.2 * sigma_N.min()
+    explained_F = statistics.result(found["scatter"])["explained"]
+    for latent in np.argsort(-explained_F)[:3]:
+        a_N = (vals_NK * (idx_NK == latent)).sum(axis=1)
+        without_ND = x_hat_ND - np.outer(sigma_N * a_N, w.W_dec_FD[latent])
+        rise = ((x_ND - without_ND) ** 2).sum() - ((x_ND.astype(np.float64) - x_hat_ND) ** 2).sum()
+        assert explained_F[latent] == pytest.approx(rise / found["scatter"], rel=1e-2)
+
+
+def test_the_unflagged_rows_of_a_store_are_spread_over_it_where_they_are_cut(monkeypatch):
+    monkeypatch.setattr("pipeline.evaluation.evaluate.STORE_CHUNK_ROWS", 10)
+    flags_N = np.where(np.arange(95) % 7 == 0, FLAG_BOS, 0)
+    store = SimpleNamespace(n_rows=95, column=lambda name: flags_N, rows=lambda hook, a, b: np.arange(a, b)[:, None])
+    for most, firsts in ((0, range(0, 95, 10)), (95, range(0, 95, 10)), (40, (0, 30, 60, 90)), (5, (0,))):
+        expected = [row for a in firsts for row in range(a, min(a + 10, 95)) if row % 7]
+        assert np.concatenate(list(store_rows(store, HOOK, most)))[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(("documents", "kind"), [(10, "document"), (9, "window")])
+def test_intervals_are_by_document_from_ten_documents_on(documents, kind):
+    document_N, window_N = np.arange(60) % documents, np.arange(60)
+    losses = SpliceResult(ce={}, kl={}, document_N=document_N, window_N=window_N, rows=60, flagged_rows=0)
+    cluster_N, found = clusters_of(losses)
+    assert found == kind
+    np.testing.assert_array_equal(cluster_N, document_N if kind == "document" else window_N)
+
+
+def test_the_order_of_the_windows_is_drawn_by_the_seed(tiny):
+    _, _, table, *_ = tiny
+    orders = [window_order(table, seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(orders[0], orders[1])
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(table.n_windows))
+    assert len({tuple(order.tolist()) for order in (*orders, np.arange(table.n_windows))}) == 3
 
 
 def test_windows_are_taken_until_the_rows_suffice(tiny):

@@ -16,8 +16,9 @@ from pipeline.evaluation.losses import (
     log_normaliser,
     t_quantile_975,
 )
-from pipeline.evaluation.measure import run_losses
+from pipeline.evaluation.measure import quality, run_losses
 from pipeline.evaluation.splice import CLEAN, SpliceResult
+from sae.metrics import ReconstructionMetrics
 
 
 def log_softmax64(logits_NV):
@@ -157,11 +158,23 @@ def test_ce_recovered_without_a_scale_has_no_interval_and_ablation_itself_recove
     losses.ce["zero"] = losses.ce[CLEAN] - 0.1  # the model does better on zeros
     found = run_losses(losses, "sae", losses.document_N)
     assert all(math.isnan(value) for value in (found["ce_recovered"], *found["ce_recovered_ci95"]))
+    losses.ce["zero"] = losses.ce[CLEAN].copy()  # as where nothing reads the hook point
+    found = run_losses(losses, "sae", losses.document_N)
+    assert all(math.isnan(value) for value in (found["ce_recovered"], *found["ce_recovered_ci95"]))
     one = clustered_ratio(np.array([1.0, 2.0]), np.array([2.0, 4.0]), np.zeros(2))
     assert one.mean == 0.5
     assert math.isnan(one.low)
     assert math.isnan(clustered_ratio(np.empty(0), np.empty(0), np.empty(0)).mean)
     assert math.isnan(clustered_ratio(np.ones(2), np.array([1.0, -1.0]), np.arange(2)).mean)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_of_fewer_than_two_rows_there_is_no_quality_but_an_answer(rows):
+    metrics = ReconstructionMetrics(3, 4)
+    metrics.update(*np.ones((2, rows, 3), np.float32), np.zeros((rows, 1), np.int32), np.ones((rows, 1), np.float32))
+    found = quality(metrics)
+    assert found["rows"] == rows
+    assert math.isnan(found["fvu"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
-from pipeline.evaluation.probing import Pooled, held_out_split, pool, probe, read_labelled
+from pipeline.evaluation.probing import Pooled, fit, held_out_split, pool, probe, read_labelled
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
@@ -85,6 +85,41 @@ def test_the_best_latents_are_those_of_the_largest_difference_of_means_on_the_tr
     assert result["tasks"]["yes"]["latents"] == np.argsort(-gap_F, kind="stable")[:4].tolist()
     chosen = np.array([50, 3, 199])
     np.testing.assert_array_equal(data.columns(chosen), dense_BF[:, chosen].astype("f4"))
+
+
+def test_a_latents_mean_is_over_the_chosen_texts_whether_it_fired_in_them_or_not():
+    rng = np.random.default_rng(6)
+    dense_BF = rng.random((30, F)) * (rng.random((30, F)) < rng.uniform(0.01, 0.3, (30, 1)))
+    found = [np.flatnonzero(row_F) for row_F in dense_BF]
+    values = [row_F[latents] for row_F, latents in zip(dense_BF, found, strict=True)]
+    data = Pooled(x_BD=np.zeros((30, D), np.float32), latents_B=found, values_B=values, kept_B=np.arange(30))
+    chosen_B = rng.random(30) < 0.4
+    np.testing.assert_allclose(data.mean_latents(chosen_B, F), dense_BF[chosen_B].mean(axis=0), atol=1e-12)
+    np.testing.assert_array_equal(data.mean_latents(np.zeros(30, bool), F), np.zeros(F))
+
+
+def test_a_probe_is_a_logistic_regression_standardised_by_the_training_part_alone():
+    preprocessing, linear_model, metrics = (
+        pytest.importorskip(f"sklearn.{part}") for part in ("preprocessing", "linear_model", "metrics")
+    )
+    rng = np.random.default_rng(7)
+    is_class_B, test_B = rng.random(80) < 0.4, np.arange(80) % 4 == 0
+    inputs_BK = (rng.standard_normal((80, 3)) + is_class_B[:, None] * [1.0, 0.5, 0]) * [1e-3, 1, 1e3] + [5, 0, -1e4]
+    inputs_BK[test_B & is_class_B] *= 30  # held out, it must not set the scale
+    scaler = preprocessing.StandardScaler().fit(inputs_BK[~test_B])
+    model = linear_model.LogisticRegression().fit(scaler.transform(inputs_BK[~test_B]), is_class_B[~test_B])
+    margin = model.decision_function(scaler.transform(inputs_BK[test_B]))
+    found = fit(inputs_BK, is_class_B, test_B)
+    assert found["accuracy"] == ((margin > 0) == is_class_B[test_B]).mean()
+    assert found["auc"] == pytest.approx(metrics.roc_auc_score(is_class_B[test_B], margin), abs=1e-12)
+
+
+def test_the_majority_is_that_of_the_training_part_and_texts_left_out_are_counted():
+    labels = ["yes"] * 11 + ["no"] * 10 + ["yes"] * 3
+    data = pooled(labels[:21], informative={"yes": 77})
+    result = probe(data, labels, F, ks=[1], test_share=0.5, seed=0)  # trains on 5 of each, so nobody has the majority
+    assert (result["texts"], result["left_out"], result["test_texts"]) == (21, 3, 11)
+    assert result["majority"]["accuracy"] == pytest.approx(5 / 11)
 
 
 def test_the_split_takes_its_share_of_every_label():

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import FLAG_OUTLIER, FLAGS_ALL, windows
+from pipeline.evaluation.losses import log_normaliser
 from pipeline.evaluation.splice import CLEAN, SpliceConfig, TokenWindow, batches, splice, split_windows
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
@@ -135,7 +136,30 @@ def test_documents_and_windows_of_the_counted_tokens_are_named(tiny):
     result = splice(model, cut, {}, HookPoint("resid_post", 0), config=SpliceConfig(session=EXACT))
     counted = [int((w.flags[:-1] == 0).sum()) for w in cut]
     np.testing.assert_array_equal(result.window_N, np.repeat(np.arange(len(cut)), counted))
+    few = splice(
+        model, cut, {}, HookPoint.parse("blocks.1.hook_resid_post"), config=SpliceConfig(batch_tokens=40, session=EXACT)
+    )
+    np.testing.assert_array_equal(few.window_N, result.window_N)  # windows of one batch after another
     np.testing.assert_array_equal(result.document_N, np.repeat([w.document for w in cut], counted))
+
+
+def test_a_row_whose_logits_alone_are_not_finite_is_flagged(tiny, monkeypatch):
+    model, _, cut = tiny
+    hook, runs = HookPoint("resid_post", 0), {"squash": squash}
+    whole = splice(model, cut, runs, hook, config=SpliceConfig(session=EXACT))
+    calls = []
+
+    def spoiled(logits_NV):
+        calls.append(len(logits_NV))
+        return np.where((len(calls) == 1) & (np.arange(len(logits_NV)) == 3), np.nan, log_normaliser(logits_NV))
+
+    monkeypatch.setattr("pipeline.evaluation.splice.log_normaliser", spoiled)
+    found = splice(model, cut, runs, hook, config=SpliceConfig(session=EXACT))
+    assert cut[0].flags[3] == 0
+    assert found.flagged_rows == whole.flagged_rows + 1
+    assert len(found.ce["clean"]) == len(whole.ce["clean"]) - 1
+    assert np.isfinite(found.ce["squash"]).all()
+    assert np.isfinite(found.kl["squash"]).all()
 
 
 def test_observers_see_the_logits_of_every_counted_row(tiny):

@@ -102,6 +102,25 @@ def test_candidates_alone_give_nearly_the_matching_of_the_whole_matrix_and_never
     assert whole_F.mean() - 5e-3 < cosine_F.mean() <= whole_F.mean() + 1e-9 < bound
 
 
+def test_latents_whose_nearest_are_all_the_same_few_find_partners_among_those_they_are_nearest_to():
+    rng = np.random.default_rng(0)
+    A_FD = rng.standard_normal(12) + 0.5 * rng.standard_normal((60, 12))
+    B_FD = A_FD + 0.6 * rng.standard_normal((60, 12))
+    B_FD[:3] = A_FD.mean(axis=0)  # nearest to nearly all
+    _, whole_F, *_ = match(A_FD.astype("f4"), B_FD.astype("f4"))
+    _, cosine_F, *_ = match(A_FD.astype("f4"), B_FD.astype("f4"), matrix_bytes=1, candidates=2)
+    assert whole_F.mean() - 0.03 < cosine_F.mean() <= whole_F.mean()
+
+
+def test_only_latents_that_both_matchings_pair_alike_are_shared():
+    W_enc_FD, W_dec_FD = np.random.default_rng(6).standard_normal((2, 8, 32))
+    a, order = sae(W_enc_FD, W_dec_FD), np.r_[1, 0, 2:8]
+    assert seed_stability(a, sae(W_enc_FD[order], W_dec_FD[order]))["shared"] == 1
+    crossed = seed_stability(a, sae(W_enc_FD, W_dec_FD[order]))
+    assert (crossed["decoder"]["above_0.9"], crossed["encoder"]["above_0.9"]) == (1, 1)
+    assert crossed["shared"] == 6 / 8
+
+
 def test_beyond_the_limit_of_the_matrix_the_memory_is_that_of_the_blocks_and_candidates(monkeypatch):
     monkeypatch.setattr(stability, "BLOCK_BYTES", 1 << 20)
     A_FD, B_FD = np.random.default_rng(5).standard_normal((2, 3000, 16)).astype("f4")

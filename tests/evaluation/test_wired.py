@@ -11,7 +11,7 @@ import torch
 from pipeline.config import EvaluateConfig
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
-from pipeline.evaluation.ports import ports_of
+from pipeline.evaluation.ports import output_scales, ports_of
 from pipeline.evaluation.wired import evaluate_wired
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
@@ -19,6 +19,7 @@ from pipeline.llama.session import Session, capture
 from sae.checkpoint import load_weights, save_weights
 from sae.errors import ConfigError
 from sae.learner import Learner, Subject
+from sae.metrics import Moments
 from sae.model import input_scale
 from sae.options import SAEOptions
 from sae.train_config import TrainConfig
@@ -84,6 +85,13 @@ def test_a_transcoder_is_judged_by_what_it_makes_of_the_output(tiny):
     assert (found["rows"], found["captured_rows"]) == (keep.sum(), table.rows)
     assert found["fvu_of"] == {OUT: pytest.approx(found["fvu"])}
     assert evaluated(tiny, transcoder()) == found  # an imported one names no ports
+
+
+def test_one_output_is_in_its_own_units_where_the_file_does_not_say():
+    moments = Moments(D)
+    moments.update(1000 * np.random.default_rng(0).standard_normal((50, D)))
+    assert output_scales(transcoder(), [moments]) == [1.0]
+    assert output_scales(transcoder(training={"scales": [8.0, 0.5]}), [moments]) == [0.5]
 
 
 def test_a_crosscoder_is_judged_at_all_its_hook_points_and_at_each(tiny):

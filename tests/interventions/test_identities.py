@@ -90,6 +90,8 @@ def test_with_layer_norm_steering_and_clamping_are_in_units_of_each_tokens_sigma
     assert relative(oracle, hf_logits(tokens, {})) > 1e-2
     plain = Steer(point=point(1), weights=sae_at(1), latents=(3,), coeffs=(0.8,))
     assert steer.key() != plain.key()
+    raw = Steer(point=point(1), weights=sae, latents=(3,), coeffs=(0.8,), unit="norm")
+    assert relative(run(s, tokens, [raw]), hf_logits(tokens, {1: but_bos(lambda x: x + 0.8 * W_FD[3])})) < 1e-5
     a_TF = dense_acts(sae, normalised(residual(s, tokens, POST.format(1)).astype(np.float64)))
     latent = int(np.argmax(a_TF[1:].sum(0)))
 

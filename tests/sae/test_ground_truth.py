@@ -52,6 +52,7 @@ def test_only_features_above_the_threshold_count():
     assert found["recovered_share"] == 0.5
     assert found["mean_max_cosine"] == pytest.approx(np.cos(angles).mean())
     assert dictionary_recovery(np.array([[2.0, 0.0]]), truth_MD, threshold=0.85)["recovered_share"] == 0.75
+    assert dictionary_recovery(np.eye(2), np.eye(2), threshold=1.0)["recovered_share"] == 0  # at it is not above it
 
 
 def test_dictionaries_that_do_not_fit_are_refused():

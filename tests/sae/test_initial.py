@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sae.errors import ConfigError
-from sae.initial import best_encoder_scale
+from sae.initial import best_encoder_scale, share_above
 from sae.trainer import TrainConfig, Trainer
 
 from .toy import D, Toy
@@ -43,6 +43,29 @@ def test_the_scale_is_that_of_least_squares_whatever_the_data(data, d_in, latent
     fitted = fitted_scale(data(rng, 400, d_in), rows_FD, k)
     assert fitted < 0.8  # 1 would overshoot: there is something to find
     assert best_encoder_scale(d_in, latents, k) == pytest.approx(fitted, rel=0.08)  # one dictionary of finite size
+
+
+@pytest.mark.parametrize(("latents", "k"), [(4096, 32), (1024, 100), (64, 32), (64, 60)])
+def test_the_scale_has_the_moments_of_the_largest_of_normal_numbers(latents, k):
+    g = np.linspace(-12, 12, 2_000_001)
+    density = np.exp(-(g**2) / 2) / np.sqrt(2 * np.pi)
+    above = np.cumsum(density[::-1])[::-1] * (g[1] - g[0])  # P(> g)
+    chosen = above <= k / latents
+    m2, m4 = (np.average(g[chosen] ** power, weights=density[chosen]) for power in (2, 4))
+    for d_in in (16, 512):
+        expected = 1 / (1 + k * m2 / d_in - m4 / (m2 * d_in))
+        assert best_encoder_scale(d_in, latents, k) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_scale_of_nearly_all_latents_reaches_that_of_all():
+    assert best_encoder_scale(16, 64, 64) == pytest.approx(best_encoder_scale(16, 64, 64 - 1e-7), rel=1e-5)
+
+
+def test_as_many_latents_start_above_a_threshold_as_normal_numbers_do():
+    drawn = np.random.default_rng(0).standard_normal(1_000_000)
+    for z in (-0.7, 0.0, 1.5, 2.5):
+        assert share_above(z) == pytest.approx((drawn > z).mean(), abs=2e-3)
+    assert share_above(0.0) == 0.5
 
 
 def trainer(tmp_path, **changed) -> Trainer:

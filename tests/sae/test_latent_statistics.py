@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from sae import latent_statistics
 from sae.dictionary import nearest, row_cosines, unit_rows
 from sae.errors import ConfigError, ShapeError
 from sae.latent_statistics import LatentStatistics
@@ -33,7 +34,9 @@ def scatter_of(x_ND):
     return ((x_ND.astype(np.float64) - x_ND.mean(axis=0, dtype=np.float64)) ** 2).sum()
 
 
-def test_every_column_equals_the_dense_float64_oracle(arrays):
+@pytest.mark.parametrize("block_bytes", [1, 4 * D * 7, 4 << 20])
+def test_every_column_equals_the_dense_float64_oracle_in_blocks_of_any_size(arrays, monkeypatch, block_bytes):
+    monkeypatch.setattr(latent_statistics, "BLOCK_BYTES", block_bytes)
     W_dec_FD, a_NF, (x_ND, x_hat_ND, idx_NK, vals_NK) = arrays
     statistics = LatentStatistics(W_dec_FD)
     for part in np.array_split(np.arange(N), 7):
@@ -55,6 +58,24 @@ def test_every_column_equals_the_dense_float64_oracle(arrays):
         rise = ((x - without) ** 2).sum() / scatter_of(x_ND) - fvu
         assert result["explained"][latent] == pytest.approx(rise, rel=1e-4, abs=1e-9)
     assert result["explained"].max() > 0.05
+
+
+def test_with_layer_norm_a_latent_explains_in_units_of_each_rows_sigma_but_fires_in_its_own(arrays):
+    W_dec_FD, a_NF, (x_ND, _, idx_NK, vals_NK) = arrays
+    sigma_N1 = np.random.default_rng(4).uniform(0.2, 5, (N, 1)).astype("f4")
+    x_hat_ND = (sigma_N1 * (a_NF @ W_dec_FD) + 40).astype("f4")
+    statistics = LatentStatistics(W_dec_FD)
+    for part in np.array_split(np.arange(N), 7):
+        statistics.update(x_ND[part], x_hat_ND[part], idx_NK[part], vals_NK[part], sigma_N1[part])
+    result, scatter = statistics.result(scatter_of(x_ND)), scatter_of(x_ND)
+    x, x_hat = x_ND.astype(np.float64), x_hat_ND.astype(np.float64)
+    for latent in range(F):
+        without = x_hat - sigma_N1 * np.outer(a_NF[:, latent], W_dec_FD[latent].astype(np.float64))
+        rise = (((x - without) ** 2).sum() - ((x - x_hat) ** 2).sum()) / scatter
+        assert result["explained"][latent] == pytest.approx(rise, rel=1e-4, abs=1e-8)
+    np.testing.assert_allclose(result["max"], a_NF.max(axis=0), rtol=0)
+    on_F = np.maximum((a_NF > 0).sum(axis=0), 1)
+    np.testing.assert_allclose(result["mean_on"], a_NF.sum(axis=0) / on_F, rtol=1e-12)
 
 
 def test_rows_that_do_not_belong_together_and_no_rows_at_all_are_refused(arrays):

@@ -116,6 +116,13 @@ def test_zero_rows_neither_divide_by_zero_nor_count_as_aligned():
     assert result["dead_share"] == 1
 
 
+def test_a_latent_on_exactly_a_tenth_of_the_rows_is_not_dense():
+    x_ND, x_hat_ND, *_ = split(rows=20)
+    idx_NK = np.tile(np.arange(3, dtype=np.int32), (20, 1))
+    vals_NK = (np.arange(20)[:, None] < [1, 2, 3]).astype("f4")  # on 1, 2 and 3 rows of 20
+    assert streamed((x_ND, x_hat_ND, idx_NK, vals_NK), [11])["dense_share"] == 1 / F
+
+
 def test_the_histogram_counts_every_living_latent_once():
     density_F = np.array([0, 0, 1, 0.5, 0.1, 0.011, 3e-5])
     count_B, edges_B1, dead = density_histogram(density_F)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae.encoders import NumpyEncoder
 from sae.errors import ConfigError, ShapeError
 from sae.metrics import ReconstructionMetrics
 from sae.runtime import decode, encode, latent_values
@@ -92,6 +93,28 @@ def test_the_threshold_variant_fires_every_latent_above_its_threshold():
     x_ND = rng.standard_normal((40, 6)).astype(np.float32)
     assert_encodes(w, x_ND)
     assert encode(w, x_ND[:0])[0].shape == (0, 1)
+
+
+def test_a_latent_at_its_threshold_stays_silent():
+    eye, none = np.eye(3, dtype=np.float32), np.zeros(3, np.float32)
+    w = random_weights(
+        np.random.default_rng(0), d=3, latents=3, k=1, W_enc_FD=eye, W_dec_FD=eye, b_enc_F=none, b_dec_D=none,
+        variant="threshold", threshold_F=np.array([0.5, 2, 0]),
+    )  # fmt: skip
+    x_ND = np.array([[0.5, 2, 0], [np.nextafter(np.float32(0.5), 1), 2.5, 1e-3]], np.float32)
+    np.testing.assert_array_equal(dense(w, *encode(w, x_ND)), [[0, 0, 0], x_ND[1]])
+
+
+def test_rows_that_are_written_over_are_encoded_anew():
+    rng = np.random.default_rng(0)
+    encoder = NumpyEncoder(random_weights(rng, d=8, latents=40, k=4))
+    x_ND = rng.standard_normal((5, 8)).astype(np.float32)
+    before = encoder.encode(x_ND)
+    assert encoder.encode(x_ND.copy()) is before  # the last result is kept ...
+    x_ND[2] = rng.standard_normal(8)
+    for found, expected in zip(encoder.encode(x_ND), encode(encoder.weights, x_ND), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(encoder.encode(x_ND)[1], before[1])
 
 
 def test_latent_values_are_the_activations_after_top_k_for_any_selection():

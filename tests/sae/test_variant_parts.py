@@ -24,7 +24,7 @@ from sae.variants.start import load_start_
 
 from .toy import D as TOY_D
 from .toy import Toy, random_weights
-from .variant_models import D, F, K, arrays, batch, loss_settings, make
+from .variant_models import D, F, K, V, arrays, batch, loss_settings, make
 
 CONFIG = TrainConfig(num_latents=F, k=K, lr=1e-2, momentum=0.9)
 
@@ -230,6 +230,14 @@ def test_one_threshold_is_fitted_again_and_can_become_one_for_each_latent():
     np.testing.assert_array_equal(active(each, x_ND), active(one, x_ND))
 
 
+def test_a_relu_sae_has_one_threshold_of_zero_and_gets_those_of_its_k():
+    w = random_weights(np.random.default_rng(0), d=12, latents=60, k=5, variant="threshold", threshold_F=np.zeros(60))
+    x_ND = np.random.default_rng(1).standard_normal((400, 12)).astype(np.float32)
+    edge = np.sort(pre_acts_of(w, x_ND), axis=None)[-5 * len(x_ND)]
+    for mode in ("global", "latent"):
+        np.testing.assert_array_equal(active(to_thresholds(w, x_ND, mode), x_ND), pre_acts_of(w, x_ND) >= edge)
+
+
 def test_fewer_positive_activations_than_k_all_fire():
     w = random_weights(np.random.default_rng(0), d=12, latents=60, k=50, variant="threshold", threshold_F=np.ones(60))
     x_ND = np.random.default_rng(1).standard_normal((100, 12)).astype(np.float32)
@@ -289,6 +297,13 @@ def test_foreign_conventions_are_folded_in():
     )
 
 
+def test_jumprelu_starts_from_thresholds_of_zero_a_little_above_it():
+    model = make("jumprelu")
+    load_start_(model, random_weights(np.random.default_rng(0), d=D, latents=F, k=K))
+    expected = 0.01 * (V / D) ** 0.5
+    np.testing.assert_allclose(model.log_theta_F.exp().detach().numpy(), expected, rtol=1e-5)
+
+
 def test_a_start_that_does_not_fit_is_refused():
     rng = np.random.default_rng(0)
     w = random_weights(rng, d=D, latents=F, k=K)
@@ -311,11 +326,12 @@ def test_a_start_that_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("rows", ["unit", "free"])
 def test_a_batchs_choice_starts_from_thresholds_that_are_one_beside_the_norms(rows):
-    norm_F = np.linspace(1, 2, F, dtype=np.float32)
+    norm_F = np.linspace(2, 3, F, dtype=np.float32)
     w = random_weights(np.random.default_rng(0), d=D, latents=F, k=K)
     w = replace(w, variant="threshold", threshold_F=0.7 / norm_F, W_dec_FD=norm_F[:, None] * w.W_dec_FD)
     model, x_ND = make("batchtopk", decoder_rows=rows, scale=8.0), batch().numpy()
     load_start_(model, w)
+    assert int(model.batches) == 1  # the first batch moves the threshold, and does not replace it
     found = exported(model)
     assert 0.01 < active(w, x_ND).mean() < 0.9
     np.testing.assert_array_equal(active(found, x_ND), active(w, x_ND))

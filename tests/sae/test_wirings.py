@@ -20,6 +20,7 @@ from sae.steppers import make_stepper
 from sae.train_config import TrainConfig
 from sae.trainer import Trainer
 from sae.variants.build import build
+from sae.variants.start import load_start_
 from sae.wiring import Wiring
 
 A, B = ("blocks.0.hook_resid_mid", 10), ("blocks.1.hook_resid_mid", 10)
@@ -176,6 +177,28 @@ def test_the_exported_weights_compute_what_the_model_does_in_raw_units(name, var
         assert not weights.W_enc_FD[F // 2 :, : A[1]].any()
 
 
+@pytest.mark.parametrize("name", ["transcoder", "skip", "crosscoder"])
+def test_a_model_started_from_exported_weights_computes_the_same(name):
+    (source, _, rows), (target, *_) = make(name), make(name)
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(torch.ones_like(parameter))
+    statistics = {"mean_D": rows.statistics()["mean_D"], "variance": 1.0, "hook": A[0]}
+    weights = source.to_weights(**statistics)
+    norm_F = np.linalg.norm(weights.W_dec_FD, axis=1)
+    assert norm_F.max() <= 1 + 1e-6  # activations are in units of the output of the largest scale
+    assert (name == "crosscoder") == (norm_F.min() < 0.9)
+    load_start_(target, weights)
+    x_NW = torch.from_numpy(rows.rows(N, 1))
+    with torch.no_grad():
+        expected_NO, found_NO = source(x_NW).numpy(), target(x_NW).numpy()
+    np.testing.assert_allclose(found_NO, expected_NO, rtol=1e-4, atol=1e-4 * np.abs(expected_NO).max())
+    again = target.to_weights(**statistics)
+    for field in ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D", *(["W_skip_OD"] if name == "skip" else [])):
+        there, here = getattr(weights, field), getattr(again, field)
+        np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4 * np.abs(there).max())
+
+
 @pytest.mark.parametrize("dead", [0, 3, 50])
 @pytest.mark.parametrize("variant", ["topk", "batchtopk", "groupmax"])
 @pytest.mark.parametrize("name", ["transcoder", "skip", "crosscoder"])
@@ -231,6 +254,18 @@ def test_the_latents_of_a_transcoder_are_not_shared_out():
 
 def test_a_cross_layer_transcoder_trains_by_autograd():
     assert not has_fast_step(make("cross_layer")[0])
+
+
+def test_training_leaves_outputs_of_earlier_layers_out_of_reach():
+    model, settings, rows = make("cross_layer")
+    stepper = make_stepper(model, settings, TrainConfig(num_latents=F, k=K, kernel="torch"))
+    before = model.W_dec_FD.detach().clone()
+    for number in range(5):
+        stepper.step(torch.from_numpy((rows.rows(N, number) / model.scale).astype(np.float32)), lr=0.01)
+    assert not model.W_dec_FD[F // 2 :, : Y[1]].any()
+    assert (model.W_dec_FD != before)[F // 2 :, Y[1] :].any(dim=1).float().mean() > 0.9
+    norm_F = torch.linalg.vector_norm(model.W_dec_FD, dim=1)
+    torch.testing.assert_close(norm_F, torch.ones_like(norm_F))
 
 
 def test_the_crosscoders_l1_penalty_sums_the_norms_at_each_hook_point():

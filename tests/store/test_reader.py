@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.corpus.windows import FLAG_BOS, FLAG_FIRST, FLAG_OUTLIER
 from pipeline.store.reader import ActivationStore
 from pipeline.store.schema import to_float32, to_stored
 from pipeline.store.statistics import QUANTILES
+from pipeline.store.summary import flag_counts
 from pipeline.store.writer import invalidate
 from sae.errors import StoreError
 
@@ -85,6 +87,10 @@ def test_columns_and_documents_come_back(made):
         assert store.column(name).dtype == column.dtype
     assert store.documents == [{"name": "a.py", "bytes": 10, "sha256": "0" * 64, "exact_offsets": True, "form": "text"}]
     assert store.flagged_rows == (columns["flags"] != 0).sum()
+    assert {name: count for name, count in flag_counts(store).items() if count} == {
+        name: (columns["flags"] & flag != 0).sum()  # a row may have several
+        for name, flag in (("bos", FLAG_BOS), ("first", FLAG_FIRST), ("outlier", FLAG_OUTLIER))
+    }
 
 
 def test_statistics_equal_a_float64_oracle_on_shifted_anisotropic_rows(tmp_path):

@@ -107,6 +107,12 @@ def test_a_mixing_buffer_takes_neighbours_apart(store):
     assert not np.array_equal(np.sort(order[:256]), np.arange(256))
 
 
+def test_a_buffer_far_smaller_than_a_block_mixes_parts_of_it(store):
+    opened, *_ = store
+    order = opened.batches(HOOK, batch_rows=64, seed=0, buffer_rows=64).next()[:, 0]
+    assert np.ptp(order) > 400  # 64 neighbours would lie within 70
+
+
 def test_the_flags_left_out_can_be_chosen(store):
     opened, _, columns = store
     everything = opened.batches(HOOK, batch_rows=50, seed=0, exclude_flags=0)

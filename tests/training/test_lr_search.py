@@ -60,6 +60,14 @@ def test_the_rate_of_the_lowest_fvu_is_found_and_the_data_goes_back_to_its_start
     assert (again, opened) == (found, [])  # read, not searched again
 
 
+@pytest.mark.parametrize(("share", "steps", "judged"), [(0.2, 20, 5), (0.215, 22, 5), (0.09, 9, 2), (1.0, 100, 25)])
+def test_a_search_takes_its_share_of_the_steps_and_judges_by_their_last_quarter(share, steps, judged):
+    tries = candidates(TrainerConfig(lr_search=[1e-3, 2e-3], lr_search_share=share), {"": CONFIG})
+    for config in tries.values():
+        assert config.steps == steps
+        assert steps - config.checkpoint_steps == judged  # the next checkpoint is the end
+
+
 def test_of_rates_that_are_close_the_smallest_is_taken():
     assert smallest_good({4e-3: 0.2428, 8e-3: 0.2258, 1.6e-2: 0.2240}) == 8e-3
     assert smallest_good({4e-3: 0.1470, 8e-3: 0.1439, 1.6e-2: 0.1519}) == 8e-3

@@ -86,6 +86,7 @@ def test_an_sae_larger_than_the_memory_is_refused_with_what_to_lower(monkeypatch
         "lower sae.num_latents"
     )
     check_memory(configs, 256, stays_here=False)  # on a GPU, say
+    check_memory(dict.fromkeys("abc", configs[""]), 256, stays_here=False)  # there one after another
     monkeypatch.setattr(memory, "available_memory", lambda: 8_000_000_000)
     with pytest.raises(ConfigError, match=r"at least 8\.6 GB"):
         check_memory(configs, 256, stays_here=False)

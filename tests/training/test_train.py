@@ -15,6 +15,7 @@ from pipeline.run import read_manifest
 from pipeline.training.settings import train_configs
 from sae.checkpoint import load_weights
 from sae.errors import ConfigError
+from sae.train_config import TrainConfig
 from tests.cli.conftest import ggscope, last_line
 
 from .conftest import TRAIN
@@ -149,6 +150,12 @@ def test_names_are_what_the_saes_differ_in():
     assert (wide.num_latents, wide.k, wide.lr, wide.seed) == (128, 8, 0.002, 7)
     (only,) = train_configs(Config(sae=SAEConfig(seed=3))).items()
     assert (only[0], only[1].seed) == ("", 3)
+
+
+def test_without_settings_the_command_trains_as_the_library_does():
+    (found,) = train_configs(Config()).values()
+    assert found == TrainConfig(num_latents=found.num_latents, k=found.k)
+    assert found.betas == (0.8, 0.999)  # docs/conventions.md
 
 
 def test_settings_of_several_saes_that_cannot_work_are_named():

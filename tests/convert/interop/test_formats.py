@@ -96,6 +96,8 @@ def test_sparsify_subtracts_b_dec_and_takes_the_size_from_the_tensor(tmp_path, a
     same(found.weights, a["x"], acts, out(a, acts))
     assert (found.format, found.weights.hook) == ("sparsify", "blocks.10.hook_resid_post")
     assert imported(place / "sae.safetensors", format_name="sparsify").weights.hook == found.weights.hook
+    (place / "cfg.json").write_text(json.dumps({"d_in": 12, "activation": "topk"}))
+    assert imported(place).weights.k == 32  # the library's default
 
 
 def test_a_sparsify_transcoder_with_skip_reads_the_module_s_input(tmp_path):
@@ -221,6 +223,7 @@ def test_openai_s_of_gpt2(tmp_path, version, location, hook):
         n, mu, sigma = layer_norm(a["x"].astype("f8"))
         acts = topk(relu((n - a["b_dec"]) @ a["W_enc_FD"].T.astype("f8") + a["b_enc"]), 4)
         same(found.weights, a["x"], acts, out(a, acts) * sigma + mu)
+        assert (found.weights.norm_eps, found.weights.norm_correction) == (1e-5, 1)
     else:
         acts = relu(pre(a, a["b_dec"]))
         same(found.weights, a["x"], acts, out(a, acts))

@@ -5,6 +5,7 @@ Long: it needs the libraries (bench/requirements-train.txt): `make bench-env`, o
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from convert.interop.exporting import export_folder
 from convert.interop.registry import import_sae
+from convert.interop.saelens import SCALES
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 from tests.peers import peers, without_ggscope
@@ -54,6 +56,16 @@ def test_our_exports_load_in_their_libraries_with_equal_latents_and_reconstructi
     for name, (w, _) in sources.items():
         theirs = np.load(tmp_path / name / "answers.npz")
         same(w, x, theirs["acts"], theirs["x_hat"])
+
+
+def test_the_scales_that_are_known_beside_the_files_are_those_that_saelens_lists():
+    where = "import importlib.util; print(importlib.util.find_spec('sae_lens').submodule_search_locations[0])"
+    place = subprocess.run([peers(), "-c", where], capture_output=True, text=True, env=without_ggscope(), check=True)
+    text = (Path(place.stdout.strip()) / "pretrained_saes.yaml").read_text(encoding="utf-8")
+    for repo, by_hook in SCALES.items():
+        (listed,) = re.findall(rf"^  repo_id: {re.escape(repo)}\n((?:  .*\n)*)", text, re.MULTILINE)
+        theirs = dict(re.findall(r"- id: (\S+)\n(?:    .*\n)*?    norm_scaling_factor: (\S+)\n", listed))
+        assert by_hook == {hook: pytest.approx(float(theirs[hook]), rel=2e-6) for hook in by_hook}
 
 
 def sae(**fields):

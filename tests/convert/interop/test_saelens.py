@@ -202,6 +202,21 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path, change, said):
         imported(place)
 
 
+@pytest.mark.parametrize(
+    ("left_out", "prepended", "expected"),
+    [(True, True, True), (True, False, True), (False, True, False), (False, False, None), ([1, 2], True, None), (None, True, None)],
+)  # fmt: skip
+def test_whether_special_tokens_were_left_out_is_kept_where_the_settings_say_it(
+    tmp_path, left_out, prepended, expected
+):
+    settings = config("standard", prepend_bos=prepended)
+    if left_out is not None:
+        settings["exclude_special_tokens"] = left_out
+    training = imported(folder(tmp_path, settings, tensors(draw()))).weights.training
+    assert training.get("bos_excluded") is expected
+    assert training["prepend_bos"] is prepended
+
+
 def test_a_named_hook_wins(tmp_path):
     place = folder(tmp_path, config("standard", metadata={"hook_name": "somewhere"}), tensors(draw()))
     assert imported(place, hook="blocks.1.hook_mlp_out").weights.hook == "blocks.1.hook_mlp_out"

@@ -1,0 +1,165 @@
+"""What a learner counts and reports, against numpy on made-up results of its steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sae.learner import Learner, Subject
+from sae.losses import StepResult
+from sae.train_config import TrainConfig
+
+D, F, B, STEPS = 4, 6, 10, 40
+CONFIG = TrainConfig(
+    num_latents=F, k=2, batch_tokens=B, tokens=STEPS * B, dead_after_tokens=3 * B, auxk_coef=0.25, warmup_steps=5,
+    kernel="torch", encoder_dtype="float32",
+)  # fmt: skip
+FIRES = (1.0, 0.9, 0.5, 0.3, 0.1, 0.02)  # of a batch that a latent fires in it
+
+
+def made_up(seed=0):
+    """One result a step: error, auxk_loss, fired_F."""
+    rng = np.random.default_rng(seed)
+    fired_TF = rng.integers(1, B + 1, (STEPS, F)) * (rng.random((STEPS, F)) < FIRES)
+    return rng.uniform(1, 9, STEPS), rng.random(STEPS), fired_TF
+
+
+def learner(config=CONFIG):
+    """And what its stepper was told: (lr, dead_F) of each step."""
+    subject = Subject(d_in=D, mean_D=np.arange(D) / 2, variance=3.0, hook="h", host={})
+    found, told = Learner(config, subject, torch.device("cpu")), []
+    error_T, auxk_T, fired_TF = made_up()
+
+    def step(u_ND, *, lr, dead_F=None):
+        told.append((lr, None if dead_F is None else dead_F.numpy().copy()))
+        t = found.step
+        error, auxk = torch.tensor(error_T[t]), torch.tensor(auxk_T[t])
+        return StepResult(error=error, auxk_loss=auxk, loss=error / B, fired_F=torch.from_numpy(fired_TF[t]))
+
+    found._stepper = SimpleNamespace(step=step, name="told")
+    return found, told
+
+
+def batches():
+    return np.random.default_rng(1).normal(1, 2, (STEPS, B, D)).astype(np.float32)
+
+
+def dead_before(fired_TF, after=3 * B):
+    """(T, F): silent for `after` rows or more when the step begins."""
+    idle_F, found = np.zeros(F, int), []
+    for fired_F in fired_TF:
+        found.append(idle_F >= after)
+        idle_F = np.where(fired_F > 0, 0, idle_F + B)
+    return np.array(found), idle_F >= after
+
+
+def test_latents_are_dead_after_as_many_silent_rows_as_the_settings_say():
+    found, told = learner()
+    for x_BD in batches():
+        found.train(*found.prepare(x_BD))
+    dead_TF, _ = dead_before(made_up()[2])
+    assert dead_TF.any(axis=0).sum() >= 2
+    for (_, dead_F), expected_F in zip(told, dead_TF, strict=True):
+        if expected_F.any():
+            np.testing.assert_array_equal(dead_F, expected_F)
+        else:
+            assert dead_F is None
+    assert [lr for lr, _ in told] == [CONFIG.lr_at(step) for step in range(STEPS)]
+    alone, told = learner(replace(CONFIG, auxk_coef=0.0))
+    for x_BD in batches():
+        alone.train(*alone.prepare(x_BD))
+    assert all(dead_F is None for _, dead_F in told)
+
+
+def test_a_report_averages_over_the_steps_since_the_last_one():
+    found, _ = learner()
+    error_T, auxk_T, fired_TF = made_up()
+    dead_TF, _ = dead_before(fired_TF)
+    x_TBD = batches()
+    scatter_T = ((x_TBD.astype(np.float64) - np.arange(D) / 2) ** 2).sum(axis=(1, 2)) / float(found.scale) ** 2
+    revived_T = (dead_TF & (fired_TF > 0)).sum(axis=1)
+    start = 0
+    for stop in (7, 19, STEPS):
+        for x_BD in x_TBD[start:stop]:
+            found.train(*found.prepare(x_BD))
+        row, part = found.report(2.0, 0.5), slice(start, stop)
+        fvu = error_T[part].sum() / scatter_T[part].sum()
+        assert row["fvu"] == pytest.approx(fvu, rel=1e-5)
+        assert row["auxk_loss"] == pytest.approx(auxk_T[part].mean(), rel=1e-9)
+        assert row["loss"] == pytest.approx(fvu + 0.25 * auxk_T[part].mean(), rel=1e-5)
+        assert row["l0"] == pytest.approx(fired_TF[part].sum() / (B * (stop - start)), rel=1e-12)
+        assert (row["revived"], row["revived_total"]) == (revived_T[part].sum(), revived_T[:stop].sum())
+        assert row["dead"] == dead_before(fired_TF[:stop])[1].sum()
+        assert row["lr"] == CONFIG.lr_at(stop - 1)  # of the last step that was made
+        assert (row["step"], row["tokens"]) == (stop, stop * B)
+        assert (row["tokens_per_s"], row["wait_share"]) == (B * (stop - start) / 2, 0.25)
+        start = stop
+    assert revived_T.sum() > 2
+
+
+def test_the_best_checkpoint_is_the_first_of_the_lowest_fvu_over_the_steps_since_the_one_before():
+    found, _ = learner()
+    error_T, *_ = made_up()
+    x_TBD = batches()
+    scatter_T = ((x_TBD.astype(np.float64) - np.arange(D) / 2) ** 2).sum(axis=(1, 2)) / float(found.scale) ** 2
+    lowest, start = np.inf, 0
+    for stop in (10, 20, 30, STEPS):
+        for x_BD in x_TBD[start:stop]:
+            found.train(*found.prepare(x_BD))
+        fvu = error_T[start:stop].sum() / scatter_T[start:stop].sum()
+        assert found.judge() == (fvu < lowest)
+        assert found.judged == pytest.approx(fvu, rel=1e-5)
+        lowest, start = min(lowest, fvu), stop
+        assert found.best["fvu"] == pytest.approx(lowest, rel=1e-5)
+    again = found.best
+    found._span_2.copy_(torch.tensor([again["fvu"], 1.0], dtype=torch.float64))
+    assert not found.judge()
+    assert found.best == again
+
+
+def test_the_rates_of_the_file_are_those_of_the_last_tenth_of_the_steps():
+    found, _ = learner()
+    *_, fired_TF = made_up()
+    found._stepper.evaluation = torch.no_grad
+    for t, x_BD in enumerate(batches()):
+        assert (found.weights().freq_F is None) == (t <= 0.9 * STEPS)
+        found.train(*found.prepare(x_BD))
+    np.testing.assert_allclose(found.weights().freq_F, fired_TF[36:].sum(axis=0) / (4 * B), rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["topk", "batchtopk"])
+def test_taken_up_again_in_the_last_tenth_it_counts_on_as_if_it_had_not_stopped(variant):
+    subject = Subject(d_in=D, mean_D=np.arange(D) / 2, variance=16.0, hook="h", host={})
+    config = replace(CONFIG, variant=variant, num_latents=24, auxk_k=4)
+
+    def fresh():
+        return Learner(config, subject, torch.device("cpu"))
+
+    def go_on(one, start, stop):
+        for x_BD in batches()[start:stop]:
+            one.train(*one.prepare(x_BD))
+
+    first, second = fresh(), fresh()
+    go_on(first, 0, 30)
+    first.report(1.0, 0.0)
+    first.judge()
+    go_on(first, 30, 38)
+    assert first.weights().freq_F is not None
+    facts, tensors = json.loads(json.dumps(first.facts())), copy.deepcopy(first.tensors())
+    second.load(facts, tensors)
+    for one in (first, second):
+        go_on(one, 38, STEPS)
+        one.judge()
+    rows = [one.report(1.0, 0.0) for one in (first, second)]
+    assert rows[0].pop("tokens_per_s") > rows[1].pop("tokens_per_s")  # only its own rows were in its time
+    assert rows[0] == rows[1]
+    assert rows[0]["revived_total"] > 0
+    assert (first.judged, first.best) == (second.judged, second.best)
+    for name in ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "freq_F"):
+        np.testing.assert_array_equal(getattr(first.weights(), name), getattr(second.weights(), name))
