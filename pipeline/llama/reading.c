@@ -1,5 +1,5 @@
-/* Reading rows beside the products: the k largest, the error of the reconstruction, and all of it for one row. Every
-   function has a general path (ggml, numpy) that it is tested against. */
+/* Reading rows beside the products: the k largest, and all of a reading for one row. Every function has a general path
+   (ggml, numpy) that it is tested against. */
 #include "reading.h"
 
 int ggscope_topk_f32(const float * pre_NF, int64_t N, int64_t F, int64_t K, int32_t * idx_NK, int64_t threads);
@@ -32,100 +32,6 @@ int ggscope_largest(
     return code;
 }
 
-/* ---- ||x - sum_k a_k W_dec[k] - b_dec||^2 ---- */
-
-#define COLUMNS 256 /* of the reconstruction made at a time; whole blocks of Q8_0 */
-
-/* An SAE's decoder: W_dec in rows of `row_bytes`. */
-struct decoder {
-    int32_t kind;
-    int64_t row_bytes, D;
-    const uint8_t * W;
-    const float * b_D;
-};
-
-static inline int64_t bytes_before(int kind, int64_t j) { /* of a row, in front of column j */
-    return kind == KIND_F32 ? 4 * j : kind == KIND_Q8_0 ? j / QK * BLOCK_BYTES : 2 * j;
-}
-
-/* y += a row, a piece of a row of W_dec */
-static void add_row(int kind, const uint8_t * row, float a, float * y, int64_t D) {
-    if (kind == KIND_F32) {
-        add_scaled(y, a, (const float *) row, D);
-    } else if (kind == KIND_F16) {
-        int64_t j = 0;
-#if defined(__AVX2__) && defined(__F16C__)
-        for (; j + 8 <= D; j += 8) {
-            __m256 part = _mm256_mul_ps(_mm256_set1_ps(a), _mm256_cvtph_ps(_mm_loadu_si128((const void *) (row + 2 * j))));
-            _mm256_storeu_ps(y + j, _mm256_add_ps(_mm256_loadu_ps(y + j), part));
-        }
-#endif
-        for (; j < D; j++) y[j] += a * half_at(row + 2 * j);
-    } else if (kind == KIND_BF16) {
-        for (int64_t j = 0; j < D; j++) y[j] += a * bfloat_at(row + 2 * j);
-    } else {
-        for (int64_t b = 0; b < D / QK; b++, row += BLOCK_BYTES) {
-            float scale = half_at(row);
-            const int8_t * q = (const int8_t *) row + 2;
-            for (int j = 0; j < QK; j++) y[b * QK + j] += a * (scale * q[j]);
-        }
-    }
-}
-
-/* The squared error in columns first..last - 1, whole pieces of COLUMNS but for the row's end: a number for each piece. */
-static void piece_errors(
-    const struct decoder * d, const float * x_D, const int32_t * idx_K, const float * vals_K, int64_t K, int64_t first,
-    int64_t last, double * errors) {
-    int64_t from = bytes_before(d->kind, first), to = bytes_before(d->kind, last);
-    for (int64_t k = 0; k < K; k++) { /* they come from memory: ask for all before the first is used */
-        const uint8_t * row = d->W + idx_K[k] * d->row_bytes;
-        for (int64_t j = from; j < to; j += 64) __builtin_prefetch(row + j);
-    }
-    for (int64_t j = first; j < last; j += COLUMNS) {
-        int64_t width = last - j < COLUMNS ? last - j : COLUMNS;
-        float x_hat[COLUMNS] = {0};
-        for (int64_t k = 0; k < K; k++) {
-            add_row(d->kind, d->W + idx_K[k] * d->row_bytes + bytes_before(d->kind, j), vals_K[k], x_hat, width);
-        }
-        double sum = 0;
-        for (int64_t i = 0; i < width; i++) {
-            double gap = (double) x_D[j + i] - (double) (x_hat[i] + d->b_D[j + i]);
-            sum += gap * gap;
-        }
-        errors[j / COLUMNS] = sum;
-    }
-}
-
-static inline int64_t pieces_of(int64_t D) { return (D + COLUMNS - 1) / COLUMNS; }
-
-static double sum_of(const double * errors, int64_t count) {
-    double sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += errors[i];
-    return sum;
-}
-
-static int knows_decoder(int kind) {
-    return kind == KIND_F32 || kind == KIND_F16 || kind == KIND_BF16 || kind == KIND_Q8_0;
-}
-
-/* error_N. 0: done, -1: no memory, -2: a type it does not know. */
-int ggscope_squared_error(
-    const struct decoder * d, const float * x_ND, const int32_t * idx_NK, const float * vals_NK, int64_t N, int64_t K,
-    double * error_N) {
-    if (!knows_decoder(d->kind)) return -2;
-    double * errors = malloc((size_t) pieces_of(d->D) * sizeof *errors);
-    if (!errors) return -1;
-    for (int64_t n = 0; n < N; n++) {
-        const float * vals_K = vals_NK + n * K;
-        int64_t fired = 0;
-        while (fired < K && vals_K[fired] > 0) fired++;
-        piece_errors(d, x_ND + n * d->D, idx_NK + n * K, vals_K, fired, 0, d->D, errors);
-        error_N[n] = sum_of(errors, pieces_of(d->D));
-    }
-    free(errors);
-    return 0;
-}
-
 /* ---- all of it for one row ---- */
 
 #define BLOCK_LATENTS 64 /* pre-activations made between two looks at the bound */
@@ -135,9 +41,8 @@ struct pair {
     float value;
 };
 
-/* What is known of W_enc without reading it (bounds.c). Where a part of the latents leaves more than `most` of them in
-   question, that part is multiplied whole, and the bounds are not looked at for a number of rows that doubles from one
-   such row to the next. */
+/* What is known of W_enc without reading it (bounds.c). Where more than `most` latents are in question all are multiplied,
+   and the bounds are not looked at for a number of rows that doubles from one such row to the next. */
 struct bounds {
     const uint8_t * rows; /* NULL: there are none */
     const float *dither_D, *norm_F;
@@ -145,11 +50,18 @@ struct bounds {
     float * upper_F;
     int32_t * open_F; /* latents in question; a part's begin at its first latent */
     uint64_t * items; /* room for K of every thread */
+    int64_t * questions; /* of every thread */
     int64_t most, pause, pauses;
     int64_t exact; /* of the last row: latents whose exact product was computed */
 };
 
 #define LONGEST_PAUSE 255
+
+/* The chunks of a part that nobody has taken: from the first (the lower half of the word) to before the last. */
+struct span {
+    uint64_t left;
+    uint64_t apart[7]; /* no two in one line of the cache */
+};
 
 /* One row of an SAE without layer norm or skip, "topk" or "threshold". Memory is the caller's. */
 struct reading {
@@ -169,6 +81,7 @@ struct reading {
     int64_t room; /* items of each thread */
     uint64_t * items;
     int64_t * counts;
+    struct span * spans; /* of every thread */
     double * errors;
     /* what comes out: the active latents, largest first, then by latent */
     int32_t * idx;
@@ -178,10 +91,8 @@ struct reading {
     double error;
 };
 
-/* Room for the items of a thread: all its latents may pass a threshold, of the k largest it keeps a few times k. */
-int64_t ggscope_reading_room(int64_t F, int64_t K, int64_t threads) {
-    return K > 0 ? 4 * K + 4 * BLOCK_LATENTS : F / threads + 16;
-}
+/* Room for the items of a thread: all latents may pass a threshold, of the k largest it keeps a few times k. */
+int64_t ggscope_reading_room(int64_t F, int64_t K) { return K > 0 ? 4 * K + 4 * BLOCK_LATENTS : F; }
 
 /* The k largest items first, and the least of them. */
 static uint64_t keep_largest(uint64_t * items, int64_t * count, int64_t K) {
@@ -202,20 +113,55 @@ static float value_of(uint64_t item) { /* of `ranked`'s key; NaN comes out as Na
     return value;
 }
 
-/* The candidates of one thread's latents. */
-static void choose_among(struct reading * r, int64_t part) {
-    int64_t first = ggscope_part(r->F, part, r->threads), last = ggscope_part(r->F, part + 1, r->threads), count = 0;
-    uint64_t * items = r->items + part * r->room;
-    uint64_t bound = ranked(0, 0); /* zero does not fire */
-    float pre[BLOCK_LATENTS];
-    for (int64_t f = first; f < last; f += BLOCK_LATENTS) {
-        int64_t n = last - f < BLOCK_LATENTS ? last - f : BLOCK_LATENTS;
-        ggscope_products(r->kind, r->W_enc, r->D, r->input, r->b_enc_F, f, f + n, pre);
-        for (int64_t i = 0; i < n; i++) {
-            uint64_t item = ranked(order_key(pre[i]), (uint32_t) (f + i));
-            if (r->K > 0 ? item > bound : pre[i] > r->threshold_F[f + i]) items[count++] = item;
+/* ---- the latents, shared out ---- */
+
+static int64_t chunks_of(int64_t latents) { return (latents + BLOCK_LATENTS - 1) / BLOCK_LATENTS; }
+
+static void share_out(struct reading * r) {
+    for (int64_t part = 0; part < r->threads; part++) {
+        int64_t latents = ggscope_part(r->F, part + 1, r->threads) - ggscope_part(r->F, part, r->threads);
+        r->spans[part].left = (uint64_t) chunks_of(latents) << 32;
+    }
+}
+
+/* A chunk of this part, its first or its last; -1: none is left. */
+static int64_t claimed(struct reading * r, int64_t part, int from_behind) {
+    uint64_t * left = &r->spans[part].left, now = __atomic_load_n(left, __ATOMIC_RELAXED);
+    for (;;) {
+        uint64_t first = now & 0xffffffffu, last = now >> 32;
+        if (first >= last) return -1;
+        uint64_t then = from_behind ? now - (1ull << 32) : now + 1;
+        if (__atomic_compare_exchange_n(left, &now, then, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+            return (int64_t) (from_behind ? last - 1 : first);
         }
-        if (r->K > 0 && count + BLOCK_LATENTS > r->room) bound = keep_largest(items, &count, r->K);
+    }
+}
+
+/* The candidates among a thread's latents by exact values, or, with `by_bounds`, those that look largest and the bounds of
+   all. Its own part from the front, then what others have left of theirs from behind: one is slower where it is an
+   efficiency core, or has a neighbour. */
+static void choose_part(struct reading * r, int64_t part, int by_bounds) {
+    uint64_t *items = r->items + part * r->room, bound = by_bounds ? 0 : ranked(0, 0); /* zero does not fire */
+    int64_t count = 0;
+    float pre[BLOCK_LATENTS];
+    for (int64_t other = 0; other < r->threads; other++) {
+        int64_t from = (part + other) % r->threads, chunk;
+        int64_t first = ggscope_part(r->F, from, r->threads), last = ggscope_part(r->F, from + 1, r->threads);
+        while ((chunk = claimed(r, from, other > 0)) >= 0) {
+            int64_t f = first + chunk * BLOCK_LATENTS, n = last - f < BLOCK_LATENTS ? last - f : BLOCK_LATENTS;
+            if (by_bounds) {
+                const struct bounds * b = &r->bounds;
+                ggscope_upper_bounds(b->rows, b->norm_F, r->D, b->input, r->b_enc_F, f, f + n, pre, b->upper_F);
+                if (r->K == 0) continue;
+            } else {
+                ggscope_products(r->kind, r->W_enc, r->D, r->input, r->b_enc_F, f, f + n, pre);
+            }
+            for (int64_t i = 0; i < n; i++) {
+                uint64_t item = ranked(order_key(pre[i]), (uint32_t) (f + i));
+                if (r->K > 0 ? item > bound : pre[i] > r->threshold_F[f + i]) items[count++] = item;
+            }
+            if (r->K > 0 && count + BLOCK_LATENTS > r->room) bound = keep_largest(items, &count, r->K);
+        }
     }
     if (r->K > 0) keep_largest(items, &count, r->K);
     r->counts[part] = count;
@@ -240,30 +186,16 @@ static void exact_items(const struct reading * r, const int32_t * latents, int64
     }
 }
 
-/* The bounds of a part's latents, and the exact values of the K of them that look largest. */
+/* The bounds of a thread's latents, and the exact values of the K of them that look largest. */
 static void bound_part(struct reading * r, int64_t part) {
-    struct bounds * b = &r->bounds;
-    int64_t first = ggscope_part(r->F, part, r->threads), last = ggscope_part(r->F, part + 1, r->threads), count = 0;
-    uint64_t *items = r->items + part * r->room, bound = 0;
-    int32_t * open = b->open_F + first;
-    float approx[BLOCK_LATENTS];
-    for (int64_t f = first; f < last; f += BLOCK_LATENTS) {
-        int64_t n = last - f < BLOCK_LATENTS ? last - f : BLOCK_LATENTS;
-        ggscope_upper_bounds(b->rows, b->norm_F, r->D, b->input, r->b_enc_F, f, f + n, approx, b->upper_F);
-        if (r->K == 0) continue;
-        for (int64_t i = 0; i < n; i++) {
-            uint64_t item = ranked(order_key(approx[i]), (uint32_t) (f + i));
-            if (item > bound) items[count++] = item;
-        }
-        if (count + BLOCK_LATENTS > r->room) bound = keep_largest(items, &count, r->K);
-    }
-    if (r->K > 0) keep_largest(items, &count, r->K);
-    for (int64_t i = 0; i < count; i++) {
+    choose_part(r, part, 1);
+    uint64_t * items = r->items + part * r->room;
+    int32_t * open = r->bounds.open_F + ggscope_part(r->F, part, r->threads);
+    for (int64_t i = 0; i < r->counts[part]; i++) {
         open[i] = ranked_index(items[i]);
-        b->upper_F[open[i]] = -INFINITY; /* not to be asked about again */
+        r->bounds.upper_F[open[i]] = -INFINITY; /* not to be asked about again */
     }
-    exact_items(r, open, count, items);
-    r->counts[part] = count;
+    exact_items(r, open, r->counts[part], items);
 }
 
 /* The K-th largest of the exact values so far, at least 0: what a latent has to reach. */
@@ -278,23 +210,22 @@ static float least_wanted(const struct reading * r) {
     return least > 0 ? least : 0;
 }
 
-/* The candidates among a part's latents; 1 where they were too many to be looked at one by one. */
-static int settle_part(struct reading * r, int64_t part, float least, int64_t * exact) {
+/* How many of a part's latents are in question: those in open_F. */
+static int64_t question_part(const struct reading * r, int64_t part, float least) {
     const struct bounds * b = &r->bounds;
-    int64_t first = ggscope_part(r->F, part, r->threads), last = ggscope_part(r->F, part + 1, r->threads), in_question = 0;
-    uint64_t * items = r->items + part * r->room;
-    int32_t * open = b->open_F + first;
+    int64_t first = ggscope_part(r->F, part, r->threads), last = ggscope_part(r->F, part + 1, r->threads), count = 0;
     for (int64_t f = first; f < last; f++) {
-        open[in_question] = (int32_t) f;
-        in_question += r->K > 0 ? !(b->upper_F[f] < least) : !(b->upper_F[f] <= r->threshold_F[f]);
+        b->open_F[first + count] = (int32_t) f;
+        count += r->K > 0 ? !(b->upper_F[f] < least) : !(b->upper_F[f] <= r->threshold_F[f]);
     }
-    if (in_question > b->most) {
-        choose_among(r, part);
-        *exact = last - first;
-        return 1;
-    }
+    return count;
+}
+
+/* The candidates among so many latents in question, beside those that looked largest. */
+static void settle_part(struct reading * r, int64_t part, int64_t in_question) {
+    uint64_t * items = r->items + part * r->room;
+    const int32_t * open = r->bounds.open_F + ggscope_part(r->F, part, r->threads);
     int64_t count = r->counts[part];
-    *exact = count + in_question;
     for (int64_t i = 0; i < in_question; i += BLOCK_LATENTS) {
         int64_t n = in_question - i < BLOCK_LATENTS ? in_question - i : BLOCK_LATENTS;
         exact_items(r, open + i, n, items + count);
@@ -309,7 +240,6 @@ static int settle_part(struct reading * r, int64_t part, float least, int64_t * 
     }
     if (r->K > 0) keep_largest(items, &count, r->K);
     r->counts[part] = count;
-    return 0;
 }
 
 static void sort_chosen(struct reading * r) {
@@ -342,31 +272,39 @@ int ggscope_read_row(struct reading * r) {
     if (beyond) return 1;
     ggscope_round_input(r->kind, r->u_D, r->D, r->input);
     struct bounds * b = &r->bounds;
-    int bounded = b->rows && b->pause == 0, failed = 0;
+    int bounded = b->rows && b->pause == 0;
     if (b->pause > 0) b->pause--;
     if (bounded) {
         const float * taken_D = r->kind == KIND_Q8_0 ? r->u_D : (const float *) r->input;
         ggscope_round_for_bounds(r->kind, taken_D, r->D, b->dither_D, b->input);
     }
+    share_out(r);
     float least = 0;
     int64_t exact = 0, pieces = pieces_of(r->decoder.D);
-    int known = r->decoder.W && knows_decoder(r->decoder.kind);
+    int known = r->decoder.W && ggscope_knows_decoder(r->decoder.kind);
     #pragma omp parallel num_threads((int) r->threads)
     {
         if (bounded) {
             #pragma omp for schedule(static)
             for (int64_t part = 0; part < r->threads; part++) bound_part(r, part);
             #pragma omp single
-            least = least_wanted(r);
-            #pragma omp for schedule(static) reduction(+ : exact) reduction(| : failed)
-            for (int64_t part = 0; part < r->threads; part++) {
-                int64_t some;
-                failed |= settle_part(r, part, least, &some);
-                exact += some;
+            {
+                least = least_wanted(r);
+                for (int64_t part = 0; part < r->threads; part++) exact += r->counts[part];
             }
-        } else {
+            #pragma omp for schedule(static) reduction(+ : exact)
+            for (int64_t part = 0; part < r->threads; part++) exact += b->questions[part] = question_part(r, part, least);
+            if (exact <= b->most) {
+                #pragma omp for schedule(static)
+                for (int64_t part = 0; part < r->threads; part++) settle_part(r, part, b->questions[part]);
+            } else {
+                #pragma omp single
+                share_out(r);
+            }
+        }
+        if (!bounded || exact > b->most) {
             #pragma omp for schedule(static)
-            for (int64_t part = 0; part < r->threads; part++) choose_among(r, part);
+            for (int64_t part = 0; part < r->threads; part++) choose_part(r, part, 0);
         }
         #pragma omp single
         sort_chosen(r);
@@ -375,12 +313,13 @@ int ggscope_read_row(struct reading * r) {
             int64_t first = pieces * part / r->threads * COLUMNS, last = pieces * (part + 1) / r->threads * COLUMNS;
             last = last < r->decoder.D ? last : r->decoder.D;
             if (known && first < last) {
-                piece_errors(&r->decoder, r->y_O, r->idx, r->vals, r->fired, first, last, r->errors);
+                ggscope_piece_errors(&r->decoder, r->y_O, r->idx, r->vals, r->fired, first, last, r->errors);
             }
         }
     }
-    b->exact = bounded ? exact : r->F;
-    if (bounded) b->pause = b->pauses = failed ? (2 * b->pauses + 1) & LONGEST_PAUSE : 0;
-    r->error = known ? sum_of(r->errors, pieces) : NAN;
+    int settled = bounded && exact <= b->most;
+    b->exact = settled ? exact : r->F;
+    if (bounded) b->pause = b->pauses = settled ? 0 : (2 * b->pauses + 1) & LONGEST_PAUSE;
+    r->error = known ? ggscope_sum_of(r->errors, pieces) : NAN;
     return 0;
 }

@@ -1,4 +1,4 @@
-/* Reading one row of activations in C: what products.c and reading.c share. The blocks of Q8_0 are ggml's: F16 scale,
+/* Reading one row of activations in C: what products.c, bounds.c, decoder.c and reading.c share. The blocks of Q8_0 are ggml's: F16 scale,
    32 signed bytes; the rows of Q4_0 lie as products.c says. */
 #ifndef GGSCOPE_READING_H
 #define GGSCOPE_READING_H
@@ -61,5 +61,29 @@ void ggscope_round_for_bounds(int kind, const float * taken_D, int64_t D, const 
 void ggscope_upper_bounds(
     const uint8_t * rows, const float * norm_F, int64_t D, const void * input, const float * b_F, int64_t first,
     int64_t last, float * approx, float * upper_F);
+
+/* decoder.c */
+#define COLUMNS 256 /* of the reconstruction made at a time; whole blocks of Q8_0 */
+
+/* An SAE's decoder: W_dec in rows of `row_bytes`. */
+struct decoder {
+    int32_t kind;
+    int64_t row_bytes, D;
+    const uint8_t * W;
+    const float * b_D;
+};
+
+static inline int64_t bytes_before(int kind, int64_t j) { /* of a row, in front of column j */
+    return kind == KIND_F32 ? 4 * j : kind == KIND_Q8_0 ? j / QK * BLOCK_BYTES : 2 * j;
+}
+
+static inline int64_t pieces_of(int64_t D) { return (D + COLUMNS - 1) / COLUMNS; }
+
+int ggscope_knows_decoder(int kind);
+/* The squared error in columns first..last - 1, whole pieces of COLUMNS but for the row's end: a number for each piece. */
+void ggscope_piece_errors(
+    const struct decoder * d, const float * x_D, const int32_t * idx_K, const float * vals_K, int64_t K, int64_t first,
+    int64_t last, double * errors);
+double ggscope_sum_of(const double * errors, int64_t count);
 
 #endif

@@ -1,4 +1,4 @@
-"""The compiled parts of a reading (`reading.c`, `products.c`, `bounds.c`), built with the machine's C compiler when first wanted.
+"""The compiled parts of a reading (`reading.c`, `products.c`, `bounds.c`, `decoder.c`), built with the machine's C compiler when first wanted.
 
 Without a compiler, ggml and numpy do the same, slower. On a CPU built with OpenMP its threads are the model's own.
 
@@ -25,7 +25,11 @@ from sae.rows import RowMatrix
 from sae.weights import SAEWeights
 
 _HERE, _STEP = Path(__file__).parent, Path(native.__file__).parent
-SOURCES = (*(_HERE / f"{name}.c" for name in ("reading", "products", "bounds")), _STEP / "select.c", _STEP / "step.c")
+SOURCES = (
+    *(_HERE / f"{name}.c" for name in ("reading", "products", "bounds", "decoder")),
+    _STEP / "select.c",
+    _STEP / "step.c",
+)
 HEADERS = (_HERE / "reading.h", _HERE / "bytes.h", _STEP / "vectors.h")
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", f"-I{_STEP}")
 _KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "BF16": 30}  # of matrices that are multiplied here
@@ -40,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 @final
 class Decoder(ctypes.Structure):
-    """W_dec and b_dec as reading.c takes them (`struct decoder`); it keeps the arrays."""
+    """W_dec and b_dec as decoder.c takes them (`struct decoder`); it keeps the arrays."""
 
     _fields_ = (("kind", ctypes.c_int32), ("row_bytes", _I), ("D", _I), ("W", _P), ("b_D", _P))
 
@@ -65,7 +69,7 @@ class Kernels:
         self._has_affine.argtypes = [ctypes.c_int, _I]
         self.room, self.input_bytes = library.ggscope_reading_room, library.ggscope_input_bytes
         self.room.restype = self.input_bytes.restype = _I
-        self.room.argtypes, self.input_bytes.argtypes = [_I, _I, _I], [ctypes.c_int, _I]
+        self.room.argtypes, self.input_bytes.argtypes = [_I, _I], [ctypes.c_int, _I]
         self.bounds_input_bytes, self._bounds_bytes = library.ggscope_bounds_input_bytes, library.ggscope_bounds_bytes
         self.bounds_input_bytes.restype = self._bounds_bytes.restype = _I
         self.bounds_input_bytes.argtypes, self._bounds_bytes.argtypes = [_I], [_I, _I]
@@ -133,7 +137,7 @@ class _Bounds(ctypes.Structure):
     """`struct bounds` of reading.c."""
 
     _fields_ = (
-        *((name, _P) for name in ("rows", "dither_D", "norm_F", "input", "upper_F", "open_F", "items")),
+        *((name, _P) for name in ("rows", "dither_D", "norm_F", "input", "upper_F", "open_F", "items", "questions")),
         *((name, _I) for name in ("most", "pause", "pauses", "exact")),
     )
 
@@ -150,7 +154,7 @@ class _Reading(ctypes.Structure):
         *((name, _P) for name in ("x_D", "y_O", "u_D", "input")),
         ("bounds", _Bounds),
         ("room", _I),
-        *((name, _P) for name in ("items", "counts", "errors", "idx", "vals", "pairs")),
+        *((name, _P) for name in ("items", "counts", "spans", "errors", "idx", "vals", "pairs")),
         ("fired", _I),
         ("error", ctypes.c_double),
     )
@@ -172,7 +176,7 @@ class CompiledRow(RowReading):
         self._x_D, self.width = np.zeros(w.d_in, np.float32), w.d_in
         self._y_O = np.zeros(w.d_out, np.float32) if w.is_transcoder else self._x_D
         k, kind = (w.k if w.variant == "topk" else 0), _KINDS[type_name]
-        room = kernels.room(w.num_latents, k, threads)
+        room = kernels.room(w.num_latents, k)
         slots = k or w.num_latents
         arrays = {
             "b_enc_F": w.b_enc_F,
@@ -184,6 +188,7 @@ class CompiledRow(RowReading):
             "input": np.empty(-(-kernels.input_bytes(kind, w.d_in) // 4), np.int32),
             "items": np.empty(threads * room, np.uint64),
             "counts": np.empty(threads, np.int64),
+            "spans": np.empty(8 * threads, np.uint64),
             "errors": np.empty(w.d_out),
             "idx": np.empty(slots, np.int32),
             "vals": np.empty(slots, np.float32),
@@ -231,14 +236,13 @@ class CompiledRow(RowReading):
 
 
 def most_open(type_name: str, w: SAEWeights, threads: int) -> int:
-    """Latents of a thread's part that may be left in question: half of what their bounds save, as rows from here and
-    there take longer to read. 0 where the k largest of every part are more than that already, and where bounds are not
-    worth their bytes."""
+    """Latents whose exact product may be computed: half of what their bounds save, as rows from here and there take longer
+    to read. 0 where the k largest of every thread are half of that already, and where bounds are not worth their bytes."""
     weight_bytes = _WEIGHT_BYTES.get(type_name, _BOUND_BYTES)
     if w.num_latents * w.d_in * weight_bytes < BOUNDS_BYTES:
         return 0
-    most = int(w.num_latents / threads * (1 - _BOUND_BYTES / weight_bytes) / 2)
-    return most if w.variant != "topk" or 2 * w.k <= most else 0
+    most = int(w.num_latents * (1 - _BOUND_BYTES / weight_bytes) / 2)
+    return most if w.variant != "topk" or 2 * w.k * threads <= most else 0
 
 
 def _places(arrays: Mapping[str, np.ndarray | None]) -> dict[str, int | None]:
@@ -259,11 +263,12 @@ def _bounds_arrays(
         "upper_F": np.empty(w.num_latents, np.float32),
         "open_F": np.empty(w.num_latents, np.int32),
         "items": np.empty(threads * k + 1, np.uint64),
+        "questions": np.empty(threads, np.int64),
     }
 
 
 def decoder_of(W_dec_FD: np.ndarray | RowMatrix, b_dec_D: np.ndarray) -> Decoder | None:
-    """None for a type that reading.c does not know."""
+    """None for a type that decoder.c does not know."""
     if not isinstance(W_dec_FD, RowMatrix):
         return Decoder(W_dec_FD, W_dec_FD.view(np.uint8), _KINDS["F32"], b_dec_D)
     if not isinstance(W_dec_FD, StoredRows) or W_dec_FD.type_name not in _DECODER_KINDS:

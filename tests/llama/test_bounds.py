@@ -282,8 +282,8 @@ def test_weights_that_four_bits_cannot_bound_have_no_bounds():
 
 def test_bounds_are_for_encoders_that_gain_by_them(monkeypatch):
     w, _ = sae(np.random.default_rng(9).standard_normal((F, D)))
-    assert most_open("F32", w, 2) == int(F / 2 * (1 - 18 / 128) / 2)
-    assert most_open("Q8_0", w, 2) == int(F / 2 * (1 - 18 / 34) / 2)
+    assert most_open("F32", w, 2) == int(F * (1 - 18 / 128) / 2)
+    assert most_open("Q8_0", w, 2) == int(F * (1 - 18 / 34) / 2)
     assert most_open("Q4_0", w, 2) == most_open("Q5_1", w, 2) == 0
     assert most_open("Q8_0", dataclasses.replace(w, k=64), 2) == 0
     monkeypatch.setattr(reading, "BOUNDS_BYTES", 4 * F * D + 1)
