@@ -151,4 +151,5 @@ def test_reading_a_q8_0_file_takes_about_the_memory_of_its_bytes(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         shares[way] = float(done.stdout)
-    assert shares["stored"] < 1.3 < 3 < shares["whole"], shares
+    bounds = 18 / 68  # of the file: 18/32 byte for each weight of the encoder, 34/32 for each of both matrices
+    assert shares["stored"] < 1.3 + bounds < 3 < shares["whole"], shares
