@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bench.common import BenchError, Row
-from bench.train_cases import PEERS, Peer, Say, Settings, Shape, Turns, library_worker, our_kernels, ours_worker
+from bench.train_cases import PEERS, Peer, Say, Settings, Shape, Turns, add_peers, our_kernels, ours_worker, start_peers
 
 LRS = (0.0, 1e-3, 2e-3, 4e-3)
 LIBRARIES = ("sparsify", "saelens", "dictionary_learning")
@@ -62,8 +62,7 @@ def rows(shape: Shape, settings: Settings, wanted: Curves, say: Say, *, with_pee
     for lr in wanted.lrs:
         with Turns(shape, settings, say, lr=lr or None, steps=wanted.steps) as turns:
             ours = _add_ours(turns, say)
-            for peer in wanted.peers(lr) if with_peers else ():
-                _add_peer(turns, peer)
+            list(add_peers(turns, start_peers(turns, wanted.peers(lr) if with_peers else (), settings)))
             for name in turns.workers:
                 found.setdefault(name, {})[lr] = Curve()
             for step in marks(wanted.steps):
@@ -78,12 +77,6 @@ def _add_ours(turns: Turns, say: Say) -> str:
         kernel = our_kernels(worker, say)[-1]
     turns.add(kernel, ours_worker(threads), "ours", {"kernel": kernel})
     return kernel
-
-
-def _add_peer(turns: Turns, peer: Peer) -> None:
-    worker = library_worker(peer.library, turns.settings.threads)
-    label = peer.label(worker.ask("version", library=peer.library)["version"])
-    turns.add(label, worker, peer.library, peer.options)
 
 
 def _advance(turns: Turns, curves: dict[str, Curve], step: int) -> None:

@@ -27,11 +27,10 @@ static inline float beyond(int64_t D) { return 2.15f + 3e-8f * (float) D * sqrtf
 int64_t ggscope_bounds_input_bytes(int64_t D) { return D + 12 * (D / QK) + 4; }
 
 int ggscope_has_bounds(int kind, int64_t F, int64_t D) {
-    int known = kind == KIND_F32 || kind == KIND_F16 || kind == KIND_BF16 || kind == KIND_Q8_0;
-    return HAVE_PRODUCTS && known && F % 8 == 0 && D % QK == 0;
+    return ggscope_has_affine(kind, F) && kind != KIND_Q4_0 && F % 8 == 0 && D % QK == 0;
 }
 
-int64_t ggscope_bounds_bytes(int64_t F, int64_t D) { return F / 8 * (D / QK) * 144; }
+int64_t ggscope_bounds_bytes(int64_t F, int64_t D) { return F / 8 * (D / QK) * EIGHT_BYTES; }
 
 #if HAVE_PRODUCTS
 /* Where the parts of a rounded row lie. */
@@ -43,7 +42,7 @@ static inline int8_t * whole_of(const void * input, int64_t D) { return (int8_t 
 
 /* Block b of a row of W_enc. */
 static void weights_of(int kind, const uint8_t * row, int64_t b, float * w) {
-    const uint8_t * block = kind == KIND_Q8_0 ? row + b * BLOCK_BYTES : row + b * QK * (kind == KIND_F32 ? 4 : 2);
+    const uint8_t * block = row + bytes_before(kind, b * QK);
     if (kind == KIND_F32) memcpy(w, block, QK * sizeof *w);
     for (int j = 0; j < QK; j++) {
         if (kind == KIND_F16) w[j] = half_at(block + 2 * j);
@@ -103,25 +102,9 @@ static int round_rows(
 
 /* Upper bounds of eight latents without their biases; `approx`: the products with the rounded weights. */
 static void bounds8(const uint8_t * w, int64_t D, const void * input, __m256 * approx, __m256 * upper) {
-    const __m256i high = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), low = _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
-    const float *scale = scale_of(input), *shift = shift_of(input, D), *square = square_of(input, D);
-    const int8_t * q = whole_of(input, D);
-    __m256 total0 = _mm256_setzero_ps(), total4 = total0, much = total0, spread = total0;
-    for (int64_t b = 0; b < D / QK; b++, w += EIGHT_BYTES, q += QK) {
-        FETCH(w, 0);
-        FETCH(w, 64);
-        if ((b & 3) == 0) FETCH(w, 128);
-        __m256i sum0 = four_rows(four_rows(_mm256_setzero_si256(), w + 16, q), w + 80, q + 8);
-        __m256i sum4 = four_rows(four_rows(_mm256_setzero_si256(), w + 48, q), w + 112, q + 8);
-        __m256 steps = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const void *) w)), _mm256_set1_ps(scale[b]));
-        much = _mm256_fmadd_ps(steps, _mm256_set1_ps(shift[b]), much);
-        spread = _mm256_fmadd_ps(_mm256_mul_ps(steps, steps), _mm256_set1_ps(square[b]), spread);
-        total0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum0), _mm256_permutevar8x32_ps(steps, high), total0);
-        total4 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum4), _mm256_permutevar8x32_ps(steps, low), total4);
-    }
-    __m256 pairs = _mm256_hadd_ps(total0, total4); /* rows 0 1 4 5 2 3 6 7 */
-    __m256 sums = _mm256_permutevar8x32_ps(pairs, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
-    *approx = _mm256_sub_ps(sums, much);
+    __m256 spread;
+    *approx = eight_rows(
+        w, D / QK, whole_of(input, D), scale_of(input), shift_of(input, D), square_of(input, D), &spread);
     *upper = _mm256_fmadd_ps(_mm256_sqrt_ps(spread), _mm256_set1_ps(beyond(D)), *approx);
 }
 #endif
@@ -132,7 +115,7 @@ int ggscope_make_bounds(
     int64_t threads) {
     int failed = !ggscope_has_bounds(kind, F, D);
 #if HAVE_PRODUCTS
-    int64_t row_bytes = kind == KIND_Q8_0 ? D / QK * BLOCK_BYTES : D * (kind == KIND_F32 ? 4 : 2);
+    int64_t row_bytes = bytes_before(kind, D);
     #pragma omp parallel for num_threads((int) threads) schedule(static) reduction(| : failed)
     for (int64_t f = 0; f < (failed ? 0 : F); f += 8) {
         uint8_t * rows = out + f / 8 * (D / QK) * EIGHT_BYTES;

@@ -122,27 +122,6 @@ static float product(const uint8_t * w, int64_t blocks, const int8_t * q, const 
     return sum_of_eight(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3]))) - least;
 }
 
-static void product8(
-    const uint8_t * w, int64_t blocks, const int8_t * q, const float * scale, const float * excess, float * out) {
-    const __m256i upper = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3), lower = _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7);
-    __m256 total0 = _mm256_setzero_ps(), total4 = _mm256_setzero_ps(); /* rows 0 to 3 and 4 to 7, two sums each */
-    __m256 much = _mm256_setzero_ps();
-    for (int64_t b = 0; b < blocks; b++, w += EIGHT_BYTES, q += QK) {
-        FETCH(w, 0);
-        FETCH(w, 64);
-        if ((b & 3) == 0) FETCH(w, 128);
-        __m256i sum0 = four_rows(four_rows(_mm256_setzero_si256(), w + 16, q), w + 80, q + 8);
-        __m256i sum4 = four_rows(four_rows(_mm256_setzero_si256(), w + 48, q), w + 112, q + 8);
-        __m256 scales = _mm256_mul_ps(_mm256_cvtph_ps(_mm_loadu_si128((const void *) w)), _mm256_set1_ps(scale[b]));
-        much = _mm256_fmadd_ps(scales, _mm256_set1_ps(excess[b]), much);
-        total0 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum0), _mm256_permutevar8x32_ps(scales, upper), total0);
-        total4 = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum4), _mm256_permutevar8x32_ps(scales, lower), total4);
-    }
-    __m256 pairs = _mm256_hadd_ps(total0, total4); /* rows 0 1 4 5 2 3 6 7 */
-    __m256 sums = _mm256_permutevar8x32_ps(pairs, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
-    _mm256_storeu_ps(out, _mm256_sub_ps(sums, much));
-}
-
 /* Where the parts of a quantised row lie. */
 static inline float * scale_of(const void * input) { return (float *) input; }
 static inline float * excess_of(const void * input, int64_t D) { return scale_of(input) + D / QK; }
@@ -186,8 +165,8 @@ void ggscope_products(
     }
     if (kind == KIND_Q4_0) {
         for (int64_t f = first; f < last; f += 8, pre += 8) {
-            product8(W + f / 8 * blocks * EIGHT_BYTES, blocks, q, scale, excess, pre);
-            for (int i = 0; i < 8; i++) pre[i] += b_F[f + i];
+            __m256 sums = eight_rows(W + f / 8 * blocks * EIGHT_BYTES, blocks, q, scale, excess, NULL, NULL);
+            _mm256_storeu_ps(pre, _mm256_add_ps(sums, _mm256_loadu_ps(b_F + f)));
         }
     }
     if (kind == KIND_F32) floats_f32(W, D, input, b_F, first, last, pre);

@@ -1,5 +1,5 @@
-/* Reading one row of activations in C: what products.c, bounds.c, decoder.c and reading.c share. The blocks of Q8_0 are ggml's: F16 scale,
-   32 signed bytes; the rows of Q4_0 lie as products.c says. */
+/* Reading one row of activations in C: what products.c, bounds.c, decoder.c and reading.c share. The blocks of Q8_0 are
+   ggml's: F16 scale, 32 signed bytes; the rows of Q4_0 lie as bytes.h says. */
 #ifndef GGSCOPE_READING_H
 #define GGSCOPE_READING_H
 #include "vectors.h"
