@@ -1,8 +1,8 @@
 """The measurements of `python -m bench.live`: every side decodes the same tokens before the next turn.
 
 All run on one thread of Python, so ggml's threads are the same ones, and each passes over the whole model between two
-turns of another: nothing small stays in the cache. What a reading adds is the median over the tokens of the difference
-to the side without one.
+turns of another: nothing small stays in the cache. What a reading adds is the median over the rounds of the difference
+to the token without one just before it: a token's time drifts, and a small reading is a hundredth of it.
 
 Shape letters: D width of the hook point, F latents.
 """
@@ -49,6 +49,7 @@ NUMPY, SAME = "numpy-f32", "same context"
 SHARED_TOKENS = 512
 SHARE_OF = (32768, "Q8_0")  # the encoder that is held against the token's time
 WARM_TOKENS = 4
+MEDIAN_ERROR = 1.2533 / 1.349  # of a normal distribution, in interquartile ranges over the root of the count
 CONTEXTS = 8  # whose buffers lie in as many places
 SHAPE_1B = models.Shape(d=2048, blocks=16, heads=32, kv_heads=8, ff=8192)
 
@@ -75,7 +76,7 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Self:
-        return cls(shape=replace(SHAPE_1B, blocks=4), busy_tokens=32, latents=(4096, 32768))
+        return cls(shape=replace(SHAPE_1B, blocks=4), tokens=256, busy_tokens=32, latents=(4096, 32768))
 
     def for_demo(self) -> Settings:
         """The demo model: reported without limits."""
@@ -96,10 +97,10 @@ def prepare(name: str, folder: Path, settings: Settings, say: Say) -> Path:
 
 def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[Row], dict[str, Any]]:
     """The rows of one model, and what they rest on."""
-    with Model(path) as model, _sides(model, settings, say) as (sides, sizes):
-        say(f"{name}: {settings.tokens} tokens, {len(sides)} sides in turns")
-        apart = [key for key in sides if key.endswith(NUMPY)]  # numpy's threads spin on for a while, into the next side
-        together = {key: step for key, step in sides.items() if key not in apart}
+    with Model(path) as model, _sides(model, settings, say) as (hooks, pairs, sizes):
+        say(f"{name}: {settings.tokens} rounds, {len(pairs)} readings")
+        apart = [key for key in pairs if key.endswith(NUMPY)]  # numpy's threads spin on for a while, into the next side
+        together = [hooks, *(pair for key, pair in pairs.items() if key not in apart)]
         sum_step = _sum_step(settings)
         if settings.limits:
             quiet = in_step(together, settings, settings.tokens, meter=sum_step)
@@ -107,12 +108,10 @@ def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[R
             quiet = in_step(together, settings, settings.tokens)
             quiet["sum"] = timed(sum_step, range(settings.tokens), 0)
         for key in apart:
-            beside_it = in_step({SAME: sides[SAME], key: sides[key]}, settings, settings.tokens)
-            quiet |= {key: beside_it[key], f"{key} {SAME}": beside_it[SAME]}
+            quiet |= in_step([pairs[key]], settings, settings.tokens)
         say(f"{name}: {settings.busy_tokens} tokens beside a busy Python thread")
-        some = {key: sides[key] for key in ("bare", "callback")}
         with beside(busy=True):
-            busy = in_step(some, settings, settings.busy_tokens)
+            busy = in_step([hooks], settings, settings.busy_tokens)
         token_ms = 1e3 * statistics.median(quiet["callback"])
         asked = live_ask.rows(name, model, turns=settings.busy_tokens, threads=settings.threads, token_ms=token_ms)
     kept = same_speed(quiet["sum"])
@@ -135,19 +134,20 @@ def same_speed(sum_T: Sequence[float]) -> list[int]:
 
 
 def in_step(
-    sides: Mapping[str, Step], settings: Settings, count: int, *, meter: Step | None = None
+    groups: Sequence[Mapping[str, Step]], settings: Settings, count: int, *, meter: Step | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of every side for each of `count` tokens; the order turns with every token.
+    """Seconds of every side in each of `count` rounds; the order of the groups turns with every round.
 
-    A side decodes two tokens in its turn, of which the second is timed: as it goes on generating. `meter` opens every
-    round, timed as "sum".
+    The sides of a group follow each other. A side decodes two tokens in its turn, of which the second is timed: as it
+    goes on generating. `meter` opens every round, timed as "sum".
     """
-    names = list(sides)
     token_T2 = np.random.default_rng(settings.seed).integers(3, 500, (WARM_TOKENS + count, 2))
+    names = [name for group in groups for name in group]
     seconds: dict[str, list[float]] = {name: [] for name in (*names, *(["sum"] if meter else []))}
-    for step in sides.values():
-        for pos in range(settings.prompt):
-            step(3 + pos, pos)
+    for group in groups:
+        for step in group.values():
+            for pos in range(settings.prompt):
+                step(3 + pos, pos)
     for t, (before, token) in enumerate(token_T2.tolist()):
         warm = t >= WARM_TOKENS
         if meter is not None:
@@ -155,41 +155,55 @@ def in_step(
             meter(0, 0)
             if warm:
                 seconds["sum"].append(time.perf_counter() - started)
-        turn = t % len(names)
-        for name in names[turn:] + names[:turn]:
-            sides[name](before, settings.prompt + 2 * t)
-            started = time.perf_counter()
-            sides[name](token, settings.prompt + 2 * t + 1)
-            if warm:
-                seconds[name].append(time.perf_counter() - started)
+        for i in range(len(groups)):
+            for name, step in groups[(t + i) % len(groups)].items():
+                step(before, settings.prompt + 2 * t)
+                started = time.perf_counter()
+                step(token, settings.prompt + 2 * t + 1)
+                if warm:
+                    seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def without(key: str) -> str:
+    """The name of the token without a reading that is timed just before one with it."""
+    return f"{key}, {SAME}"
+
+
+def added_ms(seconds: Mapping[str, Sequence[float]], key: str, kept: Sequence[int]) -> tuple[float, float]:
+    """Milliseconds that a reading adds to a token, and their standard error: of the median over these rounds, from the
+    middle half of them."""
+    gap_T = 1e3 * (np.array(seconds[key]) - np.array(seconds[without(key)]))[kept]
+    low, median, high = np.percentile(gap_T, [25, 50, 75]).tolist()
+    return median, MEDIAN_ERROR * (high - low) / len(gap_T) ** 0.5
 
 
 @contextmanager
 def _sides(
     model: Model, settings: Settings, say: Say
-) -> Iterator[tuple[dict[str, Step], dict[str, tuple[int, str, int]]]]:
-    """Name -> step, and of the readings (F, type, bytes of the encoder).
+) -> Iterator[tuple[dict[str, Step], dict[str, dict[str, Step]], dict[str, tuple[int, str, int]]]]:
+    """ "bare" and "callback"; of every reading the token without it and with it, and (F, type, bytes of the encoder).
 
     Where a context's buffers happen to lie is worth as much as a small reading, and more than a callback. So the readings
-    and `SAME` have one context and go on in one text; "bare" and "callback" are several contexts each, a token in turn.
+    and the tokens without have one context and go on in one text; "bare" and "callback" are several contexts each, a
+    token in turn.
     """
     n_ctx = (settings.prompt + 2 * (WARM_TOKENS + max(settings.tokens, settings.busy_tokens))) // CONTEXTS + 2
     bare = [_bare_context(model, n_ctx, settings.threads) for _ in range(CONTEXTS)]
-    sides: dict[str, Step] = {"bare": in_rotation([_bare_step(context) for context in bare])}
+    hooks: dict[str, Step] = {"bare": in_rotation([_bare_step(context) for context in bare])}
+    pairs: dict[str, dict[str, Step]] = {}
     sizes: dict[str, tuple[int, str, int]] = {}
     try:
         sessions = [session_of(model, n_ctx, settings) for _ in range(CONTEXTS)]
-        sides["callback"] = in_rotation([session_step(session, None) for session in sessions])
+        hooks["callback"] = in_rotation([session_step(session, None) for session in sessions])
         session = session_of(model, SHARED_TOKENS, settings)
-        sides[SAME] = session_step(session, None, goes_on=True)
         for latents in settings.latents:
             say(f"encoders of {model.n_embd} x {latents}")
             for label, reader, n_bytes in readers(model, latents, settings):
                 key = f"{latents} {label}"
-                sides[key] = session_step(session, reader, goes_on=True)
+                pairs[key] = pair(session, key, reader)
                 sizes[key] = (latents, label, n_bytes)
-        yield sides, sizes
+        yield hooks, pairs, sizes
     finally:
         for context in bare:
             lc.llama_free(context)
@@ -275,6 +289,11 @@ def session_step(
     return step
 
 
+def pair(session: Session, key: str, reader: Reader) -> dict[str, Step]:
+    """A token without the reading, then one with it, in the session's one text."""
+    return {without(key): session_step(session, None, goes_on=True), key: session_step(session, reader, goes_on=True)}
+
+
 def _bare_context(model: Model, n_ctx: int, threads: int) -> Any:
     """A context like a Session's, without a callback."""
     params = lc.llama_context_default_params()
@@ -338,18 +357,15 @@ def _callback_rows(name: str, quiet: Mapping, busy: Mapping, settings: Settings)
 def _reading_rows(
     name: str, seconds: Mapping[str, Sequence[float]], sizes: Mapping[str, tuple[int, str, int]], settings: Settings
 ) -> list[Row]:
-    """Added time of each reading against the time its encoder's bytes take to be read once; a token's is that of `SAME`.
-    Of the rounds at one speed of memory (`same_speed`)."""
-    kept = same_speed(seconds["sum"]) if settings.limits else range(len(seconds["sum"]))
+    """Added time of each reading against the time its encoder's bytes take to be read once. Of the rounds at one speed of
+    memory (`same_speed`); a reading that was timed apart: of all."""
+    kept = same_speed(seconds["sum"]) if settings.limits else list(range(len(seconds["sum"])))
     ms_per_byte = 1e3 * statistics.median(seconds["sum"][t] for t in kept) / settings.sum_bytes
-    token_ms = 1e3 * statistics.median(seconds[SAME][t] for t in kept)
     rows = []
     for key, (latents, label, n_bytes) in sizes.items():
-        without = seconds.get(f"{key} {SAME}")
-        if without is None:
-            added = 1e3 * statistics.median(seconds[key][t] - seconds[SAME][t] for t in kept)
-        else:  # in turns of its own
-            added = 1e3 * statistics.median(a - b for a, b in zip(seconds[key], without, strict=True))
+        rounds = list(range(len(seconds[key]))) if key.endswith(NUMPY) else kept
+        added, error = added_ms(seconds, key, rounds)
+        token_ms = 1e3 * statistics.median(seconds[without(key)][t] for t in rounds)
         floor = n_bytes * ms_per_byte
         allowed = FLOOR_FACTOR * floor + (SMALL_MS if n_bytes < CACHED_BYTES else 0.0)
         limited = settings.limits and label in TYPES
@@ -362,7 +378,7 @@ def _reading_rows(
                 theirs=floor,
                 ratio=floor / added,
                 target=floor / allowed if limited else 0.0,
-                note=f"{n_bytes / 1e6:.0f} MB, {100 * added / token_ms:.1f} % of the token",
+                note=f"± {error:.3f} ms; {n_bytes / 1e6:.0f} MB, {100 * added / token_ms:.1f} % of the token",
             )
         )
         if (latents, label) == SHARE_OF and limited:

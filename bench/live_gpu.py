@@ -7,14 +7,14 @@ CPU's memory says nothing there, so each reading stands beside the token without
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench import models
 from bench.common import Row
-from bench.live_cases import SAME, Say, Settings, Step, in_step, readers, session_of, session_step
+from bench.live_cases import Say, Settings, Step, added_ms, in_step, pair, readers, session_of, without
 from pipeline.llama.doctor import backends
 from pipeline.llama.model import Model
 from pipeline.llama.symbols import lc
@@ -38,27 +38,28 @@ def measure(path: Path, settings: Settings, say: Say) -> tuple[list[Row], dict[s
     """The rows, and what they rest on."""
     with Model(path, n_gpu_layers=-1) as model:
         session = session_of(model, SHARED_TOKENS, settings)
-        sides: dict[str, Step] = {SAME: session_step(session, None, goes_on=True)}
+        pairs: dict[str, dict[str, Step]] = {}
         for latents in settings.latents:
             say(f"encoders of {model.n_embd} x {latents}")
             for label, reader, n_bytes in readers(model, latents, settings):
                 key = f"n{latents} k{settings.k} {label}, {n_bytes / 1e6:.0f} MB"
-                sides[key] = session_step(session, reader, goes_on=True)
-        say(f"{settings.tokens} tokens, {len(sides)} sides in turns")
-        seconds = in_step(sides, settings, settings.tokens)
-    return token_rows(seconds), {"model_mb": round(path.stat().st_size / 1e6)}
+                pairs[key] = pair(session, key, reader)
+        say(f"{settings.tokens} rounds, {len(pairs)} readings")
+        seconds = in_step(list(pairs.values()), settings, settings.tokens)
+    return token_rows(seconds, pairs), {"model_mb": round(path.stat().st_size / 1e6)}
 
 
-def token_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
-    """A token with each reading against one without: the median of the differences, turn by turn."""
-    token_ms = 1e3 * statistics.median(seconds[SAME])
+def token_rows(seconds: Mapping[str, Sequence[float]], keys: Iterable[str]) -> list[Row]:
+    """A token with each reading against one without: the median of the differences, round by round."""
     found = []
-    for key in seconds.keys() - {SAME}:
-        added = 1e3 * statistics.median(a - b for a, b in zip(seconds[key], seconds[SAME], strict=True))
+    for key in keys:
+        added, error = added_ms(seconds, key, list(range(len(seconds[key]))))
+        token_ms = 1e3 * statistics.median(seconds[without(key)])
         found.append(
             Row(
                 case=f"{NAME} token with {key}", peer="without", unit="ms/token", ours=token_ms + added, theirs=token_ms,
-                ratio=token_ms / (token_ms + added), target=1 / (1 + TOKEN_SHARE), note=f"{added / token_ms:+.1%}",
+                ratio=token_ms / (token_ms + added), target=1 / (1 + TOKEN_SHARE),
+                note=f"{added / token_ms:+.1%} ± {error / token_ms:.1%}",
             )
         )  # fmt: skip
     return sorted(found, key=lambda row: row.case)

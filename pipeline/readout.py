@@ -124,10 +124,10 @@ class Reader:
         self._place: _Place | None = None
         self._input_place: _Place | None = None  # a transcoder's
         if row is not None and self.source is None:
-            self._place = _Place(row.width, 0 if row.tensor else row.x_D.ctypes.data, row.tensor)
+            self._place = _Place(row.width, 0 if row.tensor else row.x_D.ctypes.data, row.tensor, row.call)
         elif row is not None:
-            self._place = _Place(row.y_O.size, row.y_O.ctypes.data)
-            self._input_place = _Place(row.width, row.x_D.ctypes.data)
+            self._place = _Place(row.y_O.size, row.y_O.ctypes.data, call=row.call)
+            self._input_place = _Place(row.width, row.x_D.ctypes.data, call=row.call)
 
     def hook(self) -> Hook:
         return Hook(point=self.point, read=self._read, place=self._place)
@@ -190,8 +190,8 @@ def _keep(rows: Rows, into: dict[tuple[int, int], np.ndarray]) -> None:
 class _Place:
     """Where a session puts the row of a single token (`RowPlace`)."""
 
-    def __init__(self, width: int, address: int, tensor: int = 0) -> None:
-        self.width, self.address, self.tensor = width, address, tensor
+    def __init__(self, width: int, address: int, tensor: int = 0, call: tuple[int, int] = (0, 0)) -> None:
+        self.width, self.address, self.tensor, self.call = width, address, tensor, call
         self.held: tuple[int, int] | None = None  # (sequence, position) of the row that is there
 
     def is_free(self) -> bool:

@@ -23,6 +23,7 @@ class RowReading(ABC):
 
     width: int
     tensor: int = 0  # where the row is put: a ggml tensor on another device, or, where it is 0, ...
+    call: tuple[int, int] = (0, 0)  # addresses of a C function that reads the row and of its argument; `read` can, too
 
     @property
     @abstractmethod
@@ -38,6 +39,7 @@ class RowReading(ABC):
     def read(self, top: int) -> tuple[bytes, int, float] | None:
         """PAIRs of the active latents of `x_D`, largest first, at most `top`; how many are active; ||y - y_hat||^2.
 
+        Where `call`'s function was called since the row came, that did it, and this only takes what it found.
         None for a row that only `Encoder.encode` can take.
         """
 

@@ -1,7 +1,7 @@
 /* Which graph nodes Python is asked about: llama.cpp asks for each of hundreds, and each question takes Python's
    interpreter lock. Only the nodes somebody watches, every `every`-th one (so that a signal is noticed), and
    everything while `always` is set go on to Python; the rest are answered "compute it, do not hand it over".
-   Single rows that are only read go to their readers' memory from here. */
+   Single rows that are only read go to their readers' memory from here, and what reads them is called. */
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -10,16 +10,19 @@
 #define NAME_BYTES 64
 #define MAX_NAMES 256
 #define MAX_READS 64
+#define BEGIN -1
 
 typedef bool (*python_callback)(void * tensor, bool ask, void * user_data);
 
-/* A row of one node, copied when it is handed over. */
+/* A row of one node, copied when it is handed over; `then` is called when all rows with this argument are there. */
 struct read {
     char name[NAME_BYTES];
     char op[NAME_BYTES];
     int64_t width;
     float * into;
     void * tensor;  /* ... or where it goes instead: one row, maybe on another device */
+    int (*then)(void * argument); /* or NULL */
+    void * argument;
     int occurrence; /* which node of this name it is */
     int seen;       /* how many of this name were asked for in this decode */
     int done;
@@ -42,9 +45,9 @@ struct filter {
     int every; /* 0: never */
     int asked;
     int count;
-    int begin; /* a decode begins: nothing of `reads` is done */
     int read_count;
-    int wrong; /* a row's node was not what it should be */
+    int missing; /* rows not read yet in this decode, BEGIN before its first node; nothing sets it right again where a
+                    row's node was not what it should be */
     char names[MAX_NAMES][NAME_BYTES];
     struct read reads[MAX_READS];
 };
@@ -88,28 +91,32 @@ static bool copied(const struct filter * f, const struct read * r, const char * 
     return true;
 }
 
+static bool all_done(const struct filter * f, const void * argument) {
+    for (int i = 0; i < f->read_count; i++) {
+        if (f->reads[i].argument == argument && !f->reads[i].done) return false;
+    }
+    return true;
+}
+
 static bool handed_over(struct filter * f, const char * tensor) {
     bool found = false;
     for (int i = 0; i < f->read_count; i++) {
         struct read * r = f->reads + i;
         if (r->done || r->seen != r->occurrence + 1 || strncmp(tensor + f->at.name, r->name, NAME_BYTES) != 0) continue;
         found = true;
-        if (!is_row(f, r, tensor)) {
-            f->wrong = 1;
-        } else if (r->tensor) {
-            r->done = copied(f, r, tensor);
-        } else {
-            f->at.get(tensor, r->into, 0, (size_t) r->width * sizeof(float));
-            r->done = 1;
-        }
+        if (!is_row(f, r, tensor) || (r->tensor && !copied(f, r, tensor))) continue; /* it stays missing */
+        if (!r->tensor) f->at.get(tensor, r->into, 0, (size_t) r->width * sizeof(float));
+        r->done = 1;
+        f->missing--;
+        if (r->then && all_done(f, r->argument)) r->then(r->argument);
     }
     return found;
 }
 
 bool ggscope_ask(void * tensor, bool ask, void * user_data) {
     struct filter * f = user_data;
-    if (f->begin) {
-        f->begin = f->wrong = 0;
+    if (f->missing == BEGIN) {
+        f->missing = f->read_count;
         for (int i = 0; i < f->read_count; i++) f->reads[i].seen = f->reads[i].done = 0;
     }
     if (f->always) return f->python(tensor, ask, NULL);

@@ -165,7 +165,7 @@ class EvalCallback:
         if self._reads is not reads:
             self._filter.read(reads)
             self._reads = reads
-        self._filter.begin = 1
+        self._filter.begin()
         self._set_always()
 
     def rows_are_read(self) -> bool:

@@ -10,8 +10,6 @@ Shape letters: N rows, D input width, F outputs.
 from __future__ import annotations
 
 import ctypes
-import mmap
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ import numpy as np
 
 from sae.errors import LlamaError
 
+from . import large_pages
 from .symbols import (
     TYPE_F32,
     InitParams,
@@ -52,7 +51,7 @@ _compute = function("ggml_backend_graph_compute", ctypes.c_int, _P, _P)
 _alloc_in = function("ggml_backend_alloc_ctx_tensors_from_buft", _P, _P, _P)
 _buffer_free = function("ggml_backend_buffer_free", None, _P)
 _buffer_usage = function("ggml_backend_buffer_set_usage", None, _P, ctypes.c_int)
-_buffer_empty = function("ggml_backend_buft_alloc_buffer", _P, _P, _SIZE)
+_new_buffer = function("ggml_backend_buft_alloc_buffer", _P, _P, _SIZE)
 _buft_host = function("ggml_backend_buft_is_host", ctypes.c_bool, _P)
 _buft_name = function("ggml_backend_buft_name", ctypes.c_char_p, _P)
 _supports = function("ggml_backend_supports_op", ctypes.c_bool, _P, _P)
@@ -63,7 +62,8 @@ _dev_reg = function("ggml_backend_dev_backend_reg", _P, _P)
 _proc = function("ggml_backend_reg_get_proc_address", _P, _P, ctypes.c_char_p)
 _row_bytes = function("ggml_row_size", _SIZE, ctypes.c_int, _I64)
 _buffer_base = function("ggml_backend_buffer_get_base", _P, _P)
-_buffer_bytes = function("ggml_backend_buffer_get_size", _SIZE, _P)
+_bytes_in = function("ggml_backend_buft_get_alloc_size", _SIZE, _P, _P)
+_place = function("ggml_backend_tensor_alloc", ctypes.c_int, _P, _P, _P)
 _USAGE_WEIGHTS = 1
 
 
@@ -125,28 +125,26 @@ class Tensors:
         self.context = _init(InitParams(CONTEXT_BYTES, None, True))
         weakref.finalize(self, _free, self.context)
 
-    def allocate(self, buffer_type: int, *, weights: bool = False, in_memory: bool = False) -> None:
-        """Memory for every tensor made so far. LlamaError where there is not enough.
+    def allocate(self, buffer_type: int, *, weights: bool = False) -> None:
+        """Memory for every tensor made so far. LlamaError where there is not enough."""
+        self._own(_alloc_in(self.context, buffer_type), buffer_type, weights)
 
-        `in_memory`: it is the machine's own, and may be asked to have large pages.
-        """
-        buffer = _alloc_in(self.context, buffer_type)
+    def allocate_in_large_pages(self, tensor: int, buffer_type: int) -> None:
+        """The same for weights that are this one tensor, in the machine's own memory."""
+        n_bytes = large_pages.room(_bytes_in(buffer_type, tensor))
+        buffer = _new_buffer(buffer_type, n_bytes)
+        self._own(buffer, buffer_type, weights=True)
+        address = _buffer_base(buffer)
+        large_pages.expect(address, n_bytes)
+        if _place(buffer, tensor, large_pages.start_in(address)):
+            raise LlamaError(f"{buffer_type_name(buffer_type)} buffers do not take the encoder")
+
+    def _own(self, buffer: int | None, buffer_type: int, weights: bool) -> None:
         if not buffer:
             raise LlamaError(f"no memory for the encoder in {buffer_type_name(buffer_type)} buffers")
         weakref.finalize(self, _buffer_free, buffer)
         if weights:
             _buffer_usage(buffer, _USAGE_WEIGHTS)
-            if in_memory:
-                _ask_for_huge_pages(_buffer_base(buffer), _buffer_bytes(buffer))
-
-
-def _ask_for_huge_pages(address: int, n_bytes: int) -> None:
-    """Large pages for memory not yet written to (Linux): a product that reads all of it misses fewer translations."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (address + n_bytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    if madvise is not None and length > 0:
-        madvise(_P(start), _SIZE(length), mmap.MADV_HUGEPAGE)  # a hint: whether it is taken changes no number
 
 
 def row_bytes(kind: int, width: int) -> int:
@@ -160,7 +158,7 @@ def rearranged_for(backend: Backend, kind: int, D: int, F: int) -> int:
         with _context() as context:
             weight = new_2d(context, kind, D, F)
             product = mul_mat(context, weight, new_2d(context, TYPE_F32, D, 1))
-            probe = _buffer_empty(buffer_type, 0)  # of no bytes: supports_op asks where the weight would lie
+            probe = _new_buffer(buffer_type, 0)  # of no bytes: supports_op asks where the weight would lie
             tensor_at(weight).buffer = probe
             try:
                 if backend.supports(product):
@@ -192,8 +190,14 @@ class Affine:
         self._matrix = Tensors()
         self._weight = new_2d(self._matrix.context, kind, D, self.F)
         self.buffer_type = place or rearranged_for(backend, kind, D, self.F)
-        self._matrix.allocate(self.buffer_type, weights=True, in_memory=backend.is_cpu)
-        self._fill([raw] if isinstance(raw, np.ndarray) else raw, self.F * row_bytes(kind, D))
+        if backend.is_cpu:
+            self._matrix.allocate_in_large_pages(self._weight, self.buffer_type)
+        else:
+            self._matrix.allocate(self.buffer_type, weights=True)
+        n_bytes = self.F * row_bytes(kind, D)
+        self._fill([raw] if isinstance(raw, np.ndarray) else raw, n_bytes)
+        if backend.is_cpu:
+            large_pages.settle(self.weight_address, n_bytes)
         self._bias = Constants(backend, {"b": bias_F})
         if missing := unsupported(backend, D, self._product_alone):
             raise _cannot(backend, missing)

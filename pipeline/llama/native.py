@@ -19,12 +19,13 @@ from .symbols import TYPE_F32, GgmlTensor, op_name, tensor_copy, tensor_get
 
 SOURCE = Path(__file__).with_name("ask.c")
 NAME_BYTES, MAX_NAMES, MAX_READS = 64, 256, 64  # as in ask.c
+_BEGIN = -1  # as in ask.c
 PYTHON_EVERY = 64  # nodes between two looks at Python, where a signal ends a decode with hooks that are called
 _P = ctypes.c_void_p
 
 
 class RowRead(ctypes.Structure):
-    """`struct read` of ask.c: where the one row of a node goes."""
+    """`struct read` of ask.c: where the one row of a node goes, and what is called when it is there."""
 
     _fields_ = (
         ("name", ctypes.c_char * NAME_BYTES),
@@ -32,6 +33,8 @@ class RowRead(ctypes.Structure):
         ("width", ctypes.c_int64),
         ("into", _P),
         ("tensor", _P),
+        ("then", _P),
+        ("argument", _P),
         ("occurrence", ctypes.c_int),
         ("seen", ctypes.c_int),
         ("done", ctypes.c_int),
@@ -65,9 +68,8 @@ class AskFilter(ctypes.Structure):
         ("every", ctypes.c_int),
         ("asked", ctypes.c_int),
         ("count", ctypes.c_int),
-        ("begin", ctypes.c_int),
         ("read_count", ctypes.c_int),
-        ("wrong", ctypes.c_int),
+        ("missing", ctypes.c_int),
         ("names", (ctypes.c_char * NAME_BYTES) * MAX_NAMES),
         ("reads", RowRead * MAX_READS),
     )
@@ -89,9 +91,13 @@ class AskFilter(ctypes.Structure):
         for i, row in enumerate(reads):
             self.reads[i] = row
 
+    def begin(self) -> None:
+        """The next decode is to give every row."""
+        self.missing = _BEGIN
+
     def all_read(self) -> bool:
         """Whether the decode just done gave every row."""
-        return not self.wrong and all(self.reads[i].done for i in range(self.read_count))
+        return self.missing == 0
 
 
 @functools.cache

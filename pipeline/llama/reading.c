@@ -89,7 +89,10 @@ struct reading {
     struct pair * pairs; /* the same once more */
     int64_t fired;
     double error;
+    int64_t state;
 };
+
+enum state { DONE = 0, BEYOND = 1, NOT_READ = 2, NO_PRODUCT = -2 };
 
 /* Room for the items of a thread: all latents may pass a threshold, of the k largest it keeps a few times k. */
 int64_t ggscope_reading_room(int64_t F, int64_t K) { return K > 0 ? 4 * K + 4 * BLOCK_LATENTS : F; }
@@ -260,16 +263,14 @@ static void sort_chosen(struct reading * r) {
     }
 }
 
-/* `fired`, `idx`, `vals`, `pairs` of x and, of a decoder that is known, `error` of y. 0: done, 1: x is beyond what the product holds,
-   -2: no product of this type here. */
-int ggscope_read_row(struct reading * r) {
-    if (!ggscope_has_affine(r->kind, r->F)) return -2;
+static int read_row(struct reading * r) {
+    if (!ggscope_has_affine(r->kind, r->F)) return NO_PRODUCT;
     int beyond = 0;
     for (int64_t j = 0; j < r->D; j++) {
         r->u_D[j] = r->subtracted_D ? r->x_D[j] - r->subtracted_D[j] : r->x_D[j];
         beyond |= !(fabsf(r->u_D[j]) < r->limit);
     }
-    if (beyond) return 1;
+    if (beyond) return BEYOND;
     ggscope_round_input(r->kind, r->u_D, r->D, r->input);
     struct bounds * b = &r->bounds;
     int bounded = b->rows && b->pause == 0;
@@ -321,5 +322,12 @@ int ggscope_read_row(struct reading * r) {
     b->exact = settled ? exact : r->F;
     if (bounded) b->pause = b->pauses = settled ? 0 : (2 * b->pauses + 1) & LONGEST_PAUSE;
     r->error = known ? ggscope_sum_of(r->errors, pieces) : NAN;
-    return 0;
+    return DONE;
+}
+
+/* `fired`, `idx`, `vals`, `pairs` of x and, of a decoder that is known, `error` of y; what it gives is the `state`, too.
+   BEYOND: x is not held by the product, NO_PRODUCT: there is none of this type here. */
+int ggscope_read_row(struct reading * r) {
+    r->state = read_row(r);
+    return (int) r->state;
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from sae.encoders import PAIR, RowReading
 from sae.native.build import BuildError, build, flag_variants
 from sae.rows import RowMatrix
 from sae.weights import SAEWeights
+
+from . import large_pages
 
 _HERE, _STEP = Path(__file__).parent, Path(native.__file__).parent
 SOURCES = (
@@ -76,8 +79,9 @@ class Kernels:
         self._has_bounds, self._make_bounds = library.ggscope_has_bounds, library.ggscope_make_bounds
         self._has_bounds.argtypes = [ctypes.c_int, _I, _I]
         self._make_bounds.argtypes = [ctypes.c_int, _P, _I, _I, _P, _P, _P, _I]
-        # without letting go of the interpreter, and with
-        self.read_row, self.read_large_row = ctypes.PyDLL(str(path)).ggscope_read_row, library.ggscope_read_row
+        self.read_row = library.ggscope_read_row
+        self.read_row_address = ctypes.cast(self.read_row, _P).value or 0
+        self.read_small_row = ctypes.PyDLL(str(path)).ggscope_read_row  # does not let go of the interpreter
 
     def has_affine(self, type_name: str, num_latents: int) -> bool:
         """Whether `affine` multiplies with matrices of this type and so many rows on this processor.
@@ -102,11 +106,14 @@ class Kernels:
         # drawn anew by every process: weights made to fit it could hide a latent
         dither_D = np.random.default_rng().uniform(-0.5, 0.5, shape[1]).astype(np.float32)
         try:
-            found = Bounds(np.empty(self._bounds_bytes(*shape), np.uint8), dither_D, np.empty(shape[0], np.float32))
+            found = Bounds(large_pages.array(self._bounds_bytes(*shape)), dither_D, np.empty(shape[0], np.float32))
         except MemoryError:  # without them readings are as they were, slower
             return None
         places = (array.ctypes.data for array in (found.dither_D, found.rows, found.norm_F))
-        return None if self._make_bounds(kind, W, *shape, *places, threads) else found
+        if self._make_bounds(kind, W, *shape, *places, threads):
+            return None
+        large_pages.settle(found.rows.ctypes.data, found.rows.nbytes)
+        return found
 
     def largest(self, pre_NF: np.ndarray, k: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
         """(idx_NK, vals_NK) of the k largest above zero: sorted and padded as `sae.runtime.encode` says."""
@@ -157,7 +164,11 @@ class _Reading(ctypes.Structure):
         *((name, _P) for name in ("items", "counts", "spans", "errors", "idx", "vals", "pairs")),
         ("fired", _I),
         ("error", ctypes.c_double),
+        ("state", _I),
     )
+
+
+_RESULT, _RESULT_AT, _NOT_READ = struct.Struct("=qdq"), _Reading.fired.offset, 2  # fired, error, state
 
 
 @final
@@ -194,16 +205,18 @@ class CompiledRow(RowReading):
             "vals": np.empty(slots, np.float32),
             "pairs": np.empty(slots * PAIR.size, np.uint8),
         }
-        self._arrays, self._pairs = arrays, arrays["pairs"].ctypes.data
+        self._arrays = arrays
         self._bounds_arrays, most = _bounds_arrays(kernels, w, k, threads, bounds), most_open(type_name, w, threads)
         self._c = _Reading(
             kind=kind, D=w.d_in, F=w.num_latents, K=k, threads=threads, W_enc=address, limit=limit, room=room,
-            bounds=_Bounds(most=most, **_places(self._bounds_arrays)), **_places(arrays),
+            state=_NOT_READ, bounds=_Bounds(most=most, **_places(self._bounds_arrays)), **_places(arrays),
         )  # fmt: skip
         if decoder is not None:
             self._c.decoder = decoder
         large = w.num_latents * w.d_in * np.dtype(np.float32).itemsize > 4 * KEEP_BYTES
-        self._call, self._argument = kernels.read_large_row if large else kernels.read_row, ctypes.byref(self._c)
+        self._call, self._argument = kernels.read_row if large else kernels.read_small_row, ctypes.byref(self._c)
+        self._shown = memoryview(arrays["pairs"])
+        self.call = kernels.read_row_address, ctypes.addressof(self._c)
 
     @property
     def computed(self) -> int:
@@ -219,10 +232,12 @@ class CompiledRow(RowReading):
         return self._y_O
 
     def read(self, top: int) -> tuple[bytes, int, float] | None:
-        if self._call(self._argument):
-            return None
-        fired = self._c.fired
-        return ctypes.string_at(self._pairs, PAIR.size * min(fired, top)), fired, self._c.error
+        fired, error, state = _RESULT.unpack_from(self._c, _RESULT_AT)
+        if state == _NOT_READ:
+            self._call(self._argument)
+            fired, error, state = _RESULT.unpack_from(self._c, _RESULT_AT)
+        self._c.state = _NOT_READ
+        return None if state else (self._shown[: PAIR.size * min(fired, top)].tobytes(), fired, error)
 
     def latents(self) -> tuple[np.ndarray, np.ndarray] | None:
         """(idx_1K, vals_1K) of `x_D`, sorted and padded as `sae.runtime.encode` says; None as `read` does."""

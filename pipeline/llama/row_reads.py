@@ -1,4 +1,5 @@
-"""Generation's common case: one token is decoded, its rows are only read. They are copied by ask.c, without Python.
+"""Generation's common case: one token is decoded, its rows are only read. ask.c copies them and has them read, inside
+llama.cpp's callback and without Python.
 
 Shape letters: D width of a hook point.
 """
@@ -21,6 +22,7 @@ class RowPlace(Protocol):
     width: int
     address: int  # of memory for a float32 row, or 0 and ...
     tensor: int  # ... of a ggml tensor of one row, which may lie on another device
+    call: tuple[int, int]  # addresses of a C function and its argument: called when all rows with these are there
 
     def is_free(self) -> bool:
         """Whether the row may be written over; if not, the hook's `read` is called."""
@@ -97,5 +99,7 @@ def _read(target: Target, place: RowPlace) -> RowRead:
         width=place.width,
         into=place.address,
         tensor=place.tensor,
+        then=place.call[0],
+        argument=place.call[1],
         occurrence=target.occurrence,
     )

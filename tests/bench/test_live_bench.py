@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bench import live, live_ask, live_beside, live_cases, live_gpu, models
@@ -72,14 +73,16 @@ def test_every_node_of_a_token_is_asked_about_once_and_python_takes_longer_to_an
 
 
 def test_the_floor_and_the_added_time_are_those_of_the_seconds_given():
-    seconds = {"sum": [0.02, 0.02], live_cases.SAME: [0.03, 0.05], "32768 Q8_0": [0.032, 0.052]}
+    key, without = "32768 Q8_0", live_cases.without
+    seconds = {"sum": [0.02, 0.02], without(key): [0.03, 0.05], key: [0.032, 0.052]}
     settings = live_cases.Settings(sum_bytes=1 << 30)
     read, token = live_cases._reading_rows("m", seconds, {"32768 Q8_0": (32768, "Q8_0", 1 << 26)}, settings)
     assert read.ours == pytest.approx(2.0)
     assert read.theirs == pytest.approx(20 / 16)
     assert read.target == pytest.approx(0.8)
     assert token.ratio == pytest.approx(40 / 42)
-    small = live_cases._reading_rows("m", {**seconds, "a": [0.031, 0.051]}, {"a": (8, "F16", 1 << 24)}, settings)[0]
+    small_one = {"sum": seconds["sum"], without("a"): [0.03, 0.05], "a": [0.031, 0.051]}
+    small = live_cases._reading_rows("m", small_one, {"a": (8, "F16", 1 << 24)}, settings)[0]
     assert small.target == pytest.approx(0.3125 / (1.25 * 0.3125 + 0.1))
 
 
@@ -111,10 +114,37 @@ def test_a_token_with_a_reading_stands_beside_one_without_on_the_model_where_it_
 
 
 def test_the_share_of_a_token_is_the_median_of_the_differences():
-    (row,) = live_gpu.token_rows({live_cases.SAME: [0.010, 0.030, 0.020], "x": [0.011, 0.0305, 0.022]})
+    seconds = {live_cases.without("x"): [0.010, 0.030, 0.020], "x": [0.011, 0.0305, 0.022]}
+    (row,) = live_gpu.token_rows(seconds, ["x"])
     assert (row.theirs, row.ours) == pytest.approx((20.0, 21.0))
     assert (row.ratio, row.target) == pytest.approx((20 / 21, 1 / 1.05))
-    assert row.note == "+5.0%"
+    assert row.note == "+5.0% ± 2.0%"
+
+
+def test_the_standard_error_is_that_of_a_median():
+    gap_MT = np.random.default_rng(0).normal(0.4e-3, 0.2e-3, (400, 101))
+    seconds = [{"x": (1 + gap_T).tolist(), live_cases.without("x"): [1.0] * 101} for gap_T in gap_MT]
+    found = np.array([live_cases.added_ms(each, "x", list(range(101))) for each in seconds])
+    np.testing.assert_allclose(found[:, 0].mean(), 0.4, atol=0.01)
+    np.testing.assert_allclose(found[:, 1].mean(), found[:, 0].std(), rtol=0.15)
+    few = live_cases.added_ms(seconds[0], "x", [3, 5, 4])
+    assert few[0] == pytest.approx(1e3 * np.median(gap_MT[0, 3:6]))
+
+
+def test_a_group_decodes_each_side_twice_and_times_the_second():
+    said = []
+    groups = [{"a": lambda token, pos: said.append(("a", pos)), "b": lambda token, pos: said.append(("b", pos))},
+              {"c": lambda token, pos: said.append(("c", pos))}]  # fmt: skip
+    seconds = live_cases.in_step(groups, SMALL, 2, meter=lambda token, pos: said.append(("sum", pos)))
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 2, "b": 2, "c": 2, "sum": 2}
+    rounds = [[]]
+    for name, _ in said[3 * SMALL.prompt :]:
+        if name == "sum":
+            rounds.append([])
+        else:
+            rounds[-1].append(name)
+    assert rounds[1:3] == [["a", "a", "b", "b", "c", "c"], ["c", "c", "a", "a", "b", "b"]]
+    assert len(rounds) - 1 == live_cases.WARM_TOKENS + 2
 
 
 @pytest.mark.skipif(live_gpu.device_name() != "", reason="there is a GPU")
