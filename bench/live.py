@@ -18,6 +18,7 @@ from typing import Any
 from bench import live_beside, live_gpu
 from bench import live_cases as cases
 from bench.common import Row, cache_folder, machine, report, write_json
+from bench.live_steps import Settings
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> cases.Settings:
-    quick = live_gpu.QUICK if options.gpu else cases.Settings.quick()
-    whole = live_gpu.SETTINGS if options.gpu else cases.Settings()
+def _settings(options: argparse.Namespace) -> Settings:
+    quick = live_gpu.QUICK if options.gpu else Settings.quick()
+    whole = live_gpu.SETTINGS if options.gpu else Settings()
     found = quick if options.quick else whole
     return replace(
         found,

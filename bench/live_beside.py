@@ -12,8 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from bench import live_cases as cases
-from bench import models
+from bench import live_readings, models
+from bench import live_steps as steps
 from bench.common import ROOT, TRAIN_PEER_PYTHON, Row, Worker
 from convert.sae_gguf import StoredMatrix
 from pipeline.llama.encoder import GgmlEncoder
@@ -30,22 +30,22 @@ def available() -> bool:
 
 
 def peer_rows(
-    name: str, path: Path, folder: Path, settings: cases.Settings, say: cases.Say
+    name: str, path: Path, folder: Path, settings: steps.Settings, say: steps.Say
 ) -> tuple[list[Row], dict[str, Any]]:
     """A row for each dtype of the peer: milliseconds of a token with a reading, ours on the Q8_0 file."""
-    latents = cases.SHARE_OF[0] if cases.SHARE_OF[0] in settings.latents else max(settings.latents)
+    latents = live_readings.SHARE_OF[0] if live_readings.SHARE_OF[0] in settings.latents else max(settings.latents)
     hf = folder / settings.shape.name / "hf"
     if not (hf / "model.safetensors").exists():
         say(f"writing {hf}")
         models.write_hf(hf, settings.shape)
     rows, facts = [], {}
     with Model(path) as model:
-        weights = cases.random_sae(model, latents, settings)
+        weights = live_readings.random_sae(model, latents, settings)
         matrix = folder / f"sae_{model.n_embd}_{latents}.npy"
         np.save(matrix, weights.W_dec_FD)
         reader = _reader(weights, settings)
         kept: list[Reading] = []
-        step = cases.session_step(cases.session_of(model, settings.prompt + settings.tokens, settings), reader, kept)
+        step = steps.session_step(steps.session_of(model, settings.prompt + settings.tokens, settings), reader, kept)
         for model_dtype, sae_dtype in PEERS:
             say(f"{name}: HF {model_dtype} with SAELens {sae_dtype}")
             with peer_worker(settings.threads) as worker:
@@ -63,7 +63,7 @@ def peer_worker(threads: int) -> Worker:
 
 
 def in_turns(
-    step: cases.Step, kept: list[Reading], worker: Worker, block: int, settings: cases.Settings
+    step: steps.Step, kept: list[Reading], worker: Worker, block: int, settings: steps.Settings
 ) -> dict[str, Any]:
     """Seconds of every token of both sides, and the share of the last token's latents that both name."""
     token_T = np.random.default_rng(settings.seed).integers(3, 500, max(1, settings.tokens // ROUNDS)).tolist()
@@ -72,7 +72,7 @@ def in_turns(
     for _ in range(ROUNDS):
         for pos in range(settings.prompt):
             step(3 + pos, pos)
-        ours += cases.timed(step, token_T, settings.prompt)
+        ours += steps.timed(step, token_T, settings.prompt)
         plain += worker.ask("generate", prompt=settings.prompt, tokens_T=token_T, block=block, read=False)["seconds"]
         last = worker.ask("generate", prompt=settings.prompt, tokens_T=token_T, block=block, read=True)
         theirs += last["seconds"]
@@ -86,7 +86,7 @@ def _row(case: str, peer: str, turns: dict[str, Any]) -> Row:
     return Row(case=case, peer=peer, unit="ms/token", ours=ours, theirs=theirs, ratio=theirs / ours, note=note)
 
 
-def _reader(weights: Any, settings: cases.Settings) -> Reader:
+def _reader(weights: Any, settings: steps.Settings) -> Reader:
     raw = np.ascontiguousarray(gguf.quants.quantize(weights.W_enc_FD, gguf.GGMLQuantizationType.Q8_0))
     stored = StoredMatrix(dtype="Q8_0", shape=weights.W_enc_FD.shape, raw=raw.view(np.uint8).reshape(-1))
     encoder = GgmlEncoder(weights, n_threads=settings.threads, stored=stored)

@@ -7,14 +7,15 @@ CPU's memory says nothing there, so each reading stands beside the token without
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench import models
 from bench.common import Row
-from bench.live_cases import Say, Settings, Step, added_ms, in_step, pair, readers, session_of, without
+from bench.live_readings import Side, added, readers, side, without
+from bench.live_steps import Say, Settings, in_step, session_of
 from pipeline.llama.doctor import backends
 from pipeline.llama.model import Model
 from pipeline.llama.symbols import lc
@@ -38,28 +39,28 @@ def measure(path: Path, settings: Settings, say: Say) -> tuple[list[Row], dict[s
     """The rows, and what they rest on."""
     with Model(path, n_gpu_layers=-1) as model:
         session = session_of(model, SHARED_TOKENS, settings)
-        pairs: dict[str, dict[str, Step]] = {}
+        sides: dict[str, Side] = {}
         for latents in settings.latents:
             say(f"encoders of {model.n_embd} x {latents}")
             for label, reader, n_bytes in readers(model, latents, settings):
                 key = f"n{latents} k{settings.k} {label}, {n_bytes / 1e6:.0f} MB"
-                pairs[key] = pair(session, key, reader)
-        say(f"{settings.tokens} rounds, {len(pairs)} readings")
-        seconds = in_step(list(pairs.values()), settings, settings.tokens)
-    return token_rows(seconds, pairs), {"model_mb": round(path.stat().st_size / 1e6)}
+                sides[key] = side(session, key, reader, latents, label, n_bytes)
+        say(f"{settings.tokens} rounds, {len(sides)} readings")
+        meters = {key: one.meter for key, one in sides.items() if one.meter is not None}
+        seconds = in_step([one.steps for one in sides.values()], settings, settings.tokens, meters=meters)
+    return token_rows(seconds, list(sides)), {"model_mb": round(path.stat().st_size / 1e6)}
 
 
-def token_rows(seconds: Mapping[str, Sequence[float]], keys: Iterable[str]) -> list[Row]:
+def token_rows(seconds: Mapping[str, Sequence[float]], keys: Sequence[str]) -> list[Row]:
     """A token with each reading against one without: the median of the differences, round by round."""
     found = []
-    for key in keys:
-        added, error = added_ms(seconds, key, list(range(len(seconds[key]))))
+    for key, one in added(seconds, keys, range(len(seconds[keys[0]]))).items():
         token_ms = 1e3 * statistics.median(seconds[without(key)])
         found.append(
             Row(
-                case=f"{NAME} token with {key}", peer="without", unit="ms/token", ours=token_ms + added, theirs=token_ms,
-                ratio=token_ms / (token_ms + added), target=1 / (1 + TOKEN_SHARE),
-                note=f"{added / token_ms:+.1%} ± {error / token_ms:.1%}",
+                case=f"{NAME} token with {key}", peer="without", unit="ms/token", ours=token_ms + one.ms, theirs=token_ms,
+                ratio=token_ms / (token_ms + one.ms), target=1 / (1 + TOKEN_SHARE),
+                note=f"{one.ms / token_ms:+.1%} ± {one.error / token_ms:.1%}",
             )
         )  # fmt: skip
     return sorted(found, key=lambda row: row.case)

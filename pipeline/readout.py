@@ -121,6 +121,7 @@ class Reader:
         self._rows: dict[tuple[int, int], np.ndarray] = {}
         self._inputs: dict[tuple[int, int], np.ndarray] = {}  # a transcoder's
         self._row = row = self.encoder.row_reading()
+        self._found = None if row is None else row.found if row.call[0] else row.read
         self._place: _Place | None = None
         self._input_place: _Place | None = None  # a transcoder's
         if row is not None and self.source is None:
@@ -144,15 +145,16 @@ class Reader:
 
     def take(self, seq: int, positions: list[int]) -> list[Reading]:
         """Readings of the positions just decoded, in that order; forgets all captured rows."""
-        if self._row is not None and self._place is not None and self._place.held is not None:
+        if self._found is not None and self._place is not None and self._place.held is not None:
             held, self._place.held = self._place.held, None
             if self._input_place is not None:
                 self._input_place.held = None
             if not self._rows and positions == [held[1]] and seq == held[0]:
-                found = self._row.read(self.top)
+                found = self._found(self.top)
                 if found is not None:
                     pairs, l0, error = found
                     return [Reading(self._name, pairs, l0, error / self.weights.variance, self._name_out)]
+            assert self._row is not None
             self._rows[held] = self._row.y_O.copy()
             if self._input_place is not None:
                 self._inputs[held] = self._row.x_D.copy()

@@ -23,7 +23,7 @@ class RowReading(ABC):
 
     width: int
     tensor: int = 0  # where the row is put: a ggml tensor on another device, or, where it is 0, ...
-    call: tuple[int, int] = (0, 0)  # addresses of a C function that reads the row and of its argument; `read` can, too
+    call: tuple[int, int] = (0, 0)  # addresses of a C function and its argument, in place of `read`; then `found`
 
     @property
     @abstractmethod
@@ -39,9 +39,12 @@ class RowReading(ABC):
     def read(self, top: int) -> tuple[bytes, int, float] | None:
         """PAIRs of the active latents of `x_D`, largest first, at most `top`; how many are active; ||y - y_hat||^2.
 
-        Where `call`'s function was called since the row came, that did it, and this only takes what it found.
         None for a row that only `Encoder.encode` can take.
         """
+
+    def found(self, top: int) -> tuple[bytes, int, float] | None:
+        """What `read` gives, after `call`'s function."""
+        raise NotImplementedError
 
 
 class Encoder(ABC):

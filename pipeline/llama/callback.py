@@ -168,9 +168,9 @@ class EvalCallback:
         self._filter.begin()
         self._set_always()
 
-    def rows_are_read(self) -> bool:
-        """Whether the last decode gave every row."""
-        return self._filter is not None and self._filter.all_read()
+    def rows_missing(self) -> int:
+        """How many rows the last decode did not give."""
+        return 0 if self._filter is None else self._filter.missing
 
     def disarm(self, plan: DecodePlan) -> None:
         """After a decode that ended well; LlamaError when the graph did not have what was planned."""

@@ -95,10 +95,6 @@ class AskFilter(ctypes.Structure):
         """The next decode is to give every row."""
         self.missing = _BEGIN
 
-    def all_read(self) -> bool:
-        """Whether the decode just done gave every row."""
-        return self.missing == 0
-
 
 @functools.cache
 def ask_function() -> Any:

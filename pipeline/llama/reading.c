@@ -11,6 +11,21 @@ static int larger_first(const void * a, const void * b) {
     return (x < y) - (x > y);
 }
 
+#define FEW 64
+
+static void sort_larger_first(uint64_t * items, int64_t count) {
+    if (count > FEW) {
+        qsort(items, (size_t) count, sizeof *items, larger_first);
+        return;
+    }
+    for (int64_t i = 1; i < count; i++) { /* without the library's code, which is not in the cache */
+        uint64_t item = items[i];
+        int64_t j = i;
+        for (; j > 0 && items[j - 1] < item; j--) items[j] = items[j - 1];
+        items[j] = item;
+    }
+}
+
 /* idx_NK, vals_NK: by value, then by latent; slots without a value above zero are 0. 0: done, -1: no memory. */
 int ggscope_largest(
     const float * pre_NF, int64_t N, int64_t F, int64_t K, int32_t * idx_NK, float * vals_NK, int64_t threads) {
@@ -20,7 +35,7 @@ int ggscope_largest(
         const float * pre_F = pre_NF + n * F;
         int32_t * idx_K = idx_NK + n * K;
         for (int64_t j = 0; j < K; j++) items[j] = ranked(order_key(pre_F[idx_K[j]]), (uint32_t) idx_K[j]);
-        qsort(items, (size_t) K, sizeof *items, larger_first);
+        sort_larger_first(items, K);
         for (int64_t j = 0; j < K; j++) {
             int32_t latent = ranked_index(items[j]);
             int fires = pre_F[latent] > 0;
@@ -36,9 +51,16 @@ int ggscope_largest(
 
 #define BLOCK_LATENTS 64 /* pre-activations made between two looks at the bound */
 
-struct pair {
-    int32_t latent;
-    float value;
+enum state { DONE = 0, BEYOND = 1, NO_PRODUCT = -2 };
+
+/* What comes out, in one piece: the active latents, largest first, then by latent. */
+struct found {
+    int64_t state, fired;
+    double error;
+    struct pair {
+        int32_t latent;
+        float value;
+    } pairs[];
 };
 
 /* What is known of W_enc without reading it (bounds.c). Where more than `most` latents are in question all are multiplied,
@@ -83,16 +105,10 @@ struct reading {
     int64_t * counts;
     struct span * spans; /* of every thread */
     double * errors;
-    /* what comes out: the active latents, largest first, then by latent */
-    int32_t * idx;
+    int32_t * idx; /* the active latents as in `found` */
     float * vals;
-    struct pair * pairs; /* the same once more */
-    int64_t fired;
-    double error;
-    int64_t state;
+    struct found * found;
 };
-
-enum state { DONE = 0, BEYOND = 1, NOT_READ = 2, NO_PRODUCT = -2 };
 
 /* Room for the items of a thread: all latents may pass a threshold, of the k largest it keeps a few times k. */
 int64_t ggscope_reading_room(int64_t F, int64_t K) { return K > 0 ? 4 * K + 4 * BLOCK_LATENTS : F; }
@@ -252,15 +268,16 @@ static void sort_chosen(struct reading * r) {
         count += r->counts[part];
     }
     if (r->K > 0) keep_largest(r->items, &count, r->K);
-    qsort(r->items, (size_t) count, sizeof *r->items, larger_first);
-    r->fired = 0;
+    sort_larger_first(r->items, count);
+    int64_t fired = 0;
     for (int64_t i = 0; i < count; i++) {
         float value = value_of(r->items[i]);
         if (!(value > 0)) continue;
-        r->idx[r->fired] = ranked_index(r->items[i]);
-        r->vals[r->fired] = value;
-        r->pairs[r->fired++] = (struct pair){ranked_index(r->items[i]), value};
+        r->idx[fired] = ranked_index(r->items[i]);
+        r->vals[fired] = value;
+        r->found->pairs[fired++] = (struct pair){ranked_index(r->items[i]), value};
     }
+    r->found->fired = fired;
 }
 
 static int read_row(struct reading * r) {
@@ -314,20 +331,20 @@ static int read_row(struct reading * r) {
             int64_t first = pieces * part / r->threads * COLUMNS, last = pieces * (part + 1) / r->threads * COLUMNS;
             last = last < r->decoder.D ? last : r->decoder.D;
             if (known && first < last) {
-                ggscope_piece_errors(&r->decoder, r->y_O, r->idx, r->vals, r->fired, first, last, r->errors);
+                ggscope_piece_errors(&r->decoder, r->y_O, r->idx, r->vals, r->found->fired, first, last, r->errors);
             }
         }
     }
     int settled = bounded && exact <= b->most;
     b->exact = settled ? exact : r->F;
     if (bounded) b->pause = b->pauses = settled ? 0 : (2 * b->pauses + 1) & LONGEST_PAUSE;
-    r->error = known ? ggscope_sum_of(r->errors, pieces) : NAN;
+    r->found->error = known ? ggscope_sum_of(r->errors, pieces) : NAN;
     return DONE;
 }
 
-/* `fired`, `idx`, `vals`, `pairs` of x and, of a decoder that is known, `error` of y; what it gives is the `state`, too.
-   BEYOND: x is not held by the product, NO_PRODUCT: there is none of this type here. */
+/* `found`, `idx` and `vals` of x, the error of y where the decoder is known. BEYOND: x is not held by the product,
+   NO_PRODUCT: there is none of this type here. */
 int ggscope_read_row(struct reading * r) {
-    r->state = read_row(r);
-    return (int) r->state;
+    r->found->state = read_row(r);
+    return (int) r->found->state;
 }

@@ -161,14 +161,11 @@ class _Reading(ctypes.Structure):
         *((name, _P) for name in ("x_D", "y_O", "u_D", "input")),
         ("bounds", _Bounds),
         ("room", _I),
-        *((name, _P) for name in ("items", "counts", "spans", "errors", "idx", "vals", "pairs")),
-        ("fired", _I),
-        ("error", ctypes.c_double),
-        ("state", _I),
+        *((name, _P) for name in ("items", "counts", "spans", "errors", "idx", "vals", "found")),
     )
 
 
-_RESULT, _RESULT_AT, _NOT_READ = struct.Struct("=qdq"), _Reading.fired.offset, 2  # fired, error, state
+_FOUND = struct.Struct("=qqd")  # `struct found` of reading.c before its pairs: state, fired, error
 
 
 @final
@@ -203,19 +200,19 @@ class CompiledRow(RowReading):
             "errors": np.empty(w.d_out),
             "idx": np.empty(slots, np.int32),
             "vals": np.empty(slots, np.float32),
-            "pairs": np.empty(slots * PAIR.size, np.uint8),
+            "found": np.empty(_FOUND.size + slots * PAIR.size, np.uint8),
         }
         self._arrays = arrays
         self._bounds_arrays, most = _bounds_arrays(kernels, w, k, threads, bounds), most_open(type_name, w, threads)
         self._c = _Reading(
             kind=kind, D=w.d_in, F=w.num_latents, K=k, threads=threads, W_enc=address, limit=limit, room=room,
-            state=_NOT_READ, bounds=_Bounds(most=most, **_places(self._bounds_arrays)), **_places(arrays),
+            bounds=_Bounds(most=most, **_places(self._bounds_arrays)), **_places(arrays),
         )  # fmt: skip
         if decoder is not None:
             self._c.decoder = decoder
         large = w.num_latents * w.d_in * np.dtype(np.float32).itemsize > 4 * KEEP_BYTES
         self._call, self._argument = kernels.read_row if large else kernels.read_small_row, ctypes.byref(self._c)
-        self._shown = memoryview(arrays["pairs"])
+        self._top, self._shown = 0, memoryview(arrays["found"])[: _FOUND.size]
         self.call = kernels.read_row_address, ctypes.addressof(self._c)
 
     @property
@@ -232,18 +229,22 @@ class CompiledRow(RowReading):
         return self._y_O
 
     def read(self, top: int) -> tuple[bytes, int, float] | None:
-        fired, error, state = _RESULT.unpack_from(self._c, _RESULT_AT)
-        if state == _NOT_READ:
-            self._call(self._argument)
-            fired, error, state = _RESULT.unpack_from(self._c, _RESULT_AT)
-        self._c.state = _NOT_READ
-        return None if state else (self._shown[: PAIR.size * min(fired, top)].tobytes(), fired, error)
+        self._call(self._argument)
+        return self.found(top)
+
+    def found(self, top: int) -> tuple[bytes, int, float] | None:
+        if top != self._top:
+            self._top, self._shown = top, memoryview(self._arrays["found"])[: _FOUND.size + PAIR.size * top]
+        # few steps: the model has thrown all of Python out of the caches
+        found = self._shown.tobytes()
+        state, fired, error = _FOUND.unpack_from(found)
+        return None if state else (found[_FOUND.size : _FOUND.size + PAIR.size * fired], fired, error)
 
     def latents(self) -> tuple[np.ndarray, np.ndarray] | None:
         """(idx_1K, vals_1K) of `x_D`, sorted and padded as `sae.runtime.encode` says; None as `read` does."""
         if self._call(self._argument):
             return None
-        fired = self._c.fired
+        _, fired, _ = _FOUND.unpack_from(self._arrays["found"])
         shape = 1, self._c.K or max(fired, 1)
         idx_1K, vals_1K = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         idx_1K[0, :fired], vals_1K[0, :fired] = self._arrays["idx"][:fired], self._arrays["vals"][:fired]

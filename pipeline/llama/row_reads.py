@@ -60,7 +60,7 @@ class RowReads:
 
     def end(self, seq: int, pos: int) -> None:
         """After the decode. LlamaError where the graph was not the one that was looked at."""
-        if not self._callback.rows_are_read():
+        if self._callback.rows_missing():
             names = ", ".join(repr(str(hook.point)) for hook in self._hooks)
             raise LlamaError(f"the graph changed: llama.cpp gave no row of {names} as it did at first")
         for place in self._places:

@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench import live, live_ask, live_beside, live_cases, live_gpu, models
+from bench import live, live_ask, live_beside, live_cases, live_gpu, live_readings, live_steps, models
+from bench.live_readings import without
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session
 
 SHAPE = models.Shape(d=64, blocks=2, heads=4, kv_heads=2, ff=96, vocab=512, context=256)
-SMALL = live_cases.Settings(
+SMALL = live_steps.Settings(
     shape=SHAPE, threads=1, prompt=4, tokens=6, busy_tokens=3, latents=(256,), k=8, sum_bytes=1 << 20, numpy_latents=256
 )
 
@@ -25,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_every_side_gives_a_row_and_the_floor_is_the_encoders_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(live_cases.Settings, "quick", classmethod(lambda cls: SMALL))
+    monkeypatch.setattr(live_steps.Settings, "quick", classmethod(lambda cls: SMALL))
     arguments = [
         "--quick",
         "--json",
@@ -73,16 +74,18 @@ def test_every_node_of_a_token_is_asked_about_once_and_python_takes_longer_to_an
 
 
 def test_the_floor_and_the_added_time_are_those_of_the_seconds_given():
-    key, without = "32768 Q8_0", live_cases.without
+    key = "32768 Q8_0"
     seconds = {"sum": [0.02, 0.02], without(key): [0.03, 0.05], key: [0.032, 0.052]}
-    settings = live_cases.Settings(sum_bytes=1 << 30)
-    read, token = live_cases._reading_rows("m", seconds, {"32768 Q8_0": (32768, "Q8_0", 1 << 26)}, settings)
+    settings = live_steps.Settings(sum_bytes=1 << 30, tokens=2)
+    side = live_readings.Side(32768, "Q8_0", 1 << 26, {}, None)
+    read, token = live_readings.reading_rows("m", seconds, {key: side}, settings, [0, 1])
     assert read.ours == pytest.approx(2.0)
     assert read.theirs == pytest.approx(20 / 16)
     assert read.target == pytest.approx(0.8)
     assert token.ratio == pytest.approx(40 / 42)
     small_one = {"sum": seconds["sum"], without("a"): [0.03, 0.05], "a": [0.031, 0.051]}
-    small = live_cases._reading_rows("m", small_one, {"a": (8, "F16", 1 << 24)}, settings)[0]
+    side = live_readings.Side(8, "F16", 1 << 24, {}, None)
+    small = live_readings.reading_rows("m", small_one, {"a": side}, settings, [0, 1])[0]
     assert small.target == pytest.approx(0.3125 / (1.25 * 0.3125 + 0.1))
 
 
@@ -114,7 +117,7 @@ def test_a_token_with_a_reading_stands_beside_one_without_on_the_model_where_it_
 
 
 def test_the_share_of_a_token_is_the_median_of_the_differences():
-    seconds = {live_cases.without("x"): [0.010, 0.030, 0.020], "x": [0.011, 0.0305, 0.022]}
+    seconds = {without("x"): [0.010, 0.030, 0.020], "x": [0.011, 0.0305, 0.022]}
     (row,) = live_gpu.token_rows(seconds, ["x"])
     assert (row.theirs, row.ours) == pytest.approx((20.0, 21.0))
     assert (row.ratio, row.target) == pytest.approx((20 / 21, 1 / 1.05))
@@ -123,19 +126,51 @@ def test_the_share_of_a_token_is_the_median_of_the_differences():
 
 def test_the_standard_error_is_that_of_a_median():
     gap_MT = np.random.default_rng(0).normal(0.4e-3, 0.2e-3, (400, 101))
-    seconds = [{"x": (1 + gap_T).tolist(), live_cases.without("x"): [1.0] * 101} for gap_T in gap_MT]
-    found = np.array([live_cases.added_ms(each, "x", list(range(101))) for each in seconds])
-    np.testing.assert_allclose(found[:, 0].mean(), 0.4, atol=0.01)
-    np.testing.assert_allclose(found[:, 1].mean(), found[:, 0].std(), rtol=0.15)
-    few = live_cases.added_ms(seconds[0], "x", [3, 5, 4])
-    assert few[0] == pytest.approx(1e3 * np.median(gap_MT[0, 3:6]))
+    seconds = [{"x": (1 + gap_T).tolist(), without("x"): [1.0] * 101} for gap_T in gap_MT]
+    found = [live_readings.added(each, ["x"], range(101))["x"] for each in seconds]
+    ms, error = (np.array([getattr(one, name) for one in found]) for name in ("ms", "error"))
+    np.testing.assert_allclose(ms.mean(), 0.4, atol=0.01)
+    np.testing.assert_allclose(error.mean(), ms.std(), rtol=0.15)
+    few = live_readings.added(seconds[0], ["x"], [3, 5, 4])["x"]
+    assert few.ms == few.plain_ms == pytest.approx(1e3 * np.median(gap_MT[0, 3:6]))
+
+
+def test_what_a_reading_costs_beside_its_own_time_is_taken_of_all():
+    rng = np.random.default_rng(3)
+    seconds, own = {}, {"a": 0.2e-3, "b": 0.8e-3}
+    for key, each in own.items():
+        inside_T, noise_T = rng.normal(each, 1e-5, 201), rng.normal(0, 0.3e-3, 201)
+        seconds |= {without(key): [0.0] * 201, key: (inside_T + 0.05e-3 + noise_T).tolist()}
+        seconds[live_steps.inside(key)] = inside_T.tolist()
+    found = live_readings.added(seconds, ["a", "b"], range(201))
+    for key, each in own.items():
+        assert found[key].ms == pytest.approx(1e3 * each + 0.05, abs=3 * found[key].error)
+        assert found[key].error < 0.8 * found[key].plain_error
+    rest = {key: found[key].ms - 1e3 * np.median(seconds[live_steps.inside(key)]) for key in own}
+    assert rest["a"] == pytest.approx(rest["b"], abs=1e-9)
+
+
+def test_a_reading_is_timed_where_it_is_read(tmp_path):
+    path = live_cases.prepare("llama1b", tmp_path, SMALL, lambda text: None)
+    with Model(path) as model:
+        session = live_steps.session_of(model, 64, SMALL)
+        found = {label: (reader, n) for label, reader, n in live_readings.readers(model, 256, SMALL)}
+        plain = live_readings.side(session, "numpy", found["numpy-f32"][0], 256, "numpy-f32", found["numpy-f32"][1])
+        assert plain.meter is None
+        one = live_readings.side(session, "x", found["F16"][0], 256, "F16", found["F16"][1])
+        if one.meter is None:
+            pytest.skip("no compiled reading here")
+        groups, meters = [one.steps], {"x": one.meter}
+        seconds = live_steps.in_step(groups, SMALL, 3, meters=meters)
+    assert len(seconds["x, inside"]) == 3
+    assert all(0 < part < whole for part, whole in zip(seconds["x, inside"], seconds["x"], strict=True))
 
 
 def test_a_group_decodes_each_side_twice_and_times_the_second():
     said = []
     groups = [{"a": lambda token, pos: said.append(("a", pos)), "b": lambda token, pos: said.append(("b", pos))},
               {"c": lambda token, pos: said.append(("c", pos))}]  # fmt: skip
-    seconds = live_cases.in_step(groups, SMALL, 2, meter=lambda token, pos: said.append(("sum", pos)))
+    seconds = live_steps.in_step(groups, SMALL, 2, opening=lambda token, pos: said.append(("sum", pos)))
     assert {name: len(each) for name, each in seconds.items()} == {"a": 2, "b": 2, "c": 2, "sum": 2}
     rounds = [[]]
     for name, _ in said[3 * SMALL.prompt :]:
@@ -144,7 +179,7 @@ def test_a_group_decodes_each_side_twice_and_times_the_second():
         else:
             rounds[-1].append(name)
     assert rounds[1:3] == [["a", "a", "b", "b", "c", "c"], ["c", "c", "a", "a", "b", "b"]]
-    assert len(rounds) - 1 == live_cases.WARM_TOKENS + 2
+    assert len(rounds) - 1 == live_steps.WARM_TOKENS + 2
 
 
 @pytest.mark.skipif(live_gpu.device_name() != "", reason="there is a GPU")
