@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import pages
 from .batch_select import Guess
 from .choice import BatchPairs, RowPairs
 from .errors import ConfigError
@@ -75,6 +76,9 @@ class FastStep:
     def __init__(self, model: SparseCoder, settings: LossSettings) -> None:
         self.model = model
         self.settings = settings
+        if model.W_dec_FD.device.type == "cpu":
+            for matrix in (model.W_enc_FD, model.W_dec_FD):
+                pages.move_(matrix)
         self._rows = RowPairs(model, settings.encoder_dtype)
         self._batch = BatchPairs(model, settings.encoder_dtype) if model.selects == "batchtopk" else None
         self._sums: tuple[torch.Tensor, torch.Tensor] | None = None  # the gradients' memory, on a CPU
@@ -102,7 +106,8 @@ class FastStep:
         grad_ND = minus_error_ND * scale
         grad_vals = pull(grad_ND) * (vals > 0)
         if self._sums is None and grad_ND.device.type == "cpu":
-            self._sums = torch.empty_like(model.W_enc_FD), torch.empty_like(model.W_dec_FD)
+            enc_FD, dec_FD = (pages.zeros(*W_FD.shape, dtype=W_FD.dtype) for W_FD in (model.W_enc_FD, model.W_dec_FD))
+            self._sums = enc_FD, dec_FD
         W_enc_FD, W_dec_FD, b_enc_F = sparse_sums(
             model.num_latents, centred_ND, grad_ND, chosen, vals, grad_vals, self._sums
         )

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import pages
 from .model import SparseCoder
 
 BLOCK_BYTES = 8 << 20  # dense pre-activations held at a time on a CPU
@@ -66,7 +67,10 @@ class PreActs:
 
 
 class Bounds:
-    """Upper bounds on the pre-activations of one block of rows at a time, float32 on a CPU; the buffers are kept."""
+    """Upper bounds on the pre-activations of one block of rows at a time, float32 on a CPU; the buffers are kept.
+
+    No bound of a row is NaN, or all are: of a row that is not finite. Infinity is that of a latent whose weights are not.
+    """
 
     def __init__(self, model: SparseCoder) -> None:
         self.model = model
@@ -84,22 +88,25 @@ class Bounds:
             self._round_weights(self._balance_D)
         q_ND, scale_N1, longest = rounded_rows(centred_ND / self._balance_D, self._dither_D)
         slack_F = torch.hypot(self._norm_F, self._scale_F * longest).mul_(SIGMAS / math.sqrt(12)).sub_(self._shift_F)
+        finite_F = slack_F.isfinite() & self._scale_F.isfinite() & b_F.isfinite()
+        b_F = torch.where(finite_F, b_F, torch.inf)  # such a latent is always looked at
+        slack_F, scale_F = (torch.where(finite_F, part_F, 0.0) for part_F in (slack_F, self._scale_F))
         block = block_rows(rows, latents, centred_ND.device)
         if len(self._product) < block:
-            self._product = torch.empty(block, latents, dtype=torch.int32)
+            self._product = pages.zeros(block, latents, dtype=torch.int32)
         for start in range(0, rows, block):
             part = slice(start, min(rows, start + block))
             product_NF = self._product[: part.stop - start]
             torch.ops.aten._int_mm.out(q_ND[part], self._p_FD.t(), out=product_NF)
             bound_NF = product_NF.view(torch.float32).copy_(product_NF)  # in its own place: that is in cache
-            torch.addcmul(slack_F, bound_NF, self._scale_F, out=bound_NF)
+            torch.addcmul(slack_F, bound_NF, scale_F, out=bound_NF)
             torch.addcmul(b_F, bound_NF, scale_N1[part], out=bound_NF)
             yield part, bound_NF
 
     def _round_weights(self, balance_D: torch.Tensor) -> None:
         W_enc_FD = self.model.W_enc_FD
         if self._p_FD.shape != W_enc_FD.shape:
-            self._p_FD = torch.empty(W_enc_FD.shape, dtype=torch.int8)
+            self._p_FD = pages.zeros(*W_enc_FD.shape, dtype=torch.int8)
             self._scale_F, self._norm_F, self._shift_F = torch.empty(3, len(W_enc_FD))
         torch.mv(W_enc_FD, balance_D * self._dither_D, out=self._shift_F)
         scaled_FD = torch.empty(min(LATENTS_ROUNDED, len(W_enc_FD)), W_enc_FD.shape[1])

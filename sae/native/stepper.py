@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from .. import pages
 from ..batch_select import Guess
 from ..choice import SAMPLE_ROWS, BatchPairs
 from ..kernels import auxk_gradients
@@ -35,7 +36,6 @@ from ..ranks import Ranks
 from ..sparse_products import offsets_of
 from ..steppers import Stepper
 from ..train_config import TrainConfig
-from . import pages
 from .library import LANES, UNIT, Library, Step, finds_in_int8
 
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time

@@ -6,6 +6,7 @@ On a processor without 8-bit instructions torch multiplies these matrices by a s
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import sae.choice
 from sae.batch_select import select_batch
-from sae.choice import BatchPairs, RowPairs
+from sae.choice import BatchPairs, RowPairs, largest_bounds
 from sae.kernels import FastStep
 from sae.losses import dense_step
 from sae.options import SAEOptions
@@ -252,7 +253,7 @@ def test_the_batchs_largest_are_those_of_the_dense_choice(how):
 
 @pytest.mark.parametrize("variant", ["topk", "batchtopk"])
 @pytest.mark.parametrize("where", ["row", "weight", "bias"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, math.copysign(torch.nan, -1), torch.inf], ids=["nan", "-nan", "inf"])
 def test_a_value_that_is_not_finite_reaches_the_loss(variant, where, value):
     model, u_ND = make(d=24, latents=700, k=5, kind=VARIANTS[variant]), batch(7, 60, 24)
     with torch.no_grad():
@@ -261,6 +262,20 @@ def test_a_value_that_is_not_finite_reaches_the_loss(variant, where, value):
         else:
             (u_ND if where == "row" else model.W_enc_FD)[5, 3] = value
     assert not FastStep(model, loss_settings())(u_ND).loss.isfinite()
+
+
+@pytest.mark.parametrize(("latents", "count"), [(40, 6), (1024, 9), (2048, 48), (1000, 1000)])
+def test_the_largest_bounds_are_those_of_floats_and_none_above_zero_is_left_out(latents, count):
+    rng = np.random.default_rng(latents)
+    bound_NF = torch.from_numpy(rng.standard_normal((50, latents)).astype(np.float32) * 3)
+    bound_NF[:10] -= 6  # few above zero
+    bound_NF[10] = -bound_NF[10].abs()  # none
+    bound_NF[11, 7] = torch.inf
+    bound_NC, idx_NC = largest_bounds(bound_NF, count)
+    assert torch.equal(bound_NC, bound_NF.gather(1, idx_NC))
+    assert all(len(set(row)) == count for row in idx_NC.tolist())
+    wanted_NC = bound_NF.topk(count).values.clamp_min(0)
+    assert torch.equal(bound_NC.clamp_min(0).sort(descending=True).values, wanted_NC)
 
 
 @pytest.mark.parametrize("variant", ["topk", "batchtopk"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.native import pages
+from sae import pages
 from sae.native.library import AMX, Step
 
 from .test_model_and_kernels import batch, loss_settings, make
