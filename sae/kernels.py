@@ -32,7 +32,7 @@ from .errors import ConfigError
 from .losses import LossSettings, StepResult, auxk_denominator
 from .model import SparseCoder, select_topk
 from .ranks import Ranks
-from .sparse_products import Chosen, decode_with_pull, offsets_of, sparse_sums
+from .sparse_products import Chosen, decode_with_pull, offsets_of, sparse_sums, weighted_rows
 
 DENSE_DEAD_SHARE = 4  # up to this multiple of auxk_k, dead latents go through plain matrix products
 
@@ -123,7 +123,7 @@ class FastStep:
         model.W_enc_FD.grad, model.W_dec_FD.grad, model.b_enc_F.grad = W_enc_FD, W_dec_FD, b_enc_F
         model.b_dec_D.grad = grad_ND.sum(0)
         if not two_sided:
-            model.b_dec_D.grad -= self._total(b_enc_F @ model.W_enc_FD)
+            model.b_dec_D.grad -= self._total(weighted_rows(b_enc_F, model.W_enc_FD))
         elif model.wiring.skip:
             model.W_skip_OD.grad = grad_ND.t() @ centred_ND
         if model.selects == "batchtopk":

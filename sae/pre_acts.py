@@ -108,12 +108,13 @@ class Bounds:
         if self._p_FD.shape != W_enc_FD.shape:
             self._p_FD = pages.zeros(*W_enc_FD.shape, dtype=torch.int8)
             self._scale_F, self._norm_F, self._shift_F = torch.empty(3, len(W_enc_FD))
-        torch.mv(W_enc_FD, balance_D * self._dither_D, out=self._shift_F)
-        scaled_FD = torch.empty(min(LATENTS_ROUNDED, len(W_enc_FD)), W_enc_FD.shape[1])
+        scaled_FD, dithered_FD = torch.empty(2, min(LATENTS_ROUNDED, len(W_enc_FD)), W_enc_FD.shape[1])
         for start in range(0, len(W_enc_FD), LATENTS_ROUNDED):
             part = slice(start, min(len(W_enc_FD), start + LATENTS_ROUNDED))
             some_FD = torch.mul(W_enc_FD[part], balance_D, out=scaled_FD[: part.stop - start])
             torch.linalg.vector_norm(some_FD, dim=1, out=self._norm_F[part])
+            # a matrix times a vector: torch takes one thread for that
+            torch.sum(torch.mul(some_FD, self._dither_D, out=dithered_FD[: len(some_FD)]), 1, out=self._shift_F[part])
             scale_F = torch.div(some_FD.abs().amax(1), 127, out=self._scale_F[part]).clamp_min_(_TINY)
             self._p_FD[part] = some_FD.mul_(scale_F.reciprocal().unsqueeze(1)).round_()
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+VECTOR_PARTS = 8
+
 
 class Chosen(NamedTuple):
     """The active latents: (N, K), or the pairs of all rows one after another with their rows and first pairs."""
@@ -54,6 +56,12 @@ def sparse_sums(
         pairs_FN = sparse_matrix(start_F1.int(), row_P.int(), weight_P, size)
         torch.addmm(sum_FD, pairs_FN, table_ND, beta=0, out=sum_FD)
     return *out, db_enc_F
+
+
+def weighted_rows(weight_F: torch.Tensor, table_FD: torch.Tensor) -> torch.Tensor:
+    """weight @ table, in parts: torch takes one thread for one of these, all threads for several."""
+    parts = VECTOR_PARTS if len(weight_F) % VECTOR_PARTS == 0 else 1
+    return torch.bmm(weight_F.view(parts, 1, -1), table_FD.view(parts, -1, table_FD.shape[1])).sum(0)[0]
 
 
 def sparse_matrix(
