@@ -8,6 +8,7 @@ import torch
 
 from sae.kernels import FastStep, keep_largest_
 from sae.losses import dense_step
+from sae.sparse_products import weighted_rows
 
 from .variant_models import AUXK, K, arrays, batch, loss_settings, make, mask, norms, pre_acts
 
@@ -45,3 +46,11 @@ def test_the_threshold_of_a_batch_is_in_units_of_what_is_compared_with_rows_of_a
     p = arrays(model)
     ranked_NF = np.maximum(pre_acts(p, u_ND.double().numpy()), 0) * norms(p)
     assert float(model.theta) == pytest.approx(np.sort(ranked_NF, axis=None)[-K * len(u_ND)], rel=1e-5)
+
+
+@pytest.mark.parametrize("latents", [1, 8, 13, 64])
+def test_rows_weighted_in_parts_are_the_vector_times_the_matrix(latents):
+    generator = torch.Generator().manual_seed(latents)
+    weight_F, table_FD = torch.randn(latents, generator=generator), torch.randn(latents, 5, generator=generator)
+    expected_D = (weight_F.double() @ table_FD.double()).float()
+    torch.testing.assert_close(weighted_rows(weight_F, table_FD), expected_D)

@@ -12,7 +12,7 @@ from sae.kernels import FastStep, encoder_dtype
 from sae.losses import LossSettings, dense_step
 from sae.model import TopKSAE, apply_update_, input_scale
 from sae.runtime import decode, encode
-from sae.sparse_products import Chosen, offsets_of, sampled_products, sparse_sums, weighted_rows
+from sae.sparse_products import Chosen, offsets_of, sampled_products, sparse_sums
 from sae.variants import VARIANTS
 
 D, F, K, N = 24, 200, 6, 160
@@ -361,13 +361,6 @@ def test_sampled_products_are_the_entries_of_the_full_product():
 
 @pytest.mark.parametrize("mkl", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("latents", [1, 8, 13, 64])
-def test_rows_weighted_in_parts_are_the_vector_times_the_matrix(latents):
-    generator = torch.Generator().manual_seed(latents)
-    weight_F, table_FD = torch.randn(latents, generator=generator), torch.randn(latents, 5, generator=generator)
-    torch.testing.assert_close(weighted_rows(weight_F, table_FD).double(), weight_F.double() @ table_FD.double())
-
-
 @pytest.mark.parametrize("pairs", ["k to a row", "any", "none"])
 def test_sums_over_the_rows_of_a_latent_are_those_of_the_dense_product_whatever_was_in_the_memory(
     monkeypatch, mkl, dtype, pairs
