@@ -190,13 +190,14 @@ class Affine:
         self._matrix = Tensors()
         self._weight = new_2d(self._matrix.context, kind, D, self.F)
         self.buffer_type = place or rearranged_for(backend, kind, D, self.F)
-        if backend.is_cpu:
+        n_bytes = self.F * row_bytes(kind, D)
+        large = backend.is_cpu and n_bytes >= large_pages.LEAST_BYTES
+        if large:
             self._matrix.allocate_in_large_pages(self._weight, self.buffer_type)
         else:
             self._matrix.allocate(self.buffer_type, weights=True)
-        n_bytes = self.F * row_bytes(kind, D)
         self._fill([raw] if isinstance(raw, np.ndarray) else raw, n_bytes)
-        if backend.is_cpu:
+        if large:
             large_pages.settle(self.weight_address, n_bytes)
         self._bias = Constants(backend, {"b": bias_F})
         if missing := unsupported(backend, D, self._product_alone):

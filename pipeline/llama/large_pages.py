@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 BYTES = 2 << 20  # of a page
+LEAST_BYTES = 1 << 20  # smaller matrices gain nothing
 _COLLAPSE = 25  # MADV_COLLAPSE (Linux 6.1): make large pages of what is there now
 _P, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
