@@ -12,7 +12,7 @@ from typing import Any, final
 
 import numpy as np
 
-from sae.encoders import PAIR, Encoder, encoder_of, squared_gap
+from sae.encoders import PAIR, Encoder, RowReading, encoder_of, squared_gap
 from sae.errors import ConfigError
 from sae.runtime import decode
 from sae.weights import SAEWeights
@@ -125,10 +125,10 @@ class Reader:
         self._place: _Place | None = None
         self._input_place: _Place | None = None  # a transcoder's
         if row is not None and self.source is None:
-            self._place = _Place(row.width, 0 if row.tensor else row.x_D.ctypes.data, row.tensor, row.call)
+            self._place = _Place(row, row.width, 0 if row.tensor else row.x_D.ctypes.data, row.tensor)
         elif row is not None:
-            self._place = _Place(row.y_O.size, row.y_O.ctypes.data, call=row.call)
-            self._input_place = _Place(row.width, row.x_D.ctypes.data, call=row.call)
+            self._place = _Place(row, row.y_O.size, row.y_O.ctypes.data)
+            self._input_place = _Place(row, row.width, row.x_D.ctypes.data)
 
     def hook(self) -> Hook:
         return Hook(point=self.point, read=self._read, place=self._place)
@@ -147,17 +147,19 @@ class Reader:
         """Readings of the positions just decoded, in that order; forgets all captured rows."""
         if self._found is not None and self._place is not None and self._place.held is not None:
             held, self._place.held = self._place.held, None
+            input_held = held
             if self._input_place is not None:
-                self._input_place.held = None
-            if not self._rows and positions == [held[1]] and seq == held[0]:
+                input_held, self._input_place.held = self._input_place.held, None
+            if not self._rows and positions == [held[1]] and seq == held[0] and held == input_held:
                 found = self._found(self.top)
                 if found is not None:
                     pairs, l0, error = found
                     return [Reading(self._name, pairs, l0, error / self.weights.variance, self._name_out)]
             assert self._row is not None
-            self._rows[held] = self._row.y_O.copy()
-            if self._input_place is not None:
-                self._inputs[held] = self._row.x_D.copy()
+            # a row that came by the general way is newer: while this one was held, none came here
+            self._rows.setdefault(held, self._row.y_O.copy())
+            if self._input_place is not None and input_held is not None:
+                self._inputs.setdefault(input_held, self._row.x_D.copy())
         rows = [self._rows[seq, pos] for pos in positions]
         inputs = [] if self.source is None else [self._inputs[seq, pos] for pos in positions]
         self._rows.clear()
@@ -192,8 +194,9 @@ def _keep(rows: Rows, into: dict[tuple[int, int], np.ndarray]) -> None:
 class _Place:
     """Where a session puts the row of a single token (`RowPlace`)."""
 
-    def __init__(self, width: int, address: int, tensor: int = 0, call: tuple[int, int] = (0, 0)) -> None:
-        self.width, self.address, self.tensor, self.call = width, address, tensor, call
+    def __init__(self, row: RowReading, width: int, address: int, tensor: int = 0) -> None:
+        self.width, self.address, self.tensor, self.call = width, address, tensor, row.call
+        self._row = row  # its memory is written to as long as a session has this place
         self.held: tuple[int, int] | None = None  # (sequence, position) of the row that is there
 
     def is_free(self) -> bool:

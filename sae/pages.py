@@ -17,10 +17,10 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     size = math.prod(shape) * dtype.itemsize
     if _ADVICE is None or size < LEAST_BYTES:
         return torch.zeros(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(_ADVICE)
-    except OSError:  # a kernel without them
+    except OSError:  # a kernel without them; or no memory, which torch says in its own words
         return torch.zeros(shape, dtype=dtype)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 

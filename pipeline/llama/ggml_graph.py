@@ -67,6 +67,11 @@ _place = function("ggml_backend_tensor_alloc", ctypes.c_int, _P, _P, _P)
 _USAGE_WEIGHTS = 1
 
 
+def _freed_with(owner: object, free: Callable[[int], None], address: int) -> None:
+    """When the owner goes, not when Python ends: another thread may be reading then, and the system frees all."""
+    weakref.finalize(owner, free, address).atexit = False
+
+
 class Backend:
     """A second instance of one of llama.cpp's devices: the model's own cannot be had, and is busy."""
 
@@ -77,7 +82,7 @@ class Backend:
         self.handle = _dev_init(self.device, None)
         if not self.handle:
             raise LlamaError(f"llama.cpp's device {self.name} does not start a second time")
-        weakref.finalize(self, _backend_free, self.handle)
+        _freed_with(self, _backend_free, self.handle)
         self.is_cpu = is_cpu(self.device)
         self.default_buffers = _default_buft(self.handle)
         set_threads = _proc(_dev_reg(self.device), b"ggml_backend_set_n_threads")
@@ -123,7 +128,7 @@ class Tensors:
 
     def __init__(self) -> None:
         self.context = _init(InitParams(CONTEXT_BYTES, None, True))
-        weakref.finalize(self, _free, self.context)
+        _freed_with(self, _free, self.context)
 
     def allocate(self, buffer_type: int, *, weights: bool = False) -> None:
         """Memory for every tensor made so far. LlamaError where there is not enough."""
@@ -142,7 +147,7 @@ class Tensors:
     def _own(self, buffer: int | None, buffer_type: int, weights: bool) -> None:
         if not buffer:
             raise LlamaError(f"no memory for the encoder in {buffer_type_name(buffer_type)} buffers")
-        weakref.finalize(self, _buffer_free, buffer)
+        _freed_with(self, _buffer_free, buffer)
         if weights:
             _buffer_usage(buffer, _USAGE_WEIGHTS)
 

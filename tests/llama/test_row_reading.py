@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import signal
@@ -196,62 +195,6 @@ def test_transcoders_are_read_the_same_with_and_without_python_in_between(reads,
             assert (mine.hook, mine.hook_out, mine.l0) == (general.hook, general.hook_out, general.l0)
             assert mine.fvu == pytest.approx(general.fvu, rel=1e-5)
     assert {(r.hook, r.hook_out) for r in made[0].readings} == {(reads, writes), (saes[1].hook, "")}
-
-
-def test_an_input_that_is_computed_after_the_output_is_this_tokens_too():
-    w, s = transcoder("blocks.2.hook_resid_post", "blocks.1.hook_mlp_out"), session()
-    taken = []
-    for general in (False, True):
-        s.clear()
-        reader = Reader(w, encoder=GgmlEncoder(w, n_threads=1))
-        if general:
-            reader._place = reader._input_place = None
-        hooks = [reader.hook(), reader.input_hook()]
-        for pos, token in enumerate((5, 9, 7)):
-            decode(s, token, pos, hooks)
-            taken += reader.take(0, [pos])
-    for ours, theirs in zip(taken[:3], taken[3:], strict=True):
-        assert ours.latents == theirs.latents
-        assert ours.fvu == pytest.approx(theirs.fvu, rel=1e-5)
-    assert taken[0].latents != taken[1].latents
-
-
-def test_a_transcoder_is_read_once_when_both_rows_are_there():
-    w, s, heard = transcoder(), session(), []
-    reader = Reader(w, encoder=GgmlEncoder(w, n_threads=1))
-    places = reader._place, reader._input_place
-    assert all(place is not None and place.call[0] for place in places)
-
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
-    def heard_of(argument):
-        heard.append(argument)
-        return 0
-
-    for place in places:
-        place.call = ctypes.cast(heard_of, ctypes.c_void_p).value, 4242
-    hooks = [reader.hook(), reader.input_hook()]
-    for pos in range(3):
-        decode(s, 5, pos, hooks)
-        for place in places:
-            place.held = None
-    assert heard == [4242] * 3
-
-
-def test_a_row_is_read_in_the_callback_and_only_there(monkeypatch):
-    w, s = sae_at(1), session()
-    reader = Reader(w, encoder=GgmlEncoder(w, n_threads=1))
-    monkeypatch.setattr(reading.CompiledRow, "read", lambda self, top: pytest.fail("read once more"))
-    hooks = [reader.hook()]
-    for pos, token in enumerate((5, 9, 5)):
-        decode(s, token, pos, hooks)
-        row = reader._row
-        assert isinstance(row, reading.CompiledRow)
-        own = row._arrays["found"].copy()
-        assert reading._FOUND.unpack_from(own)[1] > 0, "it is there before anybody asks"
-        (found,) = reader.take(0, [pos])
-        general = Reader(w, encoder=GgmlEncoder(w, n_threads=1))
-        general._rows[0, pos] = row.x_D.copy()
-        assert general.take(0, [pos])[0].to_dict() == found.to_dict()
 
 
 def test_a_transcoder_with_a_skip_matrix_is_read_by_python():

@@ -189,5 +189,15 @@ def test_a_kernel_without_large_pages_gives_ordinary_ones(monkeypatch):
     assert not pages.zeros(1024, 2048).any()
 
 
+def test_memory_that_cannot_be_had_is_asked_of_torch_which_says_so(monkeypatch):
+    def refused(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pages.mmap, "mmap", refused)
+    assert not pages.zeros(1024, 2048).any()
+    with pytest.raises(RuntimeError, match="allocate"):
+        pages.zeros(1 << 40, 1 << 20)
+
+
 def test_the_structure_is_as_long_as_the_compiled_one(lib):
     assert ctypes.sizeof(Step) == lib.step_bytes
