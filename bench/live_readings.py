@@ -112,10 +112,12 @@ def without(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """Milliseconds that a reading adds to a token, and their standard error; and those by the difference alone."""
+    """Milliseconds that a reading adds to a token, and their standard error; those inside the callback; and what the
+    difference of two tokens alone says."""
 
     ms: float
     error: float
+    own_ms: float  # 0: not measured
     plain_ms: float
     plain_error: float
 
@@ -130,9 +132,9 @@ def added(seconds: Mapping[str, Sequence[float]], keys: Sequence[str], rounds: S
         plain_ms, plain_error = median(gap_T[key])
         if key in own_T:
             own_ms, own_error = median(own_T[key])
-            found[key] = Added(own_ms + rest, float(np.hypot(own_error, rest_error)), plain_ms, plain_error)
+            found[key] = Added(own_ms + rest, float(np.hypot(own_error, rest_error)), own_ms, plain_ms, plain_error)
         else:
-            found[key] = Added(plain_ms, plain_error, plain_ms, plain_error)
+            found[key] = Added(plain_ms, plain_error, 0.0, plain_ms, plain_error)
     return found
 
 
@@ -168,8 +170,8 @@ def reading_rows(
             Row(
                 case=f"{name} read n{latents} k{settings.k} {label}", peer="byte floor", unit="ms added",
                 ours=one.ms, theirs=floor, ratio=floor / one.ms, target=floor / allowed if limited else 0.0,
-                note=f"± {one.error:.3f} ms, plain {one.plain_ms:.3f} ± {one.plain_error:.3f}; {n_bytes / 1e6:.0f} MB, "
-                f"{100 * one.ms / token_ms:.1f} % of the token",
+                note=f"± {one.error:.3f} ms, {one.own_ms:.3f} inside, plain {one.plain_ms:.3f} ± {one.plain_error:.3f}; "
+                f"{n_bytes / 1e6:.0f} MB, {100 * one.ms / token_ms:.1f} % of the token",
             )
         )  # fmt: skip
         if (latents, label) == SHARE_OF and limited:

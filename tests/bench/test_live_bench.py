@@ -146,6 +146,7 @@ def test_what_a_reading_costs_beside_its_own_time_is_taken_of_all():
     for key, each in own.items():
         assert found[key].ms == pytest.approx(1e3 * each + 0.05, abs=3 * found[key].error)
         assert found[key].error < 0.8 * found[key].plain_error
+        assert found[key].own_ms == pytest.approx(1e3 * np.median(seconds[live_steps.inside(key)]))
     rest = {key: found[key].ms - 1e3 * np.median(seconds[live_steps.inside(key)]) for key in own}
     assert rest["a"] == pytest.approx(rest["b"], abs=1e-9)
 
