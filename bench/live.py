@@ -59,6 +59,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         found,
         threads=options.threads,
         tokens=options.tokens or found.tokens,
+        peer_tokens=options.tokens or found.peer_tokens,
         latents=tuple(options.latents or found.latents),
     )
 

@@ -45,7 +45,9 @@ def peer_rows(
         np.save(matrix, weights.W_dec_FD)
         reader = _reader(weights, settings)
         kept: list[Reading] = []
-        step = steps.session_step(steps.session_of(model, settings.prompt + settings.tokens, settings), reader, kept)
+        step = steps.session_step(
+            steps.session_of(model, settings.prompt + settings.peer_tokens, settings), reader, kept
+        )
         for model_dtype, sae_dtype in PEERS:
             say(f"{name}: HF {model_dtype} with SAELens {sae_dtype}")
             with peer_worker(settings.threads) as worker:
@@ -66,7 +68,7 @@ def in_turns(
     step: steps.Step, kept: list[Reading], worker: Worker, block: int, settings: steps.Settings
 ) -> dict[str, Any]:
     """Seconds of every token of both sides, and the share of the last token's latents that both name."""
-    token_T = np.random.default_rng(settings.seed).integers(3, 500, max(1, settings.tokens // ROUNDS)).tolist()
+    token_T = np.random.default_rng(settings.seed).integers(3, 500, max(1, settings.peer_tokens // ROUNDS)).tolist()
     ours, theirs, plain = [], [], []
     last: dict[str, Any] = {}
     for _ in range(ROUNDS):

@@ -44,6 +44,7 @@ class Settings:
     prompt: int = 16
     tokens: int = 128
     busy_tokens: int = 64
+    peer_tokens: int = 128
     latents: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     types: tuple[str, ...] = TYPES
     k: int = 32
@@ -54,7 +55,7 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Self:
-        return cls(shape=replace(SHAPE_1B, blocks=4), tokens=256, busy_tokens=32, latents=(4096, 32768))
+        return cls(shape=replace(SHAPE_1B, blocks=4), tokens=256, busy_tokens=32, peer_tokens=64, latents=(4096, 32768))
 
     def for_demo(self) -> Settings:
         """The demo model: reported without limits."""

@@ -16,7 +16,16 @@ from pipeline.llama.session import Session
 
 SHAPE = models.Shape(d=64, blocks=2, heads=4, kv_heads=2, ff=96, vocab=512, context=256)
 SMALL = live_steps.Settings(
-    shape=SHAPE, threads=1, prompt=4, tokens=6, busy_tokens=3, latents=(256,), k=8, sum_bytes=1 << 20, numpy_latents=256
+    shape=SHAPE,
+    threads=1,
+    prompt=4,
+    tokens=6,
+    busy_tokens=3,
+    peer_tokens=6,
+    latents=(256,),
+    k=8,
+    sum_bytes=1 << 20,
+    numpy_latents=256,
 )
 
 
