@@ -10,8 +10,9 @@ from typing import Any
 
 from bench import live_ask, models
 from bench.common import ROOT, Row
-from bench.live_readings import NUMPY, Side, readers, reading_rows, side
+from bench.live_readings import Side, readers, reading_rows, side
 from bench.live_steps import (
+    SHARED_TOKENS,
     WARM_TOKENS,
     Say,
     Settings,
@@ -31,7 +32,6 @@ from pipeline.llama.symbols import lc
 
 SPEED_SPREAD = 0.15  # of the time of a sum, among rounds at one speed of memory
 CALLBACK_SHARE, BUSY_SHARE = 0.03, 0.10
-SHARED_TOKENS = 512
 CONTEXTS = 8  # whose buffers lie in as many places
 
 
@@ -51,8 +51,7 @@ def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[R
     """The rows of one model, and what they rest on."""
     with Model(path) as model, _sides(model, settings, say) as (hooks, sides):
         say(f"{name}: {settings.tokens} rounds, {len(sides)} readings")
-        apart = [key for key in sides if key.endswith(NUMPY)]  # numpy's threads spin on for a while, into the next side
-        together = [hooks, *(one.steps for key, one in sides.items() if key not in apart)]
+        together = [hooks, *(one.steps for one in sides.values() if not one.apart)]
         meters = {key: one.meter for key, one in sides.items() if one.meter is not None}
         summing = sum_step(settings)
         if settings.limits:
@@ -60,8 +59,9 @@ def measure(name: str, path: Path, settings: Settings, say: Say) -> tuple[list[R
         else:  # a small model: what the sum throws out of the caches would not come back with one token
             quiet = in_step(together, settings, settings.tokens, meters=meters)
             quiet["sum"] = timed(summing, range(settings.tokens), 0)
-        for key in apart:
-            quiet |= in_step([sides[key].steps], settings, settings.tokens)
+        for one in sides.values():
+            if one.apart:
+                quiet |= in_step([one.steps], settings, settings.tokens)
         say(f"{name}: {settings.busy_tokens} tokens beside a busy Python thread")
         with beside(busy=True):
             busy = in_step([hooks], settings, settings.busy_tokens)

@@ -15,7 +15,7 @@ from typing import Any
 from bench import models
 from bench.common import Row
 from bench.live_readings import Side, added, readers, side, without
-from bench.live_steps import Say, Settings, in_step, session_of
+from bench.live_steps import SHARED_TOKENS, Say, Settings, in_step, session_of
 from pipeline.llama.doctor import backends
 from pipeline.llama.model import Model
 from pipeline.llama.symbols import lc
@@ -25,7 +25,6 @@ SHAPE_8B = models.Shape(d=4096, blocks=32, heads=32, kv_heads=8, ff=14336)
 TOKEN_SHARE = 0.05
 SETTINGS = Settings(shape=SHAPE_8B, latents=(32768, 131072), types=("F16", "Q8_0"), numpy_latents=0)
 QUICK = replace(SETTINGS, tokens=64, latents=(32768,))
-SHARED_TOKENS = 512
 
 
 def device_name() -> str:

@@ -1,7 +1,7 @@
 """What a reading adds to a generated token: random SAEs, their readings in turns with tokens without, and the estimate.
 
 A token of 14 ms varies by a millisecond, a reading of 4,096 latents takes a fifth of one. So every token with a reading
-follows one without (`pair`), and the reading's own time inside llama.cpp's callback is measured by itself (`Meters`). What
+follows one without (`side`), and the reading's own time inside llama.cpp's callback is measured by itself (`metered`). What
 else it costs, the row's copy, a graph in two parts, Python, what the model misses in the caches then, is not a matter of
 the SAE: that is taken of all readings together.
 
@@ -57,6 +57,11 @@ class Side:
     n_bytes: int  # of the encoder
     steps: dict[str, Step]  # without it, with it
     meter: Meter | None
+
+    @property
+    def apart(self) -> bool:
+        """Whether it has rounds of its own: numpy's threads spin on for a while, into the next side."""
+        return self.label == NUMPY
 
 
 def side(session: Session, key: str, reader: Reader, latents: int, label: str, n_bytes: int) -> Side:
@@ -154,15 +159,14 @@ def reading_rows(
     """Added time of each reading against the time its encoder's bytes take to be read once, both of the rounds `kept`; a
     reading that was timed apart: of all."""
     ms_per_byte = 1e3 * statistics.median(seconds["sum"][t] for t in kept) / settings.sum_bytes
-    apart = [key for key in sides if key.endswith(NUMPY)]
-    every = added(seconds, [key for key in sides if key not in apart], kept)
-    every |= added(seconds, apart, range(settings.tokens))
+    every_round = range(settings.tokens)
+    found = added(seconds, [key for key, one in sides.items() if not one.apart], kept)
+    found |= added(seconds, [key for key, one in sides.items() if one.apart], every_round)
     rows = []
-    for key, one in every.items():
+    for key, one in found.items():
         latents, label, n_bytes = sides[key].latents, sides[key].label, sides[key].n_bytes
-        token_ms = 1e3 * statistics.median(
-            seconds[without(key)][t] for t in (range(settings.tokens) if key in apart else kept)
-        )
+        rounds = every_round if sides[key].apart else kept
+        token_ms = 1e3 * statistics.median(seconds[without(key)][t] for t in rounds)
         floor = n_bytes * ms_per_byte
         allowed = FLOOR_FACTOR * floor + (SMALL_MS if n_bytes < CACHED_BYTES else 0.0)
         limited = settings.limits and label in TYPES

@@ -28,6 +28,7 @@ from sae.native.build import build
 TYPES = ("F16", "Q8_0", "Q4_0")
 SUM_BYTES = 1 << 30
 WARM_TOKENS = 4
+SHARED_TOKENS = 512  # of the context that all readings share
 SHAPE_1B = models.Shape(d=2048, blocks=16, heads=32, kv_heads=8, ff=8192)
 
 Say = Callable[[str], None]

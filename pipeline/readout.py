@@ -121,7 +121,6 @@ class Reader:
         self._rows: dict[tuple[int, int], np.ndarray] = {}
         self._inputs: dict[tuple[int, int], np.ndarray] = {}  # a transcoder's
         self._row = row = self.encoder.row_reading()
-        self._found = None if row is None else row.found if row.call[0] else row.read
         self._place: _Place | None = None
         self._input_place: _Place | None = None  # a transcoder's
         if row is not None and self.source is None:
@@ -145,17 +144,16 @@ class Reader:
 
     def take(self, seq: int, positions: list[int]) -> list[Reading]:
         """Readings of the positions just decoded, in that order; forgets all captured rows."""
-        if self._found is not None and self._place is not None and self._place.held is not None:
+        if self._row is not None and self._place is not None and self._place.held is not None:
             held, self._place.held = self._place.held, None
             input_held = held
             if self._input_place is not None:
                 input_held, self._input_place.held = self._input_place.held, None
             if not self._rows and positions == [held[1]] and seq == held[0] and held == input_held:
-                found = self._found(self.top)
+                found = self._row.found(self.top)
                 if found is not None:
                     pairs, l0, error = found
                     return [Reading(self._name, pairs, l0, error / self.weights.variance, self._name_out)]
-            assert self._row is not None
             # a row that came by the general way is newer: while this one was held, none came here
             self._rows.setdefault(held, self._row.y_O.copy())
             if self._input_place is not None and input_held is not None:

@@ -23,7 +23,7 @@ class RowReading(ABC):
 
     width: int
     tensor: int = 0  # where the row is put: a ggml tensor on another device, or, where it is 0, ...
-    call: tuple[int, int] = (0, 0)  # addresses of a C function and its argument, in place of `read`; then `found`
+    call: tuple[int, int] = (0, 0)  # addresses of a C function that reads the row, and of its argument; 0: of none
 
     @property
     @abstractmethod
@@ -43,8 +43,8 @@ class RowReading(ABC):
         """
 
     def found(self, top: int) -> tuple[bytes, int, float] | None:
-        """What `read` gives, after `call`'s function."""
-        raise NotImplementedError
+        """What `read` gives; where there is a `call`, only after its function, which has read the row."""
+        return self.read(top)
 
 
 class Encoder(ABC):
