@@ -101,13 +101,14 @@ COMMANDS: dict[str, Command] = {
         examples=("ggscope convert convert.encoder_type=Q8_0 convert.decoder_type=Q4_0", "ggscope convert convert.labels=labels.json 'convert.also=[block1/sae,block5/sae]'", "ggscope convert verify sae.gguf convert.source=runs/train/2026-01-31_12-00-00", "ggscope convert convert.source=hf://google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 model.path=gemma-2-2b.gguf", "ggscope convert convert.latent=123 convert.coeff=4"),
     ),
     "apply": Command(
-        summary="generate with live features per token; steer, clamp or ablate latents",
+        summary="generate with live features per token; steer, clamp or ablate latents, switch attention heads off",
         groups=("model", "sae", "apply", "intervention"),
         not_read=(*NOT_READ, *TRAINING),
         examples=(
             "ggscope apply --prompt 'def read_file(path):'",
             "ggscope apply --prompt 'import os' intervention=steer 'intervention.latents=[123]' intervention.coeff=8",
             "ggscope apply --prompt 'import os' 'apply.also=[other.gguf]' 'apply.interventions=[{kind:steer,latents:[5],coeff:8},{kind:clamp,sae:other.gguf,latents:[7],value:3}]'",
+            "ggscope apply --prompt 'import os' intervention=heads 'intervention.heads=[L3H5,L4H*]'",
             "echo 'class Node:' | ggscope apply - apply.format=jsonl",
         ),
         prompts=(("--prompt", "apply.prompt"),),
@@ -128,10 +129,23 @@ COMMANDS: dict[str, Command] = {
         examples=("ggscope lens --prompt 'for i in range(10):'", "ggscope lens --prompt 'for i in range(10):' 'lens.attention=[0,3]'"),
         prompts=(("--prompt", "lens.prompt"),),
     ),
+    "heads": Command(
+        summary="head ablation: what each attention head does for the next token after a prompt",
+        groups=("model", "heads"),
+        examples=(
+            "ggscope heads --prompt 'for name in names: print('",
+            "ggscope heads --prompt 'for name in names: print(' --answer name --wrong names",
+            "ggscope heads --prompt 'for name in names: print(' heads.mean=runs/extract/2026-01-31_12-00-00/activations.zarr",
+        ),
+        prompts=(("--prompt", "heads.prompt"), ("--answer", "heads.answer"), ("--wrong", "heads.wrong")),
+    ),
     "patch": Command(
-        summary="activation patching between a clean and a corrupted prompt",
+        summary="activation patching between a clean and a corrupted prompt, by position or by attention head",
         groups=("model", "patch"),
-        examples=("ggscope patch --clean 'for name in names: print(' --corrupted 'for path in paths: print(' --answer 'name' --wrong 'path'",),
+        examples=(
+            "ggscope patch --clean 'for name in names: print(' --corrupted 'for path in paths: print(' --answer 'name' --wrong 'path'",
+            "ggscope patch patch.heads=true --clean 'for name in names: print(' --corrupted 'for path in paths: print(' --answer 'name' --wrong 'path'",
+        ),
         prompts=(("--clean", "patch.clean"), ("--corrupted", "patch.corrupted"), ("--answer", "patch.answer"), ("--wrong", "patch.wrong")),
     ),
     "report": Command(

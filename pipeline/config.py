@@ -254,9 +254,9 @@ class ConvertConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InterventionConfig:
-    """One change of the forward pass, by an SAE latent."""
+    """One change of the forward pass, by latents of an SAE or by attention heads."""
 
-    kind: str = "none"  # what is done with the latents
+    kind: str = "none"  # what is done with the latents, or heads
     latents: list[int] = field(default_factory=list)  # which ones
     sae: str = ""  # whose latents; empty: sae.path
     coeff: float | None = None  # steer: x' = x + coeff W_dec[f]; intervention=steer takes 8 where none is given
@@ -268,6 +268,9 @@ class InterventionConfig:
     positions: list[int] = field(default_factory=list)  # empty: every position of the phase
     token_range: list[int] = field(default_factory=list)  # [first, last] instead of naming each position
     hook: str = ""  # another hook point of the same width, e.g. blocks.4.hook_resid_post; empty: the SAE's own
+    heads: list[str] = field(default_factory=list)  # heads: attention heads switched off, L3H5; L3H*: all of block 3
+    keep: bool = False  # heads: keep these and switch off the others of their blocks
+    mean: str = ""  # heads: a store whose mean takes their place, captured at attn.hook_z; empty: zeros
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,12 +299,24 @@ class LensConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadsConfig:
+    prompt: str = ""  # set by --prompt / --prompt-file / -
+    answer: str = ""  # the next token looked at, also --answer; empty: the likeliest
+    wrong: str = ""  # another one, also --wrong: the logit difference is measured, not the log-probability
+    blocks: list[int] = field(default_factory=list)  # empty: all with attention heads
+    mean: str = ""  # a store whose mean takes a head's place, captured at attn.hook_z; empty: zeros
+    top: int = 12  # heads shown
+    format: str = "text"  # json: for programs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PatchConfig:
     clean: str = ""  # a prompt, also --clean
     corrupted: str = ""  # another one, also --corrupted
     answer: str = ""  # the token the clean prompt calls for
     wrong: str = ""  # the token the corrupted prompt calls for
     site: str = "hook_resid_post"  # the hook point that is patched in every block
+    heads: bool = False  # every attention head at all positions, instead of positions of `site`
     format: str = "text"  # json: for programs
 
 
@@ -376,6 +391,7 @@ class Config:
     apply: ApplyConfig = field(default_factory=ApplyConfig)
     cvector: CVectorConfig = field(default_factory=CVectorConfig)
     lens: LensConfig = field(default_factory=LensConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)

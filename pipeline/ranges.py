@@ -52,11 +52,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "drift.encoder": ENCODERS,
     "drift.format": FORMATS,
     "convert.thresholds": ("none", *THRESHOLD_MODES),
-    "intervention.kind": ("none", "steer", "clamp", "ablate", "reconstruct"),
+    "intervention.kind": ("none", "steer", "clamp", "ablate", "reconstruct", "heads"),
     "intervention.phase": ("all", "prompt", "response"),
     "apply.encoder": ENCODERS,
     "apply.format": ("text", "jsonl"),
     "lens.format": FORMATS,
+    "heads.format": FORMATS,
     "patch.format": FORMATS,
     "compare.format": FORMATS,
 }
@@ -82,7 +83,7 @@ LEAST: dict[str, float] = {
     "drift.tokens": 1, "drift.splice_tokens": 1, "drift.copies_bytes": 0, "drift.seed": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,
     "apply.max_tokens": 0, "apply.temperature": 0, "apply.top_latents": 0, "apply.seed": 0,
-    "lens.top": 1, "sweep.trials": 0, "sweep.seed": 0,
+    "lens.top": 1, "heads.top": 1, "heads.blocks": 0, "sweep.trials": 0, "sweep.seed": 0,
     "report.top_latents": 0, "report.contexts": 1, "report.tokens": 1, "report.steer_latent": -1,
 }  # fmt: skip
 
@@ -153,3 +154,5 @@ def check_ranges(config: Config) -> None:
             raise ConfigError(f"{key} names a value twice: {', '.join(map(str, values))}")
     if config.intervention.latents and config.intervention.kind == "none":
         raise ConfigError("intervention.latents without a kind does nothing: add intervention=steer, clamp or ablate")
+    if config.intervention.heads and config.intervention.kind == "none":
+        raise ConfigError("intervention.heads without a kind does nothing: add intervention=heads")

@@ -15,7 +15,7 @@ def test_the_blocks_run_in_the_folder_that_its_commands_left(tmp_path):
     for line in (line for block in blocks(PAGE) for line in block):
         run_line(line, tmp_path)
     parts = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(parts) == 6
+    assert len(parts) == 7
     script = tmp_path / "page.py"
     script.write_text("\n".join(parts))
     done = subprocess.run(
@@ -26,8 +26,13 @@ def test_the_blocks_run_in_the_folder_that_its_commands_left(tmp_path):
     said = done.stdout.splitlines()
     fvu = float(said[[line.startswith("strongest") for line in said].index(True)].split()[-1])
     assert 0 < fvu < 1
-    moved = [line for line in said if line.startswith("without head ")]
-    assert len(moved) == 8
+    heads = [line for line in said if " off: log-probability " in line]
+    effects = [abs(float(line.split()[3])) for line in heads]
+    assert len(heads) == 5
+    assert effects == sorted(effects, reverse=True)
+    assert effects[-1] > 1e-3
+    moved = [line for line in said if line.startswith("half of MLP ")]
+    assert len(moved) == 6
     assert all(abs(float(line.split()[-1])) > 1e-3 for line in moved)
     (restored,) = [line for line in said if line.startswith("most is restored")]
     assert re.search(r"\(.*\d+.*, .*\d+.*\)", restored)

@@ -69,12 +69,14 @@ class Where:
 
     phase: `prompt` is pos < prompt length; `response` is pos >= prompt length - 1, because the last prompt position
     makes the first answer token; `all` is both. positions: RoPE positions within the phase, None for all of them.
-    Flagged rows (BOS, special, outlier) are left alone unless `positions` names them. sequences: None for all.
+    Flagged rows (BOS, special, outlier) are left alone unless `positions` names them or `flagged` takes them too.
+    sequences: None for all.
     """
 
     phase: str = "all"
     positions: tuple[int, ...] | None = None
     sequences: tuple[int, ...] | None = None
+    flagged: bool = False
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -88,10 +90,12 @@ class Where:
 
     def covers(self, seq_N: np.ndarray, pos_N: np.ndarray, sequences: Sequences) -> np.ndarray:
         """Boolean (N,): which rows at these places are to be changed."""
-        if self.positions is None:
-            mask_N = ~sequences.flagged(seq_N, pos_N)
-        else:
+        if self.positions is not None:
             mask_N = np.isin(pos_N, self.positions)
+        elif self.flagged:
+            mask_N = np.ones(len(pos_N), dtype=bool)
+        else:
+            mask_N = ~sequences.flagged(seq_N, pos_N)
         if self.phase != "all":
             length_N = sequences.prompt_lengths(seq_N)
             mask_N &= pos_N < length_N if self.phase == "prompt" else pos_N >= length_N - 1
@@ -100,7 +104,7 @@ class Where:
         return mask_N
 
     def key(self) -> str:
-        return f"{self.phase};pos={self.positions};seq={self.sequences}"
+        return f"{self.phase};pos={self.positions};seq={self.sequences}{';flagged' if self.flagged else ''}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,12 +18,14 @@ class Patch(Intervention):
     """x'[where.positions[p]] = source_PD[p], exactly.
 
     `where.positions` names the positions, BOS included when it is named. `targets` puts row p in one sequence only
-    (several patched variants side by side in one batch); None puts it in every sequence of `where`. The K and V of
-    this block and those before stay as they were: prompt logits equal the source run's, a continuation's do not.
+    (several patched variants side by side in one batch); None puts it in every sequence of `where`. `columns`: only
+    these dimensions of the rows, such as those of a head. The K and V of this block and those before stay as they were:
+    prompt logits equal the source run's, a continuation's do not.
     """
 
     source_PD: np.ndarray
     targets: tuple[int, ...] | None = None
+    columns: np.ndarray | None = None
     sets_value: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -44,7 +46,7 @@ class Patch(Intervention):
         return list(zip(targets, self.where.positions, strict=True))
 
     def key(self) -> str:
-        source = digest(np.asarray(self.source_PD, np.float32))
+        source = digest(np.asarray(self.source_PD, np.float32), self.columns)
         return f"patch({self.point};{source};targets={self.targets};{self.where.key()})"
 
     def change(self, x_ND: np.ndarray, seq_N: np.ndarray, pos_N: np.ndarray) -> np.ndarray:
@@ -55,4 +57,6 @@ class Patch(Intervention):
             row = row_of.get((seq if self.targets is not None else None, pos))
             if row is not None:
                 delta_ND[n] = self.source_PD[row] - x_ND[n]
+        if self.columns is not None:
+            delta_ND[:, np.setdiff1d(np.arange(x_ND.shape[1]), self.columns)] = 0
         return delta_ND

@@ -1,1 +1,1 @@
-"""Ways of looking at one forward pass: logit lens, activation patching."""
+"""Ways of looking at one forward pass: logit lens, attention maps, head ablation, activation patching."""

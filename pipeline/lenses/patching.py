@@ -1,13 +1,15 @@
-"""Activation patching: which block and position carry the answer from a clean prompt to a corrupted one.
+"""Activation patching: which block and position, or which head, carries the answer from a clean prompt to a corrupted
+one.
 
 Source: Meng et al. 2022, "Locating and Editing Factual Associations in GPT" (causal tracing); Wang et al. 2022.
 
-Shape letters: L blocks, P positions, T prompt tokens, D width, S variants decoded side by side.
+Shape letters: L blocks, P positions, H heads, T prompt tokens, D width, S variants decoded side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +17,22 @@ import numpy as np
 
 from sae.errors import ConfigError, LlamaError
 
-from ..interventions.base import Sequences, Where, edit_hooks, edits_key
+from ..interventions.base import Where
+from ..interventions.heads import columns_of
 from ..interventions.patch import Patch
 from ..llama.hooks import HookPoint
 from ..llama.model import Model
 from ..llama.session import Hook, Rows, Session
+from .side_by_side import check_fits, decoded, last_logits
+
+HEADS_SITE = "attn.hook_z"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PatchResult:
     """grid_LP[l, p] = (patched - corrupted) / (clean - corrupted), each a logit difference answer - wrong after the
-    last prompt token, with the clean run's row of `site` at block l and position p put into the corrupted run.
+    last prompt token, with the clean run's row of `site` at block l and position p put into the corrupted run; where
+    `heads` are named with what head p writes at every position. NaN: a head that block does not have.
 
     1: the clean answer is restored; 0: nothing happens; below 0 or above 1 can happen.
     """
@@ -40,6 +47,12 @@ class PatchResult:
     corrupted_tokens: np.ndarray
     answer: int
     wrong: int
+    heads: tuple[int, ...] = ()
+
+    def strongest(self) -> tuple[int, int]:
+        """Row and column of the largest entry of the grid."""
+        row, column = np.unravel_index(int(np.nanargmax(self.grid_LP)), self.grid_LP.shape)
+        return int(row), int(column)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -47,7 +60,8 @@ class PatchResult:
             "site": self.site,
             "blocks": list(self.blocks),
             "positions": list(self.positions),
-            "grid": self.grid_LP.tolist(),
+            "heads": list(self.heads),
+            "grid": [[None if math.isnan(v) else v for v in row] for row in self.grid_LP.tolist()],
             "clean_difference": self.clean_difference,
             "corrupted_difference": self.corrupted_difference,
             "clean_tokens": self.clean_tokens.tolist(),
@@ -91,10 +105,12 @@ def patch_sweep(
     site: str = "hook_resid_post",
     blocks: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
+    heads: bool = False,
     side_by_side: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> PatchResult:
-    """Patches every block and position of `site` (or those named) from the clean into the corrupted run.
+    """Patches every block and position of `site` (or those named) from the clean into the corrupted run; with `heads`
+    every head of `attn.hook_z` instead, at all of the positions at once.
 
     `side_by_side` variants are decoded in one batch, each its own sequence with its own edit, beside the corrupted
     prompt as it is; 0 takes as many as the session's sequences, batch and context hold. Raises ConfigError for prompts of unequal token counts, answers that
@@ -104,35 +120,42 @@ def patch_sweep(
     _check_prompts(session, model, *tokens)
     answers = single_token(model, answer, "answer"), single_token(model, wrong, "wrong")
     count = len(tokens[0])
-    blocks = tuple(blocks) if blocks is not None else tuple(range(model.id.n_layer))
     positions = tuple(positions) if positions is not None else tuple(range(count))
     if any(not 0 <= position < count for position in positions):
         raise ConfigError(f"positions should be 0..{count - 1} of the prompt's tokens, got {list(positions)}")
+    counts = model.graph.heads() if heads else {}
+    if heads:
+        site, blocks = HEADS_SITE, blocks_with_heads(counts, blocks)
+    blocks = tuple(blocks) if blocks is not None else tuple(range(model.id.n_layer))
     points = _points(site, blocks)
     sources, clean_difference = _clean_run(session, tokens[0], points, answers)
-    corrupted_difference = float(_differences(session, tokens[1], 1, [], answers)[0])
+    corrupted_difference = _difference(last_logits(session, tokens[1], 1, [])[0], answers)
     scale = clean_difference - corrupted_difference
     if abs(scale) < 1e-6 * max(1.0, abs(clean_difference)):
         raise ConfigError(
             f"the clean and the corrupted prompt give the same logit difference ({clean_difference:.4f}); "
             "choose prompts that call for different answers"
         )
-    variants = [(point, position) for point in points for position in positions]
-    width, beside = _width(session, count, side_by_side)
+    columns = tuple(range(max(counts[block] for block in blocks))) if heads else positions
+    cells = [(r, c) for r, b in enumerate(blocks) for c in range(len(columns)) if not heads or c < counts[b]]
+    variants = [(points[row], columns[column]) for row, column in cells]
     moved: list[float] = []
-    for start in range(0, len(variants), width):
-        batch = variants[start : start + width]
-        found_S = _differences(session, tokens[1], len(batch) + beside, _patches(batch, sources), answers)
-        # products of more rows round otherwise: what nothing was patched into is in the same batch
-        moved += (found_S[: len(batch)] - (found_S[-1] if beside else corrupted_difference)).tolist()
+
+    def edits(batch: Sequence[tuple[HookPoint, int]]) -> list[Patch]:
+        return _head_patches(batch, sources, positions, counts) if heads else _patches(batch, sources)
+
+    for found_SV, plain_V in decoded(session, tokens[1], variants, edits, side_by_side=side_by_side):
+        plain = _difference(plain_V, answers)
+        moved += [_difference(found_V, answers) - plain for found_V in found_SV]
         if progress is not None:
             progress(len(moved), len(variants))
-    session.clear()
-    grid_LP = np.array(moved).reshape(len(blocks), len(positions)) / scale
+    grid_LP = np.full((len(blocks), len(columns)), np.nan)
+    grid_LP[tuple(np.array(cells).reshape(-1, 2).T)] = np.array(moved) / scale
     return PatchResult(
         site=site,
         blocks=blocks,
         positions=positions,
+        heads=columns if heads else (),
         grid_LP=grid_LP,
         clean_difference=clean_difference,
         corrupted_difference=corrupted_difference,
@@ -141,6 +164,19 @@ def patch_sweep(
         answer=answers[0],
         wrong=answers[1],
     )
+
+
+def blocks_with_heads(counts: Mapping[int, int], blocks: Sequence[int] | None) -> list[int]:
+    """The blocks named, or all with attention heads. `counts`: heads of each block that has them.
+
+    ConfigError for a model without, or a block that has none.
+    """
+    if not counts:
+        raise ConfigError("this model has no block with attention heads")
+    if wrong := [block for block in blocks or () if block not in counts]:
+        having = f"{min(counts)}..{max(counts)}" if len(counts) > max(counts) - min(counts) else str(list(counts))
+        raise ConfigError(f"expected blocks with attention heads, {having}; got {', '.join(map(str, wrong))}")
+    return list(dict.fromkeys(blocks)) if blocks else list(counts)
 
 
 def _points(site: str, blocks: Sequence[int]) -> list[HookPoint]:
@@ -158,27 +194,10 @@ def _check_prompts(session: Session, model: Model, clean: np.ndarray, corrupted:
         )
     if np.array_equal(clean, corrupted):
         raise ConfigError("the clean and the corrupted prompt are the same; change the word that decides the answer")
-    if len(clean) > min(session.n_ctx_seq, session.n_batch):
-        held = min(session.n_ctx_seq, session.n_batch)
-        raise ConfigError(
-            f"the prompts have {len(clean)} tokens, one batch of the context holds {held}; raise model.n_ctx"
-        )
+    check_fits(session, len(clean))
 
 
-def _width(session: Session, count: int, side_by_side: int) -> tuple[int, int]:
-    """Variants of a batch, and whether (0, 1) the unpatched prompt is decoded beside them: not where one prompt fits."""
-    cells = session.n_ctx // count if session.kv_unified else session.n_seq_max
-    most = max(1, min(session.n_seq_max, session.n_batch // count, cells))
-    beside = int(most > 1)
-    if side_by_side > most - beside:
-        raise ConfigError(
-            f"side_by_side: this session holds at most {most} prompts of {count} tokens, {beside} of them unpatched, got "
-            f"{side_by_side}"
-        )
-    return side_by_side or most - beside, beside
-
-
-def _patches(batch: list[tuple[HookPoint, int]], sources: dict[HookPoint, np.ndarray]) -> list[Patch]:
+def _patches(batch: Sequence[tuple[HookPoint, int]], sources: dict[HookPoint, np.ndarray]) -> list[Patch]:
     """Variant s of the batch is sequence s; all variants of one hook point make one patch."""
     by_point: dict[HookPoint, list[tuple[int, int]]] = {}
     for seq, (point, position) in enumerate(batch):
@@ -191,6 +210,24 @@ def _patches(batch: list[tuple[HookPoint, int]], sources: dict[HookPoint, np.nda
             source_PD=sources[point][[position for _, position in pairs]],
         )
         for point, pairs in by_point.items()
+    ]
+
+
+def _head_patches(
+    batch: Sequence[tuple[HookPoint, int]],
+    sources: dict[HookPoint, np.ndarray],
+    positions: tuple[int, ...],
+    counts: Mapping[int, int],
+) -> list[Patch]:
+    """Variant s of the batch is sequence s: one head's columns, at all of the positions."""
+    return [
+        Patch(
+            point=point,
+            where=Where(positions=positions, sequences=(seq,)),
+            source_PD=sources[point][list(positions)],
+            columns=columns_of([head], counts[point.block or 0], sources[point].shape[1]),
+        )
+        for seq, (point, head) in enumerate(batch)
     ]
 
 
@@ -214,25 +251,9 @@ def _clean_run(
     logits_TV = session.decode(tokens_T, seq_T, positions_T, hooks=[keep(point) for point in points], logits="all")
     if logits_TV is None:
         raise LlamaError("the clean prompt gave no logits")
-    return found, float(logits_TV[-1, answers[0]]) - float(logits_TV[-1, answers[1]])
+    return found, _difference(logits_TV[-1], answers)
 
 
-def _differences(
-    session: Session, tokens_T: np.ndarray, copies: int, patches: list[Patch], answers: tuple[int, int]
-) -> np.ndarray:
-    """Logit difference answer - wrong after the last token of each of `copies` patched runs, float64 (S,)."""
-    sequences = Sequences()
-    for seq in range(copies):
-        sequences.start(seq, [False] * len(tokens_T))
-    session.clear()
-    logits_SV = session.decode(
-        np.tile(tokens_T, copies),
-        np.repeat(np.arange(copies, dtype=np.int32), len(tokens_T)),
-        np.tile(np.arange(len(tokens_T), dtype=np.int32), copies),
-        hooks=edit_hooks(patches, sequences),
-        logits="last",
-        edits_key=edits_key(patches, sequences),
-    )
-    if logits_SV is None:
-        raise LlamaError("a patched prompt gave no logits")
-    return logits_SV[:, answers[0]].astype(np.float64) - logits_SV[:, answers[1]]
+def _difference(logits_V: np.ndarray, answers: tuple[int, int]) -> float:
+    """Logit of the answer minus that of the wrong one."""
+    return float(logits_V[answers[0]]) - float(logits_V[answers[1]])

@@ -323,6 +323,17 @@ class GraphMap:
             f"{described(self.targets)}"
         )
 
+    def heads(self) -> dict[int, int]:
+        """Block -> number of attention heads, of the blocks whose heads' results lie side by side in `attn.hook_z`.
+
+        Read off the pattern, so only on a graph without flash attention (`Model.graph`).
+        """
+        found = {}
+        for point, target in self.targets.items():
+            if point.site == "pattern" and point.block is not None and HookPoint("z", point.block) in self.targets:
+                found[point.block] = self.nodes[target.index].ne[2]
+        return dict(sorted(found.items()))
+
     def hook_points(self) -> dict[str, str]:
         """Hook point -> ggml tensor name, in the order of computation."""
         return {str(target.point): target.name for target in self.in_order()}

@@ -39,7 +39,7 @@ def run(context: RunContext) -> None:
         chosen = interventions([context.config.intervention, *config.interventions], saes)
         readers = [Reader(sae.weights, top=config.top_latents, encoder=sae.encoder) for sae in read]
         stream = generate(
-            session, model, tokens, interventions=chosen, readers=readers,
+            session, model, tokens, interventions=[one for some in chosen for one in some], readers=readers,
             max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
         )  # fmt: skip
         events = show(
@@ -54,8 +54,8 @@ def run(context: RunContext) -> None:
         places = ", ".join(f"{relative(sae.path)} at {place_of(sae.weights)}" for sae in read)
         edits = [said_of(c, saes) for c in (context.config.intervention, *config.interventions) if c.kind != "none"]
         given = "; ".join([f"{describe_model(model)} and {places}", *edits])
-    for edit, one in zip(edits, chosen, strict=True):
-        if why := without_rows(one.where, events):
+    for edit, some in zip(edits, chosen, strict=True):
+        if why := without_rows(some[0].where, events):
             context.console.print(f"warning: {edit} changed nothing: {why}", style="yellow", highlight=False)
     made = [e for e in events if e.phase == "response"]
     context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made)}
@@ -68,7 +68,7 @@ def run(context: RunContext) -> None:
     ]
     context.metrics["text"] = "".join(e.text for e in made)
     context.metrics["encoder"] = readers[0].encoder.name
-    context.metrics["interventions"] = [intervention.key() for intervention in chosen]
+    context.metrics["interventions"] = [one.key() for some in chosen for one in some]
     context.outputs["readout"] = str(context.folder / READOUT_NAME)
     context.three_lines(
         given,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,18 +16,30 @@ from ..config import InterventionConfig
 from ..interventions.ablate import Ablate
 from ..interventions.base import Intervention, Sequences, Where
 from ..interventions.clamp import Clamp
+from ..interventions.heads import AblateHeads, named_heads
 from ..interventions.inputs import output_point
 from ..interventions.replace import Reconstruct
 from ..interventions.steer import Steer
+from ..lenses.patching import HEADS_SITE
 from ..llama.hooks import HookPoint
+from ..llama.identity import check_same_model
 from ..llama.model import Model
 from ..llama.placement import device_at
 from ..readout import ReadoutEvent
 from ..run import RunContext
-from .inputs import check_host, check_one_point, load_sae, relative, sae_sha256, threads
+from .inputs import (
+    check_host,
+    check_one_point,
+    load_sae,
+    relative,
+    sae_sha256,
+    store_place,
+    store_sha256,
+    threads,
+)
 from .sae_files import located
 
-KINDS = ("none", "steer", "clamp", "ablate", "reconstruct")
+KINDS = ("none", "steer", "clamp", "ablate", "reconstruct", "heads")
 NUMBER_OF = {"steer": "coeff", "clamp": "value"}
 LONGEST = 1 << 20  # positions
 NAMED = 4  # positions in a warning
@@ -96,8 +108,9 @@ def place_of(weights: SAEWeights) -> str:
     return " -> ".join(points_of(weights).values())
 
 
-def interventions(configs: Sequence[InterventionConfig], saes: LiveSAEs) -> list[Intervention]:
-    """What the settings name, in their order. At one hook point each acts on the result of the one before."""
+def interventions(configs: Sequence[InterventionConfig], saes: LiveSAEs) -> list[list[Intervention]]:
+    """What each of the settings names, in their order: one change, or one for each block whose heads are switched off.
+    At one hook point each acts on the result of the one before."""
     return [intervention(config, saes) for config in configs if config.kind != "none"]
 
 
@@ -105,6 +118,10 @@ def said(config: InterventionConfig) -> str:
     """What the settings do, for people: `steer latent 123 by 150`."""
     if config.kind == "reconstruct":
         return "reconstruct" + (" and keep the error" if config.keep_error else "")
+    if config.kind == "heads":
+        named = ", ".join(config.heads)
+        what = f"all heads but {named} of their blocks" if config.keep else f"{noun(config.heads)} {named}"
+        return f"{what} at the mean" if config.mean else f"{what} off"
     word = {"steer": " by ", "clamp": " at "}.get(config.kind, "")
     numbers = numbers_of(config)
     far = word + ", ".join(f"{number:g}" for number in (numbers[:1] if len(set(numbers)) == 1 else numbers))
@@ -112,9 +129,13 @@ def said(config: InterventionConfig) -> str:
     return f"{config.kind} {'latent' if len(config.latents) == 1 else 'latents'} {latents}{far}"
 
 
+def noun(heads: Sequence[str]) -> str:
+    return "heads" if len(heads) > 1 or any(head.endswith("*") for head in heads) else "head"
+
+
 def said_of(config: InterventionConfig, saes: LiveSAEs) -> str:
     """... and of which SAE, where there are several, and at which point, where it is not the SAE's own."""
-    several = len(saes.distinct()) > 1
+    several = len(saes.distinct()) > 1 and config.kind != "heads"
     where = [f"SAE of {saes.name_of(saes.get(config.sae))}"] if several else []
     where += [f"edit at {config.hook}"] if config.hook else []
     return said(config) + (f" ({', '.join(where)})" if where else "")
@@ -136,11 +157,51 @@ def without_rows(where: Where, events: Sequence[ReadoutEvent]) -> str:
     return f"no row{phase} was at {named}; the positions were 0 to {len(events) - 1}"
 
 
-def intervention(config: InterventionConfig, saes: LiveSAEs) -> Intervention:
+def intervention(config: InterventionConfig, saes: LiveSAEs) -> list[Intervention]:
     """One of them. ConfigError for settings that do not fit its kind."""
     if config.kind not in KINDS:
         raise ConfigError(f"intervention.kind: expected one of {', '.join(KINDS)}, got {config.kind!r}")
     _check_settings(config)
+    if config.kind == "heads":
+        return list(heads_off(config, saes))
+    return [of_latents(config, saes)]
+
+
+def heads_off(config: InterventionConfig, saes: LiveSAEs) -> Iterable[AblateHeads]:
+    """One change for each block that is named. BOS and special tokens too: no SAE speaks for leaving them alone."""
+    counts = saes.model.graph.heads()
+    by_block = named_heads(config.heads, counts)
+    means = head_means(saes.context, config.mean, saes.model, by_block)
+    for block, heads in by_block.items():
+        yield AblateHeads(
+            point=HookPoint.parse(f"blocks.{block}.{HEADS_SITE}"),
+            where=Where(phase=config.phase, positions=positions_of(config), flagged=True),
+            heads=tuple(set(range(counts[block])) - set(heads)) if config.keep else heads,
+            count=counts[block],
+            mean_D=None if means is None else means[block],
+        )
+
+
+def head_means(context: RunContext, place: str, model: Model, blocks: Iterable[int]) -> dict[int, np.ndarray] | None:
+    """Mean row of `attn.hook_z` of each block, (D,) float32, by a store of this model; None without a store."""
+    if not place:
+        return None
+    from ..store.reader import ActivationStore
+
+    store = ActivationStore(store_place(place))
+    for warning in check_same_model(store.meta.model, model.id, what="this store"):
+        context.console.print(f"warning: {warning}", style="yellow", highlight=False)
+    hooks = {block: f"blocks.{block}.{HEADS_SITE}" for block in blocks}
+    if missing := [hook for hook in hooks.values() if hook not in store.hooks]:
+        raise ConfigError(
+            f"the store holds {', '.join(store.hooks)}; expected {', '.join(missing)}: "
+            f"ggscope extract 'hook.points=[blocks.*.{HEADS_SITE}]'"
+        )
+    context.add_input("mean", store.path, store_sha256(store.path))
+    return {block: store.stats(hook).mean_D.astype(np.float32) for block, hook in hooks.items()}
+
+
+def of_latents(config: InterventionConfig, saes: LiveSAEs) -> Intervention:
     sae = saes.get(config.sae)
     point = HookPoint.parse(config.hook) if config.hook else output_point(sae.weights)
     where, latents = Where(phase=config.phase, positions=positions_of(config)), tuple(config.latents)
@@ -164,10 +225,20 @@ def numbers_of(config: InterventionConfig) -> tuple[float, ...]:
 
 
 def _check_settings(config: InterventionConfig) -> None:
+    if config.kind != "heads" and (config.heads or config.keep or config.mean):
+        raise ConfigError(f"intervention.heads, keep and mean are of intervention=heads, got {config.kind}")
+    if config.kind == "heads":
+        if config.sae or config.hook or config.latents:
+            raise ConfigError("intervention=heads takes heads, no latents, sae or hook: intervention.heads=[L3H5]")
+        if not config.heads:
+            raise ConfigError("intervention=heads needs heads: intervention.heads=[L3H5], or [L3H*] for all of block 3")
     if config.kind == "reconstruct" and config.latents:
         raise ConfigError("intervention=reconstruct takes no latents: it replaces whole rows")
-    if config.kind != "reconstruct" and not config.latents:
+    if config.kind not in ("reconstruct", "heads") and not config.latents:
         raise ConfigError(f"intervention={config.kind} needs latents: intervention.latents=[123]")
+    for kind, name in NUMBER_OF.items():
+        if getattr(config, name) is not None and config.kind != kind:
+            raise ConfigError(f"intervention.{name} is of intervention={kind}, got {config.kind}")
     for name, kind in (("coeffs", "steer"), ("values", "clamp")):
         given = getattr(config, name)
         if given and (config.kind != kind or len(given) != len(config.latents)):

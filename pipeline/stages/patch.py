@@ -1,4 +1,4 @@
-"""`ggscope patch`: which block and position carries the answer, by activation patching."""
+"""`ggscope patch`: which block and position, or which head, carries the answer, by activation patching."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def run(context: RunContext) -> None:
         count = len(prompt_tokens(model, config.clean))
         n_ctx = context.config.model.n_ctx or SIDE_BY_SIDE * context_tokens(context, model, count)
         session = Session(model, n_ctx=n_ctx, n_seq_max=SIDE_BY_SIDE, **session_options(context.config.model))
-        with context.progress("patching", model.n_layer * count, "runs") as progress:
+        runs = sum(model.graph.heads().values()) if config.heads else model.n_layer * count
+        with context.progress("patching", runs, "runs") as progress:
             result = patch_sweep(
                 session, model, config.clean, config.corrupted, config.answer, config.wrong,
-                site=config.site, progress=progress,
+                site=config.site, heads=config.heads, progress=progress,
             )  # fmt: skip
         session.close()
         clean, corrupted = (
@@ -60,11 +61,12 @@ def run(context: RunContext) -> None:
         )  # fmt: skip
     context.outputs |= {"patch": str(context.folder / PATCH_NAME), "picture": str(context.folder / PICTURE_NAME)}
     context.metrics = {"clean_difference": result.clean_difference, "corrupted_difference": result.corrupted_difference}
-    block, position = np.unravel_index(int(result.grid_LP.argmax()), result.grid_LP.shape)
+    row, column = result.strongest()
+    place = f"head {result.heads[column]}" if result.heads else f"position {result.positions[column]}"
     context.three_lines(
-        f"{given}; {config.site}, {result.grid_LP.size} patches",
+        f"{given}; {result.site}, {int(np.isfinite(result.grid_LP).sum())} patches",
         f"logit difference clean {result.clean_difference:.3f}, corrupted {result.corrupted_difference:.3f}; strongest "
-        f"{result.grid_LP.max():.3f} at block {result.blocks[block]}, position {result.positions[position]}",
+        f"{result.grid_LP[row, column]:.3f} at block {result.blocks[row]}, {place}",
         relative(context.folder / PICTURE_NAME),
         stderr=config.format == "json",
     )
@@ -79,14 +81,24 @@ def label(clean: str, corrupted: str) -> str:
     return clean if clean == corrupted else f"{clean} | {corrupted}"
 
 
+def labels(result: PatchResult, clean: list[str], corrupted: list[str]) -> list[str]:
+    """What the columns of the grid are."""
+    if result.heads:
+        return [f"head {head}" for head in result.heads]
+    return [label(clean[position], corrupted[position]) for position in result.positions]
+
+
 def table(result: PatchResult, clean: list[str], corrupted: list[str]) -> Table:
     shown = Table(title="share of the clean answer restored (1: all, 0: none)", title_justify="left")
     shown.add_column("block", justify="right")
-    for position in result.positions:
-        shown.add_column(Text(label(clean[position], corrupted[position])), justify="right", no_wrap=True)
+    for name in labels(result, clean, corrupted):
+        shown.add_column(Text(name), justify="right", no_wrap=True)
     for row in reversed(range(len(result.blocks))):
         cells = [
-            Text(f"{v:.2f}".replace("-0.00", "0.00"), style="bold green" if v > 0.5 else "" if v > 0.1 else "dim")
+            Text(
+                "" if np.isnan(v) else f"{v:.2f}".replace("-0.00", "0.00"),
+                style="bold green" if v > 0.5 else "" if v > 0.1 else "dim",
+            )
             for v in result.grid_LP[row]
         ]
         shown.add_row(str(result.blocks[row]), *cells)
@@ -97,13 +109,14 @@ def picture(result: PatchResult, clean: list[str], corrupted: list[str]) -> Figu
     """The grid as a heat map."""
     from matplotlib.figure import Figure
 
-    width = max(LEAST_WIDTH, 2 + 0.8 * len(result.positions))
+    names = labels(result, clean, corrupted)
+    width = max(LEAST_WIDTH, 2 + 0.8 * len(names))
     figure = Figure(figsize=(width, 1.5 + 0.45 * len(result.blocks)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(result.grid_LP, origin="lower", aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
     axes.set_xticks(
-        range(len(result.positions)),
-        [label(clean[p], corrupted[p]).replace("$", r"\$") for p in result.positions],
+        range(len(names)),
+        [name.replace("$", r"\$") for name in names],
         rotation=45,
         ha="right",
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -116,9 +117,51 @@ def test_interventions_change_what_they_should(sae, tmp_path):
     assert late[len(prompt) :] != plain[len(prompt) :]
 
 
+def test_heads_switched_off_are_those_of_python(sae, tmp_path):
+    from pipeline.generate import generate
+    from pipeline.interventions.base import Where
+    from pipeline.interventions.heads import AblateHeads
+    from pipeline.llama.hooks import HookPoint
+    from pipeline.llama.model import Model
+    from pipeline.llama.session import Session
+
+    plain = events(apply(sae, tmp_path))
+    done = apply(sae, tmp_path, "intervention=heads", "intervention.heads=[L1H2,L3H*]", "run_dir=off")
+    off = events(done)
+    assert "heads L1H2, L3H* off" in " ".join(done.stderr.split())
+    with Model(files("pipeline") / "data" / "pylm.gguf") as model:
+        session, counts = Session(model, n_ctx=64, n_threads=1), model.graph.heads()
+        edits = [
+            AblateHeads(
+                point=HookPoint.parse(f"blocks.{block}.attn.hook_z"), heads=heads, count=counts[block],
+                where=Where(flagged=True),
+            )
+            for block, heads in ((1, (2,)), (3, tuple(range(counts[3]))))
+        ]  # fmt: skip
+        tokens = [e["token"] for e in plain if e["phase"] == "prompt"]
+        expected = list(generate(session, model, np.array(tokens, np.int32), interventions=edits, max_tokens=6))
+    assert [e["token"] for e in off] == [e.token for e in expected]
+    assert [e["logprob"] for e in off[1:]] == [e.logprob for e in expected[1:]]
+    assert [e["logprob"] for e in off[1:]] != [e["logprob"] for e in plain[1:]]
+    manifest = json.loads((tmp_path / "off" / "manifest.json").read_text())
+    assert manifest["metrics"]["interventions"] == [edit.key() for edit in edits]
+    every = [f"L1H{head}" for head in range(counts[1]) if head != 2]
+    kept = events(
+        apply(sae, tmp_path, "intervention=heads", "intervention.heads=[L1H2]", "intervention.keep=true", "run_dir=a")
+    )
+    named = events(apply(sae, tmp_path, "intervention=heads", f"intervention.heads=[{','.join(every)}]", "run_dir=b"))
+    assert kept == named != off
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        (["intervention=heads"], "intervention.heads=[L3H5]"),
+        (["intervention=heads", "intervention.heads=[L1H99]"], "block 1 has heads 0.."),
+        (["intervention=heads", "intervention.heads=[3.5]"], "expected heads as L3H5"),
+        (["intervention=heads", "intervention.heads=[L1H1]", "intervention.latents=[3]"], "takes heads, no latents"),
+        (["intervention=ablate", "intervention.latents=[1]", "intervention.heads=[L1H1]"], "are of intervention=heads"),
+        (["intervention=heads", "intervention.heads=[L1H1]", "intervention.coeff=3"], "coeff"),
         (["intervention=steer"], "intervention.latents"),
         (["intervention=steer", "intervention.latents=[9999]"], "9999"),
         (["intervention.kind=flip", "intervention.latents=[1]"], "steer, clamp, ablate"),

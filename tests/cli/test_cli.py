@@ -116,7 +116,9 @@ def test_the_version_is_the_package_s(capsys):
         (["extract", "hook.points=[blocks.1.hook_resid_post,blocks.1.hook_resid_post]"], "twice"),
         (["extract", "run_dir=/proc/nothing"], "/proc"),
         (["apply", "intervention.latents=[1]", "--prompt", "x"], "intervention=steer"),
+        (["apply", "intervention.heads=[L0H1]", "--prompt", "x"], "intervention=heads"),
         (["lens", "--prompt", "x " * 2000], "trained for"),
+        (["heads", "--prompt", "x " * 2000], "trained for"),
         (
             ["patch", "model.n_ctx=4", "--clean", "x = a", "--corrupted", "x = b", "--answer", "a", "--wrong", "b"],
             "n_ctx",

@@ -46,7 +46,7 @@ def test_settings_and_groups_show_their_choices_beside_the_default(capsys):
     assert "corpus=stdlib (datasets | jsonl | parquet | stdin | stdlib | text | tokens)" in lines
     assert "executor=local (local | pool | ray | submitit)" in lines
     assert "extract.batch_tokens=2048 tokens of one llama_decode" in lines
-    assert "intervention=none (ablate | clamp | none | reconstruct | steer)" in help_lines("apply", capsys)
+    assert "intervention=none (ablate | clamp | heads | none | reconstruct | steer)" in help_lines("apply", capsys)
     assert "logger=jsonl (jsonl | mlflow | tensorboard | trackio | wandb)" in help_lines("train", capsys)
 
 

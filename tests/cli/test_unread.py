@@ -86,6 +86,7 @@ def record(monkeypatch, cls, group, found):
          {"store.verify", "corpus.dataset", "corpus.token_dtype", "executor.workers", "corpus.generate_temperature"}),
         ("lens", ["--prompt", "def f(x):"], set()),
         ("patch", ["--clean", "x = a", "--corrupted", "x = b", "--answer", "a", "--wrong", "b"], set()),
+        ("heads", ["--prompt", "def f(x):", "--answer", "x", "--wrong", "y"], set()),
         ("inspect", [], set()),
     ],
 )  # fmt: skip

@@ -79,7 +79,7 @@ def residual(s: Session, tokens, hook: str, interventions=(), **options) -> np.n
 
 def hf_logits(tokens, edits) -> np.ndarray:
     """HF's logits with `edits[block](x_TD float64) -> x_TD` applied to the residual after each block, or to what a part
-    of it puts out: key `(block, "mlp")`."""
+    of it puts out: key `(block, "mlp")`; `(block, "z")`: to what the attention's output projection reads."""
     import torch
 
     handles = []
@@ -90,7 +90,13 @@ def hf_logits(tokens, edits) -> np.ndarray:
             changed = torch.from_numpy(edit(x_TD[0].double().numpy())).to(x_TD.dtype)[None]
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
+        def change_input(_module, inputs, edit=edit):
+            return (torch.from_numpy(edit(inputs[0][0].double().numpy())).to(inputs[0].dtype)[None], *inputs[1:])
+
         layer = twin().model.layers[block if isinstance(block, int) else block[0]]
+        if not isinstance(block, int) and block[1] == "z":
+            handles.append(layer.self_attn.o_proj.register_forward_pre_hook(change_input))
+            continue
         module = layer if isinstance(block, int) else getattr(layer, block[1])
         handles.append(module.register_forward_hook(change))
     try:

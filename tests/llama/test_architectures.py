@@ -40,6 +40,11 @@ def test_what_an_architecture_lacks_is_absent_and_refused_by_name(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_heads_are_counted_in_the_graph(name):
+    assert loaded(name)[0].graph.heads() == dict.fromkeys(range(BLOCKS), HEADS)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_early_stop_after_the_deepest_of_several_points_changes_no_row(name):
     model, _, sequences = loaded(name)
     chosen = [HookPoint.parse(f"blocks.{b}.{site}") for b, site in

@@ -35,6 +35,10 @@ def context_of(folder, **settings):
         (InterventionConfig(kind="clamp", latents=[3, 4], value=2), "clamp latents 3, 4 at 2"),
         (InterventionConfig(kind="ablate", latents=[3, 4]), "ablate latents 3, 4"),
         (InterventionConfig(kind="reconstruct", keep_error=True), "reconstruct and keep the error"),
+        (InterventionConfig(kind="heads", heads=["L3H5"]), "head L3H5 off"),
+        (InterventionConfig(kind="heads", heads=["L3H5", "L4H0"], mean="a.zarr"), "heads L3H5, L4H0 at the mean"),
+        (InterventionConfig(kind="heads", heads=["L3H*"]), "heads L3H* off"),
+        (InterventionConfig(kind="heads", heads=["L3H5"], keep=True), "all heads but L3H5 of their blocks off"),
     ],
 )
 def test_an_edit_is_said_with_its_latents_and_how_far(config, text):

@@ -1,0 +1,216 @@
+"""The sweep over all heads against HF, one head off at a time; `ggscope heads`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from pipeline.cli import main
+from pipeline.lenses.heads import head_sweep
+from pipeline.lenses.patching import patch_sweep, prompt_tokens
+from sae.errors import ConfigError
+from tests.interventions.test_heads import EACH, HEADS, without
+from tests.interventions.tiny import BLOCKS, hf_logits, residual, session, tiny, write_tiny_llama
+
+TEXT, ANSWER, WRONG = "if self.name in self.text", " self", " not"
+
+
+def logprobs(logits_V):
+    shifted_V = logits_V.astype(np.float64) - logits_V.max()
+    return shifted_V - np.log(np.exp(shifted_V).sum())
+
+
+def sweep(s, *answers, **options):
+    return head_sweep(s, tiny()[0], TEXT, *answers, **options)
+
+
+def token(text):
+    (found,) = tiny()[0].tokenize(text.encode())
+    return int(found)
+
+
+@pytest.mark.parametrize("answers", [(), (ANSWER,), (ANSWER, WRONG)])
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_every_number_is_hfs_with_that_head_off(answers, by_mean):
+    tokens = prompt_tokens(tiny()[0], TEXT)
+    means = {b: residual(session(), tokens, f"blocks.{b}.attn.hook_z").mean(0) for b in range(BLOCKS)}
+    result = sweep(session(n_seq_max=8), *answers, means=means if by_mean else None)
+    clean_V = logprobs(hf_logits(tokens, {})[-1])
+    answer = token(answers[0]) if answers else int(clean_V.argmax())
+
+    def measure(logprob_V):
+        return logprob_V[answer] - (logprob_V[token(WRONG)] if len(answers) > 1 else 0)
+
+    assert result.answer == answer
+    assert result.likeliest == int(clean_V.argmax())
+    assert result.measure == ("logit_difference" if len(answers) > 1 else "logprob")
+    assert result.plain == pytest.approx(measure(clean_V), abs=1e-4)
+    for block in range(BLOCKS):
+        for head in range(HEADS):
+            change = without(head, value_D=means[block] if by_mean else None)
+            without_V = logprobs(hf_logits(tokens, {(block, "z"): change})[-1])
+            kl = (np.exp(clean_V) * (clean_V - without_V)).sum()
+            assert result.effect_LH[block, head] == pytest.approx(measure(without_V) - measure(clean_V), abs=2e-4)
+            assert result.kl_LH[block, head] == pytest.approx(kl, abs=1e-5 + 1e-3 * kl)
+            two = np.sort(without_V)[-2:]
+            if two[1] - two[0] > 1e-3:
+                assert result.likeliest_LH[block, head] == int(without_V.argmax())
+    assert np.abs(result.effect_LH).max() > 0.05
+    assert result.kl_LH.max() > 1e-3
+
+
+@pytest.mark.parametrize("kv_unified", [True, False])
+def test_side_by_side_equals_one_at_a_time(kv_unified):
+    one = sweep(session(), side_by_side=1)
+    seen = []
+    many = sweep(
+        session(n_seq_max=8, n_ctx=512, kv_unified=kv_unified), progress=lambda done, total: seen.append((done, total))
+    )
+    np.testing.assert_allclose(many.effect_LH, one.effect_LH, atol=2e-4)
+    np.testing.assert_allclose(many.kl_LH, one.kl_LH, atol=1e-5)
+    assert seen[-1] == (BLOCKS * HEADS, BLOCKS * HEADS)
+    assert len(seen) == 3  # seven heads beside the prompt as it is
+
+
+def test_some_blocks_are_the_same_rows_and_the_largest_effects_come_first():
+    whole, part = sweep(session(n_seq_max=4)), sweep(session(n_seq_max=4), blocks=[2, 0])
+    np.testing.assert_allclose(part.effect_LH, whole.effect_LH[[2, 0]], atol=2e-4)
+    assert part.blocks == (2, 0)
+    effects = [abs(whole.effect_LH[place]) for place in whole.ranked()]
+    assert effects == sorted(effects, reverse=True)
+    assert len(effects) == BLOCKS * HEADS
+    assert part.to_dict()["heads"][1]["head"] == "L2H1"
+
+
+def test_bad_prompts_answers_and_blocks_are_refused():
+    for options, said in (
+        ({"answer": " selfqq"}, "answer: ' selfqq' should be one token"),
+        ({"answer": ANSWER, "wrong": ANSWER}, "are the same token"),
+        ({"blocks": [BLOCKS]}, rf"attention heads, 0\.\.{BLOCKS - 1}; got {BLOCKS}"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            head_sweep(session(), tiny()[0], TEXT, **options)
+    with pytest.raises(ConfigError, match="one batch of the context holds"):
+        head_sweep(session(n_ctx=256), tiny()[0], TEXT * 60)
+
+
+@pytest.mark.parametrize("n_seq_max", [1, 8])
+def test_heads_patched_from_the_clean_run_are_hfs(n_seq_max):
+    clean, corrupted = (prompt_tokens(tiny()[0], text) for text in (TEXT, "if self.line in self.text"))
+    result = patch_sweep(
+        session(n_seq_max=n_seq_max), tiny()[0], TEXT, "if self.line in self.text", ANSWER, WRONG, heads=True
+    )
+
+    def difference(logits_TV):
+        return float(logits_TV[-1, token(ANSWER)]) - float(logits_TV[-1, token(WRONG)])
+
+    clean_d, corrupted_d = (difference(hf_logits(tokens, {})) for tokens in (clean, corrupted))
+    assert result.site == "attn.hook_z"
+    assert result.grid_LP.shape == (BLOCKS, HEADS)
+    for block in range(BLOCKS):
+        source_TD = residual(session(), clean, f"blocks.{block}.attn.hook_z")
+        for head in range(HEADS):
+
+            def change(x_TD, source_TD=source_TD, part=slice(head * EACH, (head + 1) * EACH)):
+                out = x_TD.copy()
+                out[:, part] = source_TD[:, part]
+                return out
+
+            expected = (difference(hf_logits(corrupted, {(block, "z"): change})) - corrupted_d) / (
+                clean_d - corrupted_d
+            )
+            assert result.grid_LP[block, head] == pytest.approx(expected, abs=1e-3)
+    assert np.abs(result.grid_LP).max() > 0.05
+    row, column = result.strongest()
+    assert result.grid_LP[row, column] == result.grid_LP.max()
+
+
+@pytest.fixture
+def tiny_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ggscope"])
+    monkeypatch.setenv("COLUMNS", "200")
+    write_tiny_llama(tmp_path / "tiny.gguf")
+    return tmp_path
+
+
+def ggscope(name, *args):
+    return main([name, "model.path=tiny.gguf", "model.n_threads=1", *args])
+
+
+def test_the_command_prints_the_strongest_heads_and_draws_all(tiny_here, capsys):
+    assert ggscope("heads", "--prompt", TEXT, "--answer", ANSWER, "--wrong", WRONG, "heads.top=3", "run_dir=made") == 0
+    said = capsys.readouterr().out
+    values = json.loads((tiny_here / "made" / "heads.json").read_text())
+    assert len(values["heads"]) == BLOCKS * HEADS
+    ranked = sorted(values["heads"], key=lambda one: -abs(one["effect"]))
+    shown = [line for line in said.splitlines() if " L" in line and "│" in line]
+    assert len(shown) == 3
+    for line, one in zip(shown, ranked, strict=False):
+        assert one["head"] in line
+        assert f"{one['effect']:+.3f}" in line
+        assert f"{one['kl_nats']:.3f}" in line
+    assert f"logit difference '{ANSWER}' - '{WRONG}'" in said
+    assert imread(tiny_here / "made" / "heads.png").shape[0] > 200
+    metrics = json.loads((tiny_here / "made" / "manifest.json").read_text())["metrics"]
+    assert metrics["strongest"] == ranked[0]["head"]
+    assert metrics["effect"] == ranked[0]["effect"]
+
+
+def test_the_mean_comes_from_a_store_of_the_model(tiny_here, capsys):
+    (tiny_here / "a.txt").write_text("def walk(tree):\n    return [node for node in tree]\n" * 40)
+    corpus = ["corpus=text", "corpus.paths=[a.txt]", "corpus.split=all", "corpus.context_tokens=24"]
+    extract = [*corpus, "extract.calibration_tokens=400", "run_dir=captured"]
+    assert ggscope("extract", "hook.points=[blocks.*.attn.hook_z]", *extract) == 0
+    capsys.readouterr()
+    (store,) = (tiny_here / "captured").glob("*.zarr")
+    results = {}
+    for name, more in (("zero", []), ("mean", [f"heads.mean={store}"])):
+        assert ggscope("heads", "--prompt", TEXT, "heads.format=json", *more, f"run_dir={name}") == 0
+        results[name] = json.loads(capsys.readouterr().out)
+        assert results[name]["in_place"] == name
+    effects = {name: np.array([one["effect"] for one in found["heads"]]) for name, found in results.items()}
+    from pipeline.store.reader import ActivationStore
+
+    opened = ActivationStore(store)
+    means = {b: opened.stats(f"blocks.{b}.attn.hook_z").mean_D.astype(np.float32) for b in range(BLOCKS)}
+    expected = head_sweep(session(n_seq_max=8, kv_type="f16"), tiny()[0], TEXT, means=means)
+    np.testing.assert_allclose(effects["mean"], expected.effect_LH.ravel(), atol=2e-3)
+    assert np.abs(effects["mean"] - effects["zero"]).max() > 0.01
+    assert ggscope("extract", "hook.points=[blocks.0.attn.hook_z]", *extract[:-1], "run_dir=one") == 0
+    (other,) = (tiny_here / "one").glob("*.zarr")
+    capsys.readouterr()
+    assert ggscope("heads", "--prompt", TEXT, f"heads.mean={other}") == 2
+    said = capsys.readouterr().err
+    assert "expected blocks.1.attn.hook_z" in said
+    assert "ggscope extract" in said
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "--prompt"),
+        (["--prompt", TEXT, "heads.blocks=[9]"], "got 9"),
+        (["--prompt", TEXT, "--wrong", "nosuchtoken"], "wrong: 'nosuchtoken' should be one token"),
+        (["--prompt", TEXT, "heads.mean=nothing.zarr"], "nothing.zarr"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_here, args, said, capsys):
+    assert ggscope("heads", *args) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_patching_by_head_names_the_head(tiny_here, capsys):
+    texts = ["--clean", TEXT, "--corrupted", "if self.line in self.text", "--answer", ANSWER, "--wrong", WRONG]
+    assert ggscope("patch", *texts, "patch.heads=true", "run_dir=made") == 0
+    said = capsys.readouterr().out
+    values = json.loads((tiny_here / "made" / "patch.json").read_text())
+    assert values["heads"] == list(range(HEADS))
+    grid_LH = np.array(values["grid"])
+    row, head = np.unravel_index(grid_LH.argmax(), grid_LH.shape)
+    assert f"at block {values['blocks'][row]}, head {head}" in said
+    assert "head 3" in said
