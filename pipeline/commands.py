@@ -139,6 +139,17 @@ COMMANDS: dict[str, Command] = {
         ),
         prompts=(("--prompt", "heads.prompt"), ("--answer", "heads.answer"), ("--wrong", "heads.wrong")),
     ),
+    "latents": Command(
+        summary="what each active latent of the SAE does for the next token after a prompt, by switching it off",
+        groups=("model", "sae", "latents"),
+        also_reads=(*MISMATCH, "apply.encoder"),
+        not_read=(*NOT_READ, *TRAINING),
+        examples=(
+            "ggscope latents --prompt 'for name in names: print('",
+            "ggscope latents --prompt 'for name in names: print(' --answer name --wrong names sae.path=sae.gguf latents.most=0",
+        ),
+        prompts=(("--prompt", "latents.prompt"), ("--answer", "latents.answer"), ("--wrong", "latents.wrong")),
+    ),
     "patch": Command(
         summary="activation patching between a clean and a corrupted prompt, by position or by attention head",
         groups=("model", "patch"),

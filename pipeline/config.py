@@ -27,9 +27,7 @@ class ModelConfig:
 class HookConfig:
     """Hook points by the field's names, blocks counted from 0; `*` and ranges (`blocks.2..5.`) stand for several."""
 
-    points: list[str] = field(
-        default_factory=list
-    )  # e.g. blocks.3.hook_resid_post; `ggscope inspect` lists those of a model
+    points: list[str] = field(default_factory=list)  # e.g. blocks.3.hook_resid_post; `ggscope inspect` lists them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +38,7 @@ class CorpusConfig:
     paths: list[str] = field(default_factory=list)  # files, globs and fsspec URLs
     text_key: str = "text"  # the field or column of a record that holds the text
     messages_key: str = ""  # ... or the one that holds chat messages, for the model's own chat template
-    filter: list[str] = field(
-        default_factory=list
-    )  # conditions on a record's fields, all must hold: [lang==en,score>=0.5]
+    filter: list[str] = field(default_factory=list)  # conditions on fields, all must hold: [lang==en,score>=0.5]
     dataset: str = ""  # kind datasets: what datasets.load_dataset takes (a name, or json, parquet, ... with paths)
     dataset_config: str = ""  # ... and its configuration
     dataset_split: str = "train"  # ... and its split
@@ -218,12 +214,8 @@ class DriftConfig:
     """One SAE over quantisations of its model, and itself in the types of a file."""
 
     models: list[str] = field(default_factory=list)  # further GGUF files of the model in model.path
-    requantise: list[str] = field(
-        default_factory=list
-    )  # types that llama.cpp makes of model.path, which is F32, F16 or BF16
-    types: list[str] = field(
-        default_factory=lambda: ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_1", "Q4_0"]
-    )  # ... or ENCODER/DECODER
+    requantise: list[str] = field(default_factory=list)  # types that llama.cpp makes of an F32, F16 or BF16 model.path
+    types: list[str] = field(default_factory="F32 F16 BF16 Q8_0 Q5_1 Q4_1 Q4_0".split)  # ... or ENCODER/DECODER
     encoder: str = "auto"  # what computes the latents, as apply.encoder
     tokens: int = 32_768  # rows for FVU, L0 and overlap
     splice_tokens: int = 16_384  # rows for CE, each run through the model once for each type and three times more
@@ -292,9 +284,7 @@ class ApplyConfig:
 class LensConfig:
     prompt: str = ""  # set by --prompt / --prompt-file / -
     top: int = 3  # tokens shown at each position of each block
-    attention: list[int] = field(
-        default_factory=list
-    )  # blocks whose attention patterns are kept; flash attention is off then
+    attention: list[int] = field(default_factory=list)  # blocks whose patterns are kept; flash attention is off then
     format: str = "text"  # json: for programs
 
 
@@ -306,6 +296,16 @@ class HeadsConfig:
     blocks: list[int] = field(default_factory=list)  # empty: all with attention heads
     mean: str = ""  # a store whose mean takes a head's place, captured at attn.hook_z; empty: zeros
     top: int = 12  # heads shown
+    format: str = "text"  # json: for programs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentsConfig:
+    prompt: str = ""  # set by --prompt / --prompt-file / -
+    answer: str = ""  # the next token looked at, also --answer; empty: the likeliest
+    wrong: str = ""  # another one, also --wrong: the logit difference is measured, not the log-probability
+    most: int = 256  # latents switched off, those with the largest activation; 0: all that fire
+    top: int = 12  # latents shown
     format: str = "text"  # json: for programs
 
 
@@ -353,9 +353,7 @@ class CVectorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
-    runs: list[str] = field(
-        default_factory=list
-    )  # train runs, whole runs, sweeps or folders of them, and evaluate runs; empty: all of runs/train and runs/run
+    runs: list[str] = field(default_factory=list)  # train, whole and evaluate runs, sweeps, folders of them; empty: all
     format: str = "text"  # json: for programs
 
 
@@ -392,6 +390,7 @@ class Config:
     cvector: CVectorConfig = field(default_factory=CVectorConfig)
     lens: LensConfig = field(default_factory=LensConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)

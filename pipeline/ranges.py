@@ -58,6 +58,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "apply.format": ("text", "jsonl"),
     "lens.format": FORMATS,
     "heads.format": FORMATS,
+    "latents.format": FORMATS,
     "patch.format": FORMATS,
     "compare.format": FORMATS,
 }
@@ -83,7 +84,7 @@ LEAST: dict[str, float] = {
     "drift.tokens": 1, "drift.splice_tokens": 1, "drift.copies_bytes": 0, "drift.seed": 0,
     "convert.latent": -1, "convert.probe_tokens": 1,
     "apply.max_tokens": 0, "apply.temperature": 0, "apply.top_latents": 0, "apply.seed": 0,
-    "lens.top": 1, "heads.top": 1, "heads.blocks": 0, "sweep.trials": 0, "sweep.seed": 0,
+    "lens.top": 1, "heads.top": 1, "heads.blocks": 0, "latents.most": 0, "latents.top": 1, "sweep.trials": 0, "sweep.seed": 0,
     "report.top_latents": 0, "report.contexts": 1, "report.tokens": 1, "report.steer_latent": -1,
 }  # fmt: skip
 

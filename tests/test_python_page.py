@@ -15,7 +15,7 @@ def test_the_blocks_run_in_the_folder_that_its_commands_left(tmp_path):
     for line in (line for block in blocks(PAGE) for line in block):
         run_line(line, tmp_path)
     parts = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(parts) == 7
+    assert len(parts) == 8
     script = tmp_path / "page.py"
     script.write_text("\n".join(parts))
     done = subprocess.run(
@@ -31,6 +31,7 @@ def test_the_blocks_run_in_the_folder_that_its_commands_left(tmp_path):
     assert len(heads) == 5
     assert effects == sorted(effects, reverse=True)
     assert effects[-1] > 1e-3
+    assert len([line for line in said if re.fullmatch(r"latent \d+ without it: log-probability \S+", line)]) == 5
     moved = [line for line in said if line.startswith("half of MLP ")]
     assert len(moved) == 6
     assert all(abs(float(line.split()[-1])) > 1e-3 for line in moved)

@@ -34,30 +34,35 @@ def decoded(
     variants: Sequence[Variant],
     edits: Callable[[Sequence[Variant]], Sequence[Intervention]],
     *,
+    flags: Sequence[bool] = (),
     side_by_side: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each batch of variants the logits after the last token, (S, V), and those of the prompt as it is, (V,), as
     they are in that batch.
 
-    `edits`: what changes sequence s into variant s of a batch. `side_by_side`: variants of a batch; 0 takes as many as
-    the session's sequences, batch and context hold.
+    `edits`: what changes sequence s into variant s of a batch. `flags`: of the prompt's tokens (`Sequences`), none if
+    empty. `side_by_side`: variants of a batch; 0 takes as many as the session's sequences, batch and context hold.
     """
     width, beside = _width(session, len(tokens_T), side_by_side)
     plain_V = None if beside else last_logits(session, tokens_T, 1, [])[0]
     for start in range(0, len(variants), width):
         batch = variants[start : start + width]
-        logits_SV = last_logits(session, tokens_T, len(batch) + beside, edits(batch))
+        logits_SV = last_logits(session, tokens_T, len(batch) + beside, edits(batch), flags)
         yield logits_SV[: len(batch)], logits_SV[-1] if plain_V is None else plain_V
     session.clear()
 
 
 def last_logits(
-    session: Session, tokens_T: np.ndarray, copies: int, interventions: Sequence[Intervention]
+    session: Session,
+    tokens_T: np.ndarray,
+    copies: int,
+    interventions: Sequence[Intervention],
+    flags: Sequence[bool] = (),
 ) -> np.ndarray:
     """Logits after the last token of each of `copies` runs of the prompt, (S, V) float32."""
     sequences = Sequences()
     for seq in range(copies):
-        sequences.start(seq, [False] * len(tokens_T))
+        sequences.start(seq, flags or [False] * len(tokens_T))
     session.clear()
     logits_SV = session.decode(
         np.tile(tokens_T, copies),

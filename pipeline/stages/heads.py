@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -16,18 +16,16 @@ from ..interventions.heads import head_name
 from ..lenses.heads import HeadsResult, head_sweep
 from ..lenses.patching import blocks_with_heads, prompt_tokens
 from ..llama.model import Model
-from ..llama.session import Session
 from ..run import RunContext, write_json
-from .inputs import context_tokens, describe_model, open_model, print_wide, relative, session_options
+from .inputs import describe_model, open_model, print_wide, relative
 from .live import head_means
+from .next_token import MEASURES, OTHER_TOKEN, said, session_for, text, title, with_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HEADS_NAME = "heads.json"
 PICTURE_NAME = "heads.png"
-SIDE_BY_SIDE = 16
-MEASURES = {"logprob": "log-probability (nats)", "logit_difference": "logit difference"}
 
 
 def run(context: RunContext) -> None:
@@ -38,71 +36,43 @@ def run(context: RunContext) -> None:
         counts = model.graph.heads()
         blocks = blocks_with_heads(counts, config.blocks)
         means = head_means(context, config.mean, model, blocks)
-        count = max(1, len(prompt_tokens(model, config.prompt)))
-        n_ctx = context.config.model.n_ctx or SIDE_BY_SIDE * context_tokens(context, model, count)
-        session = Session(model, n_ctx=n_ctx, n_seq_max=SIDE_BY_SIDE, **session_options(context.config.model))
+        session = session_for(context, model, len(prompt_tokens(model, config.prompt)))
         with context.progress("switching heads off", sum(counts[block] for block in blocks), "heads") as progress:
             result = head_sweep(
-                session,
-                model,
-                config.prompt,
-                config.answer,
-                config.wrong,
-                blocks=blocks,
-                means=means,
-                progress=progress,
-            )
+                session, model, config.prompt, config.answer, config.wrong,
+                blocks=blocks, means=means, progress=progress,
+            )  # fmt: skip
         session.close()
-        values = as_dict(model, result)
-        said = what_is_measured(model, result)
+        values = with_text(model, result.to_dict(), "heads")
+        measured = said(model, result.target)
         if config.format == "json":
             Console(soft_wrap=True, highlight=False).print(json.dumps(values), markup=False)
         else:
             print_wide(table(model, result, config.top))
-        given = f"{describe_model(model)}, {len(result.tokens)} tokens, {sum(result.counts)} heads"
+        given = f"{describe_model(model)}, {len(result.target.tokens)} tokens, {sum(result.counts)} heads"
     write_json(context.folder / HEADS_NAME, values)
-    picture(result, said).savefig(context.folder / PICTURE_NAME, dpi=110)
+    picture(result, measured).savefig(context.folder / PICTURE_NAME, dpi=110)
     context.outputs |= {"heads": str(context.folder / HEADS_NAME), "picture": str(context.folder / PICTURE_NAME)}
     row, head = result.ranked()[0]
     strongest = head_name(result.blocks[row], head)
-    context.metrics = {"plain": result.plain, "strongest": strongest, "effect": float(result.effect_LH[row, head])}
+    context.metrics = {
+        "plain": result.target.plain,
+        "strongest": strongest,
+        "effect": float(result.effect_LH[row, head]),
+    }
     context.three_lines(
         given,
-        f"{said} {result.plain:.3f}; strongest {strongest}, {result.effect_LH[row, head]:+.3f} without it",
+        f"{measured} {result.target.plain:.3f}; strongest {strongest}, {result.effect_LH[row, head]:+.3f} without it",
         relative(context.folder / PICTURE_NAME),
         stderr=config.format == "json",
     )
 
 
-def text(model: Model, token: int) -> str:
-    return model.piece(int(token)).decode("utf-8", "replace")
-
-
-def what_is_measured(model: Model, result: HeadsResult) -> str:
-    """`logit difference 'name' - 'path'`."""
-    wrong = "" if result.wrong is None else f" - {text(model, result.wrong)!r}"
-    return f"{MEASURES[result.measure].split(' (')[0]} {text(model, result.answer)!r}{wrong}"
-
-
-def as_dict(model: Model, result: HeadsResult) -> dict[str, Any]:
-    """All numbers, with the tokens as text."""
-    values = result.to_dict()
-    for item in (values, *values["heads"]):
-        item["likeliest"] = text(model, item["likeliest"])
-    values["tokens"] = [text(model, token) for token in result.tokens]
-    values["answer"] = text(model, result.answer)
-    values["wrong"] = None if result.wrong is None else text(model, result.wrong)
-    return values
-
-
 def table(model: Model, result: HeadsResult, top: int) -> Table:
     """The strongest heads; in bold those without which another token is the likeliest."""
-    title = (
-        f"{what_is_measured(model, result)}: {result.plain:.3f}, likeliest next token {text(model, result.likeliest)!r}"
-    )
-    shown = Table(title=Text(title), title_justify="left")
+    shown = Table(title=Text(title(model, result.target)), title_justify="left")
     shown.add_column("head off")
-    for name in (f"change of {MEASURES[result.measure]}", "KL (nats)", "likeliest without it"):
+    for name in (f"change of {MEASURES[result.target.measure]}", "KL (nats)", "likeliest without it"):
         shown.add_column(name, justify="right")
     for row, head in result.ranked()[:top]:
         likeliest = int(result.likeliest_LH[row, head])
@@ -112,11 +82,11 @@ def table(model: Model, result: HeadsResult, top: int) -> Table:
             f"{result.kl_LH[row, head]:.3f}",
             repr(text(model, likeliest)),
         )
-        shown.add_row(*map(Text, cells), style="bold" if likeliest != result.likeliest else "")
+        shown.add_row(*map(Text, cells), style=OTHER_TOKEN if likeliest != result.target.likeliest else "")
     return shown
 
 
-def picture(result: HeadsResult, said: str) -> Figure:
+def picture(result: HeadsResult, measured: str) -> Figure:
     """Effect and KL of every head as two heat maps."""
     from matplotlib.figure import Figure
 
@@ -129,7 +99,7 @@ def picture(result: HeadsResult, said: str) -> Figure:
             left,
             result.effect_LH,
             {"cmap": "RdBu", "vmin": -most, "vmax": most},
-            f"change of {MEASURES[result.measure]}",
+            f"change of {MEASURES[result.target.measure]}",
         ),
         (right, result.kl_LH, {"cmap": "Greens", "vmin": 0.0}, "KL to the model as it is (nats)"),
     )
@@ -141,5 +111,5 @@ def picture(result: HeadsResult, said: str) -> Figure:
         ax.set_xticks(range(columns), [str(head) for head in range(columns)], fontsize=8)
         figure.colorbar(image, ax=ax, label=label)
     off = "its mean in place of what it writes" if result.by_mean else "off"
-    figure.suptitle(f"each head {off}: {said}".replace("$", r"\$"), fontsize=11)
+    figure.suptitle(f"each head {off}: {measured}".replace("$", r"\$"), fontsize=11)
     return figure

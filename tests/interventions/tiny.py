@@ -136,3 +136,15 @@ def dense_acts(w: SAEWeights, x_ND) -> np.ndarray:
 
 def relative(a, b) -> float:
     return float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
+
+
+def logprobs(logits_V) -> np.ndarray:
+    """log softmax in nats, float64."""
+    shifted_V = np.asarray(logits_V, np.float64) - np.max(logits_V)
+    return shifted_V - np.log(np.exp(shifted_V).sum())
+
+
+def token(text: str) -> int:
+    """The one token of a text."""
+    (found,) = tiny()[0].tokenize(text.encode())
+    return int(found)

@@ -14,23 +14,13 @@ from pipeline.lenses.heads import head_sweep
 from pipeline.lenses.patching import patch_sweep, prompt_tokens
 from sae.errors import ConfigError
 from tests.interventions.test_heads import EACH, HEADS, without
-from tests.interventions.tiny import BLOCKS, hf_logits, residual, session, tiny, write_tiny_llama
+from tests.interventions.tiny import BLOCKS, hf_logits, logprobs, residual, session, tiny, token, write_tiny_llama
 
 TEXT, ANSWER, WRONG = "if self.name in self.text", " self", " not"
 
 
-def logprobs(logits_V):
-    shifted_V = logits_V.astype(np.float64) - logits_V.max()
-    return shifted_V - np.log(np.exp(shifted_V).sum())
-
-
 def sweep(s, *answers, **options):
     return head_sweep(s, tiny()[0], TEXT, *answers, **options)
-
-
-def token(text):
-    (found,) = tiny()[0].tokenize(text.encode())
-    return int(found)
 
 
 @pytest.mark.parametrize("answers", [(), (ANSWER,), (ANSWER, WRONG)])
@@ -45,10 +35,10 @@ def test_every_number_is_hfs_with_that_head_off(answers, by_mean):
     def measure(logprob_V):
         return logprob_V[answer] - (logprob_V[token(WRONG)] if len(answers) > 1 else 0)
 
-    assert result.answer == answer
-    assert result.likeliest == int(clean_V.argmax())
-    assert result.measure == ("logit_difference" if len(answers) > 1 else "logprob")
-    assert result.plain == pytest.approx(measure(clean_V), abs=1e-4)
+    assert result.target.answer == answer
+    assert result.target.likeliest == int(clean_V.argmax())
+    assert result.target.measure == ("logit_difference" if len(answers) > 1 else "logprob")
+    assert result.target.plain == pytest.approx(measure(clean_V), abs=1e-4)
     for block in range(BLOCKS):
         for head in range(HEADS):
             change = without(head, value_D=means[block] if by_mean else None)
