@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from sae.encoders import Encoder
-from sae.errors import ConfigError
 from sae.weights import SAEWeights
 
 from ..generate import generate
@@ -71,7 +70,7 @@ def latent_sweep(
 ) -> LatentsResult:
     """Ablates each latent that fires in the prompt, one at a time; `most` > 0: only so many, by their largest activation.
 
-    `answer`, `wrong`: as `next_token` takes them. ConfigError where no latent fires.
+    `answer`, `wrong`: as `next_token` takes them. Where no latent fires there is none in the result.
     """
     target = next_token(session, model, prompt, answer, wrong)
     reader = Reader(weights, top=weights.num_latents, encoder=encoder)
@@ -80,8 +79,6 @@ def latent_sweep(
     for event in events:
         for latent, activation in event.latents:
             by_latent.setdefault(latent, []).append((activation, -event.pos))
-    if not by_latent:
-        raise ConfigError("no latent fires on this prompt; is it longer than its BOS or special tokens?")
     strongest = sorted(by_latent, key=lambda latent: (-max(by_latent[latent])[0], latent))
     chosen = strongest[:most] if most else strongest
     point = output_point(weights)
@@ -98,10 +95,10 @@ def latent_sweep(
     return LatentsResult(
         target=target,
         active=len(by_latent),
-        latents_N=np.array(chosen),
+        latents_N=np.array(chosen, np.int64),
         activation_N=np.array([activation for activation, _ in largest]),
-        position_N=np.array([-place for _, place in largest]),
-        tokens_N=np.array([len(by_latent[latent]) for latent in chosen]),
+        position_N=np.array([-place for _, place in largest], np.int64),
+        tokens_N=np.array([len(by_latent[latent]) for latent in chosen], np.int64),
         effect_N=found.effect_N,
         kl_N=found.kl_N,
         likeliest_N=found.likeliest_N,

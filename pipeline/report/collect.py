@@ -17,6 +17,8 @@ from pipeline.config import ReportConfig
 from pipeline.corpus.windows import WindowTable
 from pipeline.evaluation.evaluate import take_windows
 from pipeline.evaluation.splice import SpliceConfig, TokenWindow, split_windows
+from pipeline.lenses.heads import head_sweep
+from pipeline.lenses.latents import latent_sweep
 from pipeline.lenses.logit_lens import logit_lens
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
@@ -25,7 +27,7 @@ from pipeline.llama.unembed import Unembedding
 from sae.errors import FormatError
 from sae.weights import SAEWeights
 
-from .data import Completion, LatentCard, LensMap, ReportData, SteeringCurve, TrainingCurve
+from .data import Completion, Effect, LatentCard, LensMap, NextTokenMap, ReportData, SteeringCurve, TrainingCurve
 from .html import CONTEXT_R2, render
 from .latents import Searched, Vocabulary, latent_cards, search
 from .markup import count, percent
@@ -39,6 +41,8 @@ CANDIDATES = 10
 CONTROLS = 2
 PROMOTED = 8
 COMPLETION_TOKENS = 40
+EFFECTS = 12  # latents shown
+SIDE_BY_SIDE = 8  # prompts of a batch
 
 Progress = Callable[[str, int, int], None]
 
@@ -79,7 +83,7 @@ def build_report(path: Path, inputs: ReportInputs, *, progress: Progress | None 
 
 
 def collect(inputs: ReportInputs, *, progress: Progress | None = None) -> ReportData:
-    """The report's data; the model runs three times over samples of the windows (contexts, steering, lens)."""
+    """The report's data; the model runs twice over samples of the windows (contexts, steering) and on a prompt."""
     i = inputs
     vocabulary, unembedding = Vocabulary(i.model), i.model.unembed()
     searched = search(
@@ -110,6 +114,7 @@ def collect(inputs: ReportInputs, *, progress: Progress | None = None) -> Report
         latents=cards,
         latent_rows=searched.firings.rows,
         lens=_lens(i, vocabulary),
+        next_token=_next_token(i, vocabulary),
         completions=completions,
         steering=steering,
         provenance=list(i.provenance),
@@ -290,6 +295,36 @@ def _lens(i: ReportInputs, vocabulary: Vocabulary) -> LensMap:
         for tokens, probs in zip(result.top_tokens_LTK[:, :, 0], result.top_probs_LTK[:, :, 0], strict=True)
     ]
     return LensMap(tokens=[vocabulary.text(int(t)) for t in tokens_T], row_labels=labels, cells=cells)
+
+
+def _next_token(i: ReportInputs, vocabulary: Vocabulary) -> NextTokenMap:
+    """On the prompt as it is given. A model without attention heads has none to show."""
+    prompt = i.config.prompt or DEFAULT_PROMPT
+    n_ctx = SIDE_BY_SIDE * (len(i.model.tokenize(prompt.encode())) + 1)
+    with Session(i.model, n_ctx=n_ctx, n_seq_max=SIDE_BY_SIDE, **dict(i.session)) as session:
+        found = latent_sweep(session, i.model, i.weights, prompt)
+        heads = head_sweep(session, i.model, prompt) if i.model.graph.heads() else None
+    answer = found.target.answer
+    latents = [
+        Effect(
+            latent=int(found.latents_N[row]),
+            label=i.weights.labels.get(int(found.latents_N[row]), ""),
+            effect=float(found.effect_N[row]),
+            kl=float(found.kl_N[row]),
+            likeliest=vocabulary.text(int(found.likeliest_N[row])),
+            token=vocabulary.text(int(found.target.tokens[found.position_N[row]])),
+        )
+        for row in found.ranked()[:EFFECTS]
+    ]
+    return NextTokenMap(
+        prompt=prompt,
+        answer=vocabulary.text(answer),
+        probability=float(np.exp(found.target.plain)),
+        latents=latents,
+        active=found.active,
+        blocks=list(heads.blocks) if heads else [],
+        heads=[[None if np.isnan(v) else v for v in row] for row in heads.effect_LH.tolist()] if heads else [],
+    )
 
 
 def headline(data: ReportData) -> str:

@@ -69,6 +69,31 @@ class LensMap:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Effect:
+    """A latent switched off: what that does to the next token."""
+
+    latent: int
+    label: str
+    effect: float  # change of the log-probability, nats
+    kl: float  # nats
+    likeliest: str  # next token without it
+    token: str  # where its activation is largest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NextTokenMap:
+    """What the likeliest next token after a prompt hangs on: latents and heads, each switched off alone."""
+
+    prompt: str
+    answer: str
+    probability: float
+    latents: list[Effect]  # the largest effects
+    active: int  # latents that fire in the prompt
+    blocks: list[int]
+    heads: list[list[float | None]]  # [block][head] change of the log-probability, nats; None: no such head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """A plain and a steered completion of the same prompt, chosen greedily."""
 
@@ -108,6 +133,7 @@ class ReportData:
     latents: list[LatentCard] = field(default_factory=list)
     latent_rows: int = 0  # rows searched for contexts
     lens: LensMap | None = None
+    next_token: NextTokenMap | None = None
     completions: list[Completion] = field(default_factory=list)
     steering: SteeringCurve | None = None
     provenance: list[tuple[str, str]] = field(default_factory=list)

@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from importlib import resources
 
-from .data import Completion, Context, LatentCard, LensMap, ReportData, SteeringCurve, TrainingCurve
+from .data import Completion, Context, LatentCard, LensMap, NextTokenMap, ReportData, SteeringCurve, TrainingCurve
 from .evaluation_section import density_figure, evaluation_section, tiles, verdict
 from .markup import count, escape, number, percent, plain_visible, tokens_line, visible
 from .svg import Axes, Series, line_chart, short, spark_bars
@@ -28,6 +28,7 @@ def render(data: ReportData) -> str:
         _evaluation_picture(data),
         _latents(data),
         _steering(data.steering, data.completions),
+        _next_token(data),
         _lens(data.lens),
         _provenance(data),
     ]
@@ -43,6 +44,7 @@ def render(data: ReportData) -> str:
 
 def _header(data: ReportData) -> str:
     links = [("#latents", "Latents", data.latents), ("#steering", "Steering", data.steering or data.completions)]
+    links += [("#next", "The next token", data.next_token)]
     links += [("#lens", "Logit lens", data.lens), ("#made", "How it was made", data.provenance or data.identity)]
     nav = "".join(f'<a href="{target}">{label}</a>' for target, label, there in links if there)
     lead = f'<p class="lead">{escape(data.summary)}</p><p class="lead">{escape(verdict(data.evaluation))}</p>'
@@ -214,6 +216,64 @@ def _completion(prompt: str, text: str) -> str:
         return escape("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in s))
 
     return f'<div class="prompt"><span class="given">{lines(prompt)}</span>{lines(text)}</div>'
+
+
+def _next_token(data: ReportData) -> str:
+    found = data.next_token
+    if found is None:
+        return ""
+    answer = f'<span class="tok">{visible(found.answer)}</span>'
+    out = [
+        '<h2 id="next">The next token</h2>',
+        f"<p>After this prompt the likeliest next token is {answer}, with a probability of {percent(found.probability)}. Below, "
+        "one latent or one attention head is switched off at a time (a latent: x′ = x − a_f W_dec[f], the SAE error stays; a head: "
+        "what it writes is 0): the change of that token's log-probability in nats. Below 0, what was switched off speaks for "
+        "the token. The model makes up for what is missing, so effects do not add up.</p>",
+        _completion(found.prompt, ""),
+        f'<div class="two"><div>{_effects(found, {card.latent for card in data.latents})}</div><div>{_heads(found)}</div></div>',
+    ]
+    return "".join(out)
+
+
+def _effects(found: NextTokenMap, with_card: set[int]) -> str:
+    if not found.latents:
+        return "<p>No latent fires in this prompt.</p>"
+    most = max(abs(one.effect) for one in found.latents) or 1.0
+    rows = []
+    for one in found.latents:
+        name = f'<a href="#f{one.latent}">{one.latent}</a>' if one.latent in with_card else str(one.latent)
+        label = f" {escape(one.label)}" if one.label else ""
+        meter = f'<span class="meter"><i style="width:{100 * abs(one.effect) / most:.0f}%"></i></span>'
+        other = visible(one.likeliest) if one.likeliest != found.answer else "–"
+        rows.append(
+            f'<tr><td>{name}{label}</td><td>{meter}<span class="beside">{one.effect:+.3f}</span></td><td>{one.kl:.3f}</td>'
+            f'<td><span class="tok">{visible(one.token)}</span></td><td>{other}</td></tr>'
+        )
+    shown = f"The {len(rows)} of {count(found.active)} active latents with the largest effects"
+    return (
+        f'<h3>{shown}</h3><div class="scroll"><table class="eval"><thead><tr><th>latent off</th><th>change, nats</th><th>KL, nats</th>'
+        f"<th>strongest on</th><th>then likeliest</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _heads(found: NextTokenMap) -> str:
+    if not found.heads:
+        return ""
+    most = max((abs(v) for row in found.heads for v in row if v is not None), default=0.0) or 1.0
+    head = "".join(f'<th scope="col">{number}</th>' for number in range(len(found.heads[0])))
+    rows: list[str] = []
+    for block, effects in zip(reversed(found.blocks), reversed(found.heads), strict=True):
+        cells = "".join(
+            "<td></td>"
+            if v is None
+            else f'<td class="{"up" if v > 0 else "down"}" style="--p:{abs(v) / most:.2f}" title="L{block}H{h}">{f"{v:+.2f}".replace("-0.00", "+0.00")}</td>'
+            for h, v in enumerate(effects)
+        )
+        rows.append(f'<tr><th scope="row">block {block}</th>{cells}</tr>')
+    return (
+        '<h3>Attention heads off</h3><div class="scroll"><table class="lens effects"><thead><tr><th></th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def _lens(lens: LensMap | None) -> str:

@@ -43,6 +43,8 @@ def run(context: RunContext) -> None:
                 most=config.most, encoder=sae.encoder, progress=progress,
             )  # fmt: skip
         session.close()
+        if not result.active:
+            raise ConfigError("no latent fires on this prompt: it needs a token that is not BOS, special or the first")
         labels = sae.weights.labels
         values = with_text(model, result.to_dict(), "latents")
         for row in values["latents"]:

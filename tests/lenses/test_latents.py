@@ -111,12 +111,10 @@ def test_only_the_strongest_are_looked_at_where_that_is_asked_for():
     assert (part.active, seen[-1]) == (whole.active, (5, 5))
 
 
-def test_a_prompt_on_which_nothing_fires_is_refused():
-    w = dataclasses.replace(sae_at(BLOCK), b_enc_F=np.full(128, -1e4, np.float32))
-    with pytest.raises(ConfigError, match="no latent fires"):
-        sweep(session(), w)
-    with pytest.raises(ConfigError, match="no latent fires"):
-        latent_sweep(session(), tiny()[0], sae_at(BLOCK), "")
+def test_a_prompt_on_which_nothing_fires_has_no_latents():
+    silent = dataclasses.replace(sae_at(BLOCK), b_enc_F=np.full(128, -1e4, np.float32))
+    for result in (sweep(session(), silent), latent_sweep(session(), tiny()[0], sae_at(BLOCK), "")):
+        assert (result.active, len(result.latents_N), result.ranked(), result.to_dict()["latents"]) == (0, 0, [], [])
     with pytest.raises(ConfigError, match="should be one token"):
         sweep(session(), sae_at(BLOCK), " selfqq")
 
@@ -157,3 +155,6 @@ def test_the_command_says_and_draws_the_strongest_latents(tmp_path, monkeypatch,
     assert (shown["measure"], len(shown["latents"]), shown["active"]) == ("logprob", 3, expected.active)
     assert main(["latents", *given]) == 2
     assert "--prompt" in capsys.readouterr().err
+    write_sae_gguf(tmp_path / "silent.gguf", dataclasses.replace(w, b_enc_F=np.full(128, -1e4, np.float32)))
+    assert main(["latents", *given[:-1], "sae.path=silent.gguf", *args[:2]]) == 2
+    assert "no latent fires on this prompt" in capsys.readouterr().err

@@ -11,6 +11,8 @@ import pytest
 from pipeline.config import ReportConfig
 from pipeline.corpus.readers import Document
 from pipeline.corpus.windows import windows
+from pipeline.lenses.heads import head_sweep
+from pipeline.lenses.latents import latent_sweep
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
@@ -53,13 +55,14 @@ def built(tmp_path_factory):
         idx, vals = runtime.encode(weights, x_ND)
         np.put_along_axis(a_NF, idx, vals, axis=1)
         a_NF[table.flags_N != 0] = 0
+        model.test_weights = weights
         yield folder, data, table, a_NF, model
 
 
 def test_the_file_is_one_page_with_all_sections_and_no_leftover(built):
     folder, data, *_ = built
     page = (folder / "report.html").read_text()
-    for part in ('id="latents"', 'id="steering"', 'id="lens"', 'id="made"', "Training", "Is it any good?"):
+    for part in ('id="latents"', 'id="steering"', 'id="next"', 'id="lens"', 'id="made"', "Training", "Is it any good?"):
         assert part in page
     assert "<script" not in page
     assert sorted(p.name for p in folder.iterdir()) == ["metrics.jsonl", "report.html", "tiny.gguf"]
@@ -123,6 +126,22 @@ def test_the_steered_latent_is_one_of_the_cards_and_moves_its_tokens(built):
     assert len(data.completions) == 2
     assert data.lens is not None
     assert len(data.lens.cells) == 5
+
+
+def test_the_next_token_s_latents_and_heads_are_those_of_the_sweeps(built):
+    _, data, _, _, model = built
+    found = data.next_token
+    with Session(model, n_ctx=256, **ONE) as session:
+        latents = latent_sweep(session, model, model.test_weights, "def f1(")
+        heads = head_sweep(session, model, "def f1(")
+    assert found.active == latents.active
+    rows = latents.ranked()[: len(found.latents)]
+    assert len(rows) == min(12, latents.active)
+    np.testing.assert_allclose([one.effect for one in found.latents], latents.effect_N[rows], atol=3e-4)
+    assert all(one.label == (f"called {one.latent}" if one.latent in NAMED else "") for one in found.latents)
+    assert found.probability == pytest.approx(np.exp(latents.target.plain), abs=1e-4)
+    np.testing.assert_allclose(found.heads, heads.effect_LH, atol=3e-4)
+    assert found.blocks == [0, 1, 2, 3]
 
 
 def test_a_resumed_runs_repeated_steps_count_once(built):

@@ -14,8 +14,10 @@ import pytest
 from pipeline.report.data import (
     Completion,
     Context,
+    Effect,
     LatentCard,
     LensMap,
+    NextTokenMap,
     ReportData,
     SteeringCurve,
     TrainingCurve,
@@ -82,6 +84,13 @@ def data():
         training=TrainingCurve(tokens=[1e5, 2e5, 3e5], fvu=[0.5, math.nan, 0.2], dead_share=[0, 0.1, 0.05]),
         latents=[card(7, 0.1), card(9, 0.95)], latent_rows=1000,
         lens=LensMap(tokens=[EVIL, "b"], row_labels=["embedding", "block 0"], cells=[[(EVIL, 0.5), ("x", 0.1)]] * 2),
+        next_token=NextTokenMap(
+            prompt=EVIL, answer=EVIL_ATTRIBUTE, probability=0.5, active=40, blocks=[0, 3], heads=[[0.0, -0.0012], [0.25, None]],
+            latents=[
+                Effect(latent=7, label=EVIL, effect=-0.75, kl=0.25, likeliest=EVIL, token=EVIL_ATTRIBUTE),
+                Effect(latent=8, label="", effect=0.5, kl=0.125, likeliest=EVIL_ATTRIBUTE, token="a"),
+            ],
+        ),
         completions=[Completion(prompt=EVIL, plain=f"a\n{EVIL}", steered="\x1b[2J<b>", coeff=3.0)],
         steering=SteeringCurve(
             latent=7, coeffs=[-1, 0, 1], promoted=[EVIL], log_prob=[-9, -8, -7], kl=[0.1, 0, 0.2],
@@ -155,6 +164,21 @@ def test_latents_are_grouped_by_what_the_current_token_explains(data):
     assert page.index('id="f7"') < page.index("of particular tokens</h3>")
 
 
+def test_what_the_next_token_hangs_on(data):
+    page = render(data)
+    section = page[page.index('id="next"') : page.index('id="lens"')]
+    assert '<a href="#f7">7</a>' in section  # has a card
+    assert "<td>8</td>" in section
+    for shown in ("-0.750", "+0.500", "0.125", "width:100%", "width:67%", "The 2 of 40 active latents"):
+        assert shown in section
+    heads = section[section.index("Attention heads off") :]
+    assert heads.index("block 3") < heads.index("block 0")
+    assert '<td class="up" style="--p:1.00" title="L3H0">+0.25</td><td></td>' in heads
+    assert 'title="L0H1">+0.00</td>' in heads
+    silent = dataclasses.replace(data.next_token, latents=[], active=0, heads=[], blocks=[])
+    assert "No latent fires" in render(dataclasses.replace(data, next_token=silent))
+
+
 def test_a_report_with_next_to_nothing_in_it_still_renders():
     page = Page(render(ReportData(title="t", summary="s", identity=[], evaluation={})))
     assert "–" in "".join(page.text)
@@ -162,7 +186,7 @@ def test_a_report_with_next_to_nothing_in_it_still_renders():
 
 def test_parts_can_be_missing_one_by_one(data):
     for name, empty in (
-        ("training", None), ("latents", []), ("lens", None), ("completions", []), ("steering", None),
+        ("training", None), ("latents", []), ("lens", None), ("next_token", None), ("completions", []), ("steering", None),
         ("training", TrainingCurve(tokens=[], fvu=[])),
     ):  # fmt: skip
         kept = dataclasses.replace(data, **{name: empty})
