@@ -283,6 +283,7 @@ static void close_block(struct block * b) {
 
 static void open_strip(const struct step * s, struct block * b, int64_t p, int64_t first, int64_t rows) {
     struct strip * strip = b->strips + p;
+    strip->dead_MR = s->auxk_memory ? (uint16_t *) s->auxk_memory + first * auxk_latents(s) : NULL;
     memset(strip->q, 128, strip_bytes(s));
     for (int r = 0; r < STRIP; r++) strip->inverse[r] = strip->length[r] = strip->fine[r] = 1, strip->finite[r] = 0;
     for (int r = 0; r < rows; r++) {

@@ -28,8 +28,8 @@ _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-c
 _TORCHS_OPENMP = Path(torch.__file__).parent / "lib" / "libomp.dylib"  # in its wheels for macOS
 SERIAL_THREADS = 2  # of torch, with which a compiled step of one thread is still the faster
 LATENTS_PER_K_OF_BATCH = 12  # BatchTopK asks no tiles; but of fewer latents too many would be candidates
-_INTEGERS = ("N", "D", "F", "K", "threads", "pool_capacity", "tile", "C")
-_FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction", "least")
+_INTEGERS = ("N", "D", "F", "K", "threads", "pool_capacity", "tile", "C", "M", "auxk_k")
+_FLOATS = ("beta1", "beta2", "eps", "step_size", "root_correction", "least", "auxk_weight")
 _BEFORE = (
     "W_enc_FD", "W_enc_m", "W_enc_v", "b_enc_F", "b_enc_m", "b_enc_v",
     "W_dec_FD", "W_dec_m", "W_dec_v", "b_dec_D", "b_dec_m", "b_dec_v",
@@ -38,6 +38,7 @@ _AFTER = (
     "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_shift_F", "q_offset_F", "balance_D", "dither_D",
     "u_ND", "named_NC", "centred_ND", "grad_ND", "first_N1", "row_P", "idx_P", "vals_P", "grad_vals_P", "error_N", "candidates_N",
     "pool", "pool_used", "pool_at_N", "pool_count_N", "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
+    "auxk_memory", "dead_M", "auxk_loss",
 )  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Step(ctypes.Structure):
 
 
 class Library:
-    """The functions of select.c, candidates.c and step.c; MemoryError where they could not have their scratch memory."""
+    """The functions of select.c, candidates.c, auxk.c and step.c; MemoryError where they could not have their scratch memory."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -70,6 +71,8 @@ class Library:
         # of the 8-bit products that run here, the fastest first; empty: none does
         self.tiles = tuple(heights[: self._library.ggscope_tiles(heights)])
         self.tile = self.tiles[0] if self.tiles else 0
+        self._auxk_bytes = self._library.ggscope_auxk_bytes
+        self._auxk_bytes.restype = ctypes.c_int64
         self.has_threads = bool(self._library.ggscope_has_threads())
 
     @property
@@ -84,6 +87,10 @@ class Library:
     def run(self, function: str, step: Step) -> None:
         """A function that takes the structure: `rows_int8`, `latents`, ..."""
         self._check(function, getattr(self._library, f"ggscope_{function}")(ctypes.byref(step)))
+
+    def auxk_bytes(self, step: Step) -> int:
+        """How much memory `auxk` needs for the sizes in the structure."""
+        return int(self._auxk_bytes(ctypes.byref(step)))
 
     def topk(self, pre_NF: torch.Tensor, k: int, idx_NK: torch.Tensor) -> None:
         """idx_NK (int32) of the k largest entries of every row of float32 or bfloat16 pre-activations, in no order.
@@ -141,9 +148,11 @@ class Library:
 def native_library() -> Library | None:
     """The library, built on first use; None, after one warning, where it cannot be had."""
     try:
-        sources = [FOLDER / name for name in ("select.c", "candidates.c", "step.c")]
+        sources = [FOLDER / name for name in ("select.c", "candidates.c", "step.c", "auxk.c")]
         flags = flag_variants(_COMMON, openmp=_TORCHS_OPENMP if _TORCHS_OPENMP.exists() else None)
-        library = Library(build("step", sources, flags, [FOLDER / name for name in ("vectors.h", "product.h")]))
+        library = Library(
+            build("step", sources, flags, [FOLDER / name for name in ("vectors.h", "product.h", "rounded.h")])
+        )
         if not library.tiles and "avx512_vnni" in processor():
             _log.warning(
                 "this compiler made no 8-bit products of this processor, so training is slower: try gcc (CC=gcc)"

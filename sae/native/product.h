@@ -6,9 +6,6 @@
 #ifndef GGSCOPE_PRODUCT_H
 #define GGSCOPE_PRODUCT_H
 #include "vectors.h"
-#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__GNUC__)
-#define HAVE_INT8 1
-#endif
 #if defined(HAVE_INT8) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__)
 #define HAVE_AMX 1
 #include <sys/syscall.h>
@@ -16,7 +13,6 @@
 #endif
 
 #ifdef HAVE_INT8
-#define STRIP 32      /* rows of the register tiles */
 #define MOST_STRIPS 4 /* of a block, which share a pass over the weights */
 #define MOST_ROWS (STRIP * MOST_STRIPS)
 #define SIGMAS 4.0f
@@ -30,6 +26,7 @@ struct strip {
     uint8_t * q;         /* (D / 4, STRIP, 4), D up to a multiple of 64 */
     int16_t * upper_FR;  /* upper bounds of the pre-activations divided by the row's scale, times fine[r] */
     float * lower_TR;    /* the largest lower bound of every tile, divided by the row's scale */
+    uint16_t * dead_MR;  /* bfloat16 pre-activations of the dead latents, where AuxK needs them; else NULL */
     float inverse[STRIP], length[STRIP], least[STRIP]; /* 1 / sx; ||qx||; the bound to reach */
     float fine[STRIP];   /* so that the bounds of latents of ordinary norm use the 16 bits */
     int finite[STRIP];
@@ -78,10 +75,12 @@ static inline void bounds_of_latent(const struct step * s, struct strip * b, int
     __m512 upper0 = _mm512_mul_ps(_mm512_add_ps(value0, error0), _mm512_loadu_ps(b->fine));
     __m512 upper1 = _mm512_mul_ps(_mm512_add_ps(value1, error1), _mm512_loadu_ps(b->fine + 16));
     _mm512_store_si512(b->upper_FR + i * STRIP, up_to_16(upper0, upper1));
+    if (b->dead_MR && s->extra_of_F[i] >= 0) {
+        uint16_t * dead = b->dead_MR + s->extra_of_F[i] * STRIP;
+        _mm256_store_si256((void *) dead, to_bf16_16(_mm512_div_ps(value0, _mm512_loadu_ps(b->inverse))));
+        _mm256_store_si256((void *) (dead + 16), to_bf16_16(_mm512_div_ps(value1, _mm512_loadu_ps(b->inverse + 16))));
+    }
 }
-
-/* GCC's intrinsic copies the accumulators to the stack and back in this loop: half the speed */
-#define DOT4(acc, x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w))
 
 /* Meanwhile FETCHED_VNNI rows of D floats, `rows`, come into the cache: the product leaves the memory idle. */
 static void bounds_of_tile_vnni(const struct step * s, struct strip * b, int64_t tile, const float * const * rows) {

@@ -12,6 +12,9 @@ How the latents are chosen:
 - else: torch's matrix product in encoder_dtype and an exact top-k, on blocks of rows that stay in cache; in bfloat16 a
   few more than k, of which the exact values decide.
 
+AuxK with auxk_dtype=bfloat16 goes in 8 bits too, where the latents are found so: the search has the dead latents'
+pre-activations, auxk.c does the rest. Else through torch's products.
+
 TopK reconstructs a block of rows while it multiplies the next one. BatchTopK cannot before it has seen all rows: it
 is one more pass.
 
@@ -28,7 +31,7 @@ import torch
 from .. import pages
 from ..batch_select import Guess
 from ..choice import SAMPLE_ROWS, BatchPairs
-from ..kernels import auxk_gradients
+from ..kernels import DENSE_DEAD_SHARE, auxk_gradients
 from ..losses import LossSettings, StepResult
 from ..model import SparseCoder, named_count
 from ..pre_acts import balance, dither
@@ -39,6 +42,8 @@ from ..train_config import TrainConfig
 from .library import LANES, UNIT, Library, Step, finds_in_int8
 
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
+# of AuxK in 8 bits: sums over more rows are beyond 32 bits, counts of more latents beyond 16
+MOST_ROWS, MOST_DEAD = 1 << 16, (1 << 15) - 1
 PARAMETERS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
 
 
@@ -90,12 +95,16 @@ class NativeStepper(Stepper):
         self._step.point(
             **self._moments, **self._copies, **self._sums, balance_D=self._balance_D, dither_D=self._dither_D
         )
+        self._dead: dict[str, torch.Tensor] = {}  # AuxK in 8 bits: its results, and for which latents
+        self._auxk_memory = torch.empty(0, dtype=torch.uint8)
         self._fresh = False  # whether the copies are those of the weights
 
     @torch.no_grad()
     def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:
         u_ND = u_ND.contiguous()
         self._prepare(u_ND, lr)
+        dead_F = None if dead_F is None or not bool(dead_F.any()) else dead_F
+        low_auxk = dead_F is not None and self._aim_auxk(dead_F)
         if self._over_batch:
             self._rows_of_batch(u_ND)
         elif self._int8:
@@ -106,8 +115,12 @@ class NativeStepper(Stepper):
         error = self._batch["error_N"].sum().float()
         loss, auxk_loss = error / len(u_ND), torch.zeros(())
         extra: tuple[torch.Tensor, ...] = ()  # must live as long as the pass over the latents
-        if dead_F is not None and bool(dead_F.any()):
-            auxk_loss, extra = self._auxk(dead_F, len(u_ND))
+        if dead_F is not None:
+            if low_auxk:
+                self._library.run("auxk", self._step)
+                auxk_loss = self._dead["auxk_loss"].float()
+            else:
+                auxk_loss, extra = self._auxk(dead_F, len(u_ND))
             loss = loss + self.settings.auxk_coef * self.settings.variance * auxk_loss
         self._library.run("latents", self._step)
         del extra
@@ -154,7 +167,7 @@ class NativeStepper(Stepper):
         step.root_correction = math.sqrt(1 - self._betas[1] ** self._steps)
         step.point(
             **{name: getattr(model, name) for name in PARAMETERS},
-            u_ND=u_ND, extra_of_F=None, extra_enc_MD=None, extra_dec_MD=None, extra_bias_M=None,
+            u_ND=u_ND, extra_of_F=None, extra_enc_MD=None, extra_dec_MD=None, extra_bias_M=None, auxk_memory=None,
         )  # fmt: skip
         if not self._fresh:
             if self._int8 and not bool(self._balance_D.any()):
@@ -256,6 +269,33 @@ class NativeStepper(Stepper):
         squares = self._batch["error_N"].sum() * (2 / rows) ** 2
         scatter = squares - rows * grad_ND.mean(0).double().square().sum()
         return scatter.float().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def _aim_auxk(self, dead_F: torch.Tensor) -> bool:
+        """Whether AuxK goes in 8 bits; then the search for the candidates keeps the dead latents' pre-activations."""
+        settings, step, dead_M = self.settings, self._step, dead_F.nonzero().flatten()
+        fits = len(dead_M) <= min(DENSE_DEAD_SHARE * settings.auxk_k, MOST_DEAD) and step.N <= MOST_ROWS
+        if not (fits and self._int8 and settings.auxk_dtype == torch.bfloat16):
+            return False
+        latents, d_in = self.model.num_latents, self.model.d_in
+        if len(self._dead.get("dead_M", ())) < len(dead_M):
+            step.M = min(latents, 2 * len(dead_M))  # the most for which there is room
+            self._dead = {
+                "dead_M": torch.empty(step.M, dtype=torch.int32),
+                "extra_of_F": torch.empty(latents, dtype=torch.int32),
+                "extra_enc_MD": torch.empty(step.M, d_in),
+                "extra_dec_MD": torch.empty(step.M, d_in),
+                "extra_bias_M": torch.empty(step.M),
+                "auxk_loss": torch.empty((), dtype=torch.float64),
+            }
+        step.M = len(self._dead["dead_M"])
+        if len(self._auxk_memory) < (needed := self._library.auxk_bytes(step)):
+            self._auxk_memory = pages.zeros(needed, dtype=torch.uint8)
+        step.M, step.auxk_k = len(dead_M), min(settings.auxk_k, len(dead_M))
+        step.auxk_weight = settings.auxk_coef * settings.variance
+        self._dead["dead_M"][: step.M] = dead_M
+        self._dead["extra_of_F"].fill_(-1)[dead_M] = torch.arange(step.M, dtype=torch.int32)
+        step.point(**self._dead, auxk_memory=self._auxk_memory)
+        return True
 
     def _auxk(self, dead_F: torch.Tensor, rows: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """L_aux; its gradients are given to the pass over the latents, and returned so that they stay."""

@@ -10,7 +10,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX512VNNI__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__GNUC__)
+#define HAVE_INT8 1
+#endif
+
 #define LANES 16
+#define STRIP 32 /* rows of the 8-bit product's register tiles */
 #define TILE_VNNI 12 /* latents of one register tile of the 8-bit product (product.h) */
 #define TILE_AMX 16
 #define UNIT 96 /* latents a thread takes at a time: whole tiles, so that no two threads write to one */
@@ -146,11 +151,13 @@ struct step {
     int64_t pool_capacity;
     int64_t tile; /* TILE_VNNI or TILE_AMX, which say how q_tiles lies */
     int64_t C; /* width of named_NC */
+    int64_t M, auxk_k; /* AuxK in 8 bits: dead latents, and how many of them a row takes */
     /* the model, and Adam's first and second moments */
     float *W_enc_FD, *W_enc_m, *W_enc_v, *b_enc_F, *b_enc_m, *b_enc_v;
     float *W_dec_FD, *W_dec_m, *W_dec_v, *b_dec_D, *b_dec_m, *b_dec_v;
     float beta1, beta2, eps, step_size, root_correction; /* lr / (1 - beta1^t), sqrt(1 - beta2^t) */
     float least; /* BatchTopK: pre-activations below it are not looked at */
+    float auxk_weight; /* of L_aux in the loss */
     /* copies of W_enc that choose the latents: bfloat16 (F, D), or 8 bits in tiles; NULL where not in use */
     uint16_t * bf16_FD;
     int8_t * q_tiles;         /* as product.h says, zeros beyond F and D */
@@ -177,8 +184,25 @@ struct step {
     float * partial_D; /* (ceil(N / UNIT) + ceil(F / UNIT), D): parts of db_dec */
     /* gradients that come from elsewhere (AuxK): the row of latent i is extra_of_F[i], -1: none; NULL: none at all */
     const int32_t * extra_of_F;
-    const float *extra_enc_MD, *extra_dec_MD, *extra_bias_M;
+    float *extra_enc_MD, *extra_dec_MD, *extra_bias_M;
+    /* AuxK in 8 bits (auxk.c); NULL: not, or no latent is dead */
+    void * auxk_memory; /* at its start the dead latents' pre-activations */
+    const int32_t * dead_M;
+    double * auxk_loss;
 };
+
+/* Rows of its arrays that are by latent: whole tiles. */
+static inline int64_t auxk_latents(const struct step * s) { return (s->M + TILE_VNNI - 1) / TILE_VNNI * TILE_VNNI; }
+
+#ifdef HAVE_INT8
+/* GCC's intrinsic copies the accumulators to the stack and back in loops: half the speed */
+#define DOT4(acc, x, w) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w))
+
+/* To the nearest; of two as near the larger. */
+static inline __m256i to_bf16_16(__m512 x) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)), 16));
+}
+#endif
 
 #define AHEAD 4 /* rows of W_enc fetched before they are needed: they come from L3 or memory */
 
