@@ -39,7 +39,7 @@ from ..ranks import Ranks
 from ..sparse_products import offsets_of
 from ..steppers import Stepper
 from ..train_config import TrainConfig
-from .library import LANES, UNIT, Library, Step, finds_in_int8
+from .library import AMX, LANES, UNIT, Library, Step, finds_in_int8
 
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
 # of AuxK in 8 bits: sums over more rows are beyond 32 bits, counts of more latents beyond 16
@@ -271,10 +271,13 @@ class NativeStepper(Stepper):
         return scatter.float().clamp_min(torch.finfo(torch.float32).tiny)
 
     def _aim_auxk(self, dead_F: torch.Tensor) -> bool:
-        """Whether AuxK goes in 8 bits; then the search for the candidates keeps the dead latents' pre-activations."""
+        """Whether AuxK goes in 8 bits; then the search for the candidates keeps the dead latents' pre-activations.
+
+        Not with AMX, whose bfloat16 products, which torch has, are faster than these of vectors.
+        """
         settings, step, dead_M = self.settings, self._step, dead_F.nonzero().flatten()
         fits = len(dead_M) <= min(DENSE_DEAD_SHARE * settings.auxk_k, MOST_DEAD) and step.N <= MOST_ROWS
-        if not (fits and self._int8 and settings.auxk_dtype == torch.bfloat16):
+        if not (fits and self._int8 and settings.auxk_dtype == torch.bfloat16) or self._library.tile == AMX:
             return False
         latents, d_in = self.model.num_latents, self.model.d_in
         if len(self._dead.get("dead_M", ())) < len(dead_M):

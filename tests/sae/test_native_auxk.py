@@ -9,7 +9,7 @@ import torch
 
 from sae.kernels import auxk_gradients
 from sae.native import stepper as module
-from sae.native.library import native_library
+from sae.native.library import AMX, native_library
 from sae.native.stepper import NativeStepper
 from sae.train_config import TrainConfig
 from sae.variants.batchtopk import BatchTopKSAE
@@ -21,11 +21,13 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture
-def lib():
+def lib(monkeypatch):
     found = native_library()
     assert found is not None, "the tests need a C compiler, as the project does"
     if not found.has_int8:
         pytest.skip("this processor has no 8-bit dot products")
+    if found.tile == AMX:  # there it is not used
+        monkeypatch.setattr(found, "tile", 12)
     return found
 
 
@@ -113,12 +115,14 @@ def test_a_step_does_not_depend_on_what_was_dead_before(lib):
             assert torch.equal(getattr(model, name), getattr(alone.model, name)), (number, name)
 
 
-@pytest.mark.parametrize("case", ["many dead", "float32", "many rows", "no 8-bit products"])
+@pytest.mark.parametrize("case", ["many dead", "float32", "many rows", "no 8-bit products", "AMX"])
 def test_what_does_not_fit_goes_through_torchs_products(lib, case, monkeypatch):
     if case == "many rows":
         monkeypatch.setattr(module, "MOST_ROWS", 159)
     if case == "no 8-bit products":
         monkeypatch.setattr(module, "finds_in_int8", lambda *_: False)
+    if case == "AMX":
+        monkeypatch.setattr(module, "AMX", lib.tile)
     model, u_ND = make(latents=400), batch()
     dead_F = dead_mask(400, 81 if case == "many dead" else 13)
     auxk_loss = exact_gradients(model, u_ND, dead_F)[1]
