@@ -14,6 +14,7 @@
 #ifdef HAVE_INT8
 #define BLOCK UNIT    /* rows: whole tiles and whole panels */
 #define CHUNK 128     /* quads of rows: a panel of so many stays in L1 */
+#define SCATTER_LEAST 1e-6 /* of the squares: errors that are all alike leave nothing but rounding */
 #define MOST_GROUP 6  /* tiles of latents that share a pass over the rows */
 
 struct auxk {
@@ -305,16 +306,18 @@ static void sum_over_rows(const struct step * s, const struct auxk * a, const st
 
 /* L_aux, which is sum ||rest||^2 / sum ||e - mean(e)||^2, and the factor of its gradients. */
 static void add_up(const struct step * s, struct auxk * a) {
-    double scatter = 0, square = 0;
+    double squares = 0, square = 0;
     for (int64_t n = 0; n < s->N; n++) {
-        scatter += s->error_N[n];
+        squares += s->error_N[n];
         square += a->square[n];
     }
+    double scatter = squares, least = SCATTER_LEAST * squares;
     for (int64_t j = 0; j < s->D; j++) {
         double sum = 0; /* of grad_ND: twice the mean of the errors */
         for (int64_t part = 0; part * BLOCK < s->N; part++) sum += s->partial_D[part * s->D + j];
         scatter -= (double) s->N * sum * sum / 4;
     }
+    scatter = scatter < least ? least : scatter;
     scatter = scatter < FLT_MIN ? FLT_MIN : scatter;
     *s->auxk_loss = square / scatter;
     a->factor = (float) (2 * s->auxk_weight / scatter);

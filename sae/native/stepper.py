@@ -42,6 +42,7 @@ from ..train_config import TrainConfig
 from .library import AMX, LANES, UNIT, Library, Step, finds_in_int8
 
 BLOCK_BYTES = 16 << 20  # dense pre-activations held at a time
+SCATTER_LEAST = 1e-6  # of the squares: errors that are all alike leave nothing but rounding
 # of AuxK in 8 bits: sums over more rows are beyond 32 bits, counts of more latents beyond 16
 MOST_ROWS, MOST_DEAD = 1 << 16, (1 << 15) - 1
 PARAMETERS = ("W_enc_FD", "b_enc_F", "W_dec_FD", "b_dec_D")
@@ -268,7 +269,7 @@ class NativeStepper(Stepper):
         rows = len(grad_ND)
         squares = self._batch["error_N"].sum() * (2 / rows) ** 2
         scatter = squares - rows * grad_ND.mean(0).double().square().sum()
-        return scatter.float().clamp_min(torch.finfo(torch.float32).tiny)
+        return torch.maximum(scatter, SCATTER_LEAST * squares).float().clamp_min(torch.finfo(torch.float32).tiny)
 
     def _aim_auxk(self, dead_F: torch.Tensor) -> bool:
         """Whether AuxK goes in 8 bits; then the search for the candidates keeps the dead latents' pre-activations.

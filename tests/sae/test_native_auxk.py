@@ -141,6 +141,13 @@ def test_a_value_that_is_not_finite_reaches_the_loss(lib, value):
     assert not result.auxk_loss.isfinite()
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_errors_that_are_all_alike_leave_a_finite_loss(lib, dtype):
+    model, u_ND = make(latents=400), 1e-5 * batch()  # b_dec_D is large beside them
+    result = stepper(model, lib, dtype=dtype).step(u_ND, lr=1e-3, dead_F=dead_mask(400, 13))
+    assert 1 < float(result.auxk_loss) <= 2e6
+
+
 def test_dead_latents_below_zero_on_every_row_get_no_gradient(lib):
     model, dead_F = make(latents=400), dead_mask(400, 13)
     with torch.no_grad():
