@@ -29,6 +29,7 @@ from .help import help_of, overview
 from .log_lines import show_warnings
 from .ranges import check_ranges
 from .setting_errors import one_line, unknown
+from .start import interruptible
 from .streams import lasting_streams
 from .terminal import shown
 from .unread import warnings
@@ -140,6 +141,7 @@ def run_stage(name: str, config: Config, verb: str = "") -> None:
     from .run import RunContext, new_folder, read_manifest, running, torchrun_rank
 
     check_ranges(config)
+    interruptible()
     stage = importlib.import_module(f"pipeline.stages.{name}")
     if not COMMANDS[name].keeps_run:
         stage.run(RunContext(command=name, verb=verb, folder=Path.cwd(), config=config))
@@ -223,6 +225,7 @@ def sweep(name: str, words: list[str], texts: dict[str, str], overrides: list[st
     from .sweep.points import split
     from .sweep.sweep import run_sweep
 
+    interruptible()
     flags, settings, search_path = [], [], []
     queue = [item for item in overrides if item not in ("-m", "--multirun")]
     while queue:

@@ -304,7 +304,7 @@ class LatentsConfig:
     prompt: str = ""  # set by --prompt / --prompt-file / -
     answer: str = ""  # the next token looked at, also --answer; empty: the likeliest
     wrong: str = ""  # another one, also --wrong: the logit difference is measured, not the log-probability
-    most: int = 256  # latents switched off, those with the largest activation; 0: all that fire
+    most: int = 256  # latents switched off, those of the tokens that matter first; 0: all that fire
     top: int = 12  # latents shown
     format: str = "text"  # json: for programs
 

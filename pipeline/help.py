@@ -98,7 +98,11 @@ def explained(setting: str, choices: Sequence[str], meaning: str) -> list[str]:
 def settings_of(name: str, defaults: Iterable[str]) -> list[str]:
     """The settings that a command reads, in the order of the schema."""
     command = COMMANDS[name]
-    return [k for k in defaults if k.split(".")[0] in command.groups and not k.startswith(command.not_read)]
+    return [
+        k
+        for k in defaults
+        if k in command.also_reads or (k.split(".")[0] in command.groups and not k.startswith(command.not_read))
+    ]
 
 
 def takes_several(path_key: str) -> bool:

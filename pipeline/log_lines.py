@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 from .terminal import shown
 
@@ -25,7 +26,8 @@ class WarningLines(logging.Handler):
 
 
 def show_warnings() -> None:
-    """Print the warnings of our packages; of others only errors are."""
+    """Print the warnings of our packages; of others only errors are. Nor those about letters that a picture's font lacks."""
+    warnings.filterwarnings("ignore", "Glyph .* missing from")
     logging.getLogger().setLevel(logging.ERROR)
     lines = WarningLines()
     for name in PACKAGES:

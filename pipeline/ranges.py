@@ -155,5 +155,6 @@ def check_ranges(config: Config) -> None:
             raise ConfigError(f"{key} names a value twice: {', '.join(map(str, values))}")
     if config.intervention.latents and config.intervention.kind == "none":
         raise ConfigError("intervention.latents without a kind does nothing: add intervention=steer, clamp or ablate")
-    if config.intervention.heads and config.intervention.kind == "none":
-        raise ConfigError("intervention.heads without a kind does nothing: add intervention=heads")
+    of_heads = config.intervention.heads or config.intervention.keep or config.intervention.mean
+    if of_heads and config.intervention.kind == "none":
+        raise ConfigError("intervention.heads, keep and mean without a kind do nothing: add intervention=heads")

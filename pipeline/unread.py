@@ -36,7 +36,7 @@ def warnings(name: str, keys: Sequence[str], config: Config) -> list[str]:
     `keys`: what was typed, without values; a bare group is a file of conf/.
     """
     command = COMMANDS[name]
-    read = {*settings_of(name, every_setting()), *command.also_reads}
+    read = set(settings_of(name, every_setting()))
     if command.keeps_run:
         read |= {"run_dir", "resume"}
     never = [

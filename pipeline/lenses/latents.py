@@ -1,5 +1,14 @@
 """What each active latent of an SAE alone does for the next token after a prompt, by switching it off.
 
+Hundreds of latents fire in a prompt, few matter, and not those with the largest activation: most tokens lead nowhere.
+So where not all are to be looked at, all latents of a token are switched off together, a run for each token, and the
+latents come in the order of
+
+    sum over tokens t of  KL_t a_f(t)^2 / sum_g a_g(t)^2
+
+On five prompts of 49 to 231 tokens of the demo model (655 to 1,211 active latents) the twelve with the largest effects
+were among the first 150 of that order; by the largest activation half of them came later than the 256th.
+
 Shape letters: N latents, T prompt tokens.
 """
 
@@ -20,15 +29,16 @@ from ..interventions.base import Where
 from ..interventions.inputs import output_point
 from ..llama.model import Model
 from ..llama.session import Session
-from ..readout import Reader
-from .next_token import NextToken, effects, next_token
+from ..readout import Reader, ReadoutEvent
+from .next_token import Effects, NextToken, effects, next_token
+
+Variant = tuple[tuple[int, ...], int | None]  # latents that are switched off together, and at which token only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentsResult:
     """The next token after a prompt with each latent ablated (the SAE error stays), at every token that is not flagged,
-    alone: `next_token.Effects` by latent. `active`: how many latents are above zero somewhere in the prompt, those looked
-    at are the ones with the largest activation."""
+    alone: `next_token.Effects` by latent. `active`: how many latents are above zero somewhere in the prompt."""
 
     target: NextToken
     active: int
@@ -68,7 +78,7 @@ def latent_sweep(
     side_by_side: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentsResult:
-    """Ablates each latent that fires in the prompt, one at a time; `most` > 0: only so many, by their largest activation.
+    """Ablates each latent that fires in the prompt, one at a time; `most` > 0: only so many, in the order above.
 
     `answer`, `wrong`: as `next_token` takes them. Where no latent fires there is none in the result.
     """
@@ -79,18 +89,31 @@ def latent_sweep(
     for event in events:
         for latent, activation in event.latents:
             by_latent.setdefault(latent, []).append((activation, -event.pos))
-    strongest = sorted(by_latent, key=lambda latent: (-max(by_latent[latent])[0], latent))
-    chosen = strongest[:most] if most else strongest
     point = output_point(weights)
 
-    def edits(batch: Sequence[int]) -> list[Ablate]:
+    def edits(batch: Sequence[Variant]) -> list[Ablate]:
+        places = [Where(sequences=(s,), positions=None if at is None else (at,)) for s, (_, at) in enumerate(batch)]
         return [
-            Ablate(point=point, weights=weights, latents=(latent,), encoder=encoder, where=Where(sequences=(seq,)))
-            for seq, latent in enumerate(batch)
+            Ablate(point=point, weights=weights, latents=latents, encoder=encoder, where=where)
+            for (latents, _), where in zip(batch, places, strict=True)
         ]
 
-    flags = [event.flagged for event in events]
-    found = effects(session, target, chosen, edits, flags=flags, side_by_side=side_by_side, progress=progress)
+    def sweep(variants: list[Variant], before: int, total: int) -> Effects:
+        def report(done: int, _total: int) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        flags = [event.flagged for event in events]
+        return effects(session, target, variants, edits, flags=flags, side_by_side=side_by_side, progress=report)
+
+    chosen, before = list(by_latent), 0
+    if most and most < len(by_latent):
+        firing = [event for event in events if event.latents]
+        tokens: list[Variant] = [(tuple(latent for latent, _ in event.latents), event.pos) for event in firing]
+        before = len(tokens)
+        weight = sweep(tokens, 0, before + most).kl_N
+        chosen = _foremost(firing, weight)[:most]
+    found = sweep([((latent,), None) for latent in chosen], before, before + len(chosen))
     largest = [max(by_latent[latent]) for latent in chosen]
     return LatentsResult(
         target=target,
@@ -103,3 +126,13 @@ def latent_sweep(
         kl_N=found.kl_N,
         likeliest_N=found.likeliest_N,
     )
+
+
+def _foremost(events: Sequence[ReadoutEvent], kl_T: np.ndarray) -> list[int]:
+    """Latents in the order above; `kl_T`: of each event's token without all its latents."""
+    score: dict[int, float] = {}
+    for event, kl in zip(events, kl_T.tolist(), strict=True):
+        squares = sum(activation**2 for _, activation in event.latents)
+        for latent, activation in event.latents:
+            score[latent] = score.get(latent, 0.0) + kl * activation**2 / squares
+    return sorted(score, key=lambda latent: (-score[latent], latent))

@@ -74,7 +74,8 @@ def next_token(session: Session, model: Model, prompt: str, answer: str = "", wr
     chosen = single_token(model, answer, "answer") if answer else likeliest
     against = single_token(model, wrong, "wrong") if wrong else None
     if against == chosen:
-        raise ConfigError(f"answer and wrong are the same token, {wrong!r}")
+        which = "the answer" if answer else "the likeliest next token; name an answer, or another one"
+        raise ConfigError(f"wrong: {wrong!r} is {which}")
     return NextToken(
         tokens=tokens_T, answer=chosen, wrong=against, likeliest=likeliest, plain=_measure(plain_V, chosen, against)
     )
@@ -97,8 +98,9 @@ def effects(
         before = _measure(clean_V, target.answer, target.wrong)
         for edited_V in map(log_softmax, edited_SV):
             effect = _measure(edited_V, target.answer, target.wrong) - before
-            kl = np.maximum(0, (np.exp(clean_V) * (clean_V - edited_V)).sum())
-            found.append((effect, float(kl), int(edited_V.argmax())))
+            likely_V = clean_V > -np.inf  # a token that cannot be has no share in KL
+            kl = (np.exp(clean_V[likely_V]) * (clean_V[likely_V] - edited_V[likely_V])).sum()
+            found.append((effect, max(0.0, float(kl)), int(edited_V.argmax())))
         if progress is not None:
             progress(len(found), len(variants))
     effect_N, kl_N, likeliest_N = zip(*found, strict=True) if found else ((), (), ())

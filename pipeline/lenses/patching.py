@@ -119,6 +119,8 @@ def patch_sweep(
     tokens = [prompt_tokens(model, text) for text in (clean, corrupted)]
     _check_prompts(session, model, *tokens)
     answers = single_token(model, answer, "answer"), single_token(model, wrong, "wrong")
+    if answers[0] == answers[1]:
+        raise ConfigError(f"answer and wrong are the same token, {answer!r}")
     count = len(tokens[0])
     positions = tuple(positions) if positions is not None else tuple(range(count))
     if any(not 0 <= position < count for position in positions):
@@ -251,6 +253,8 @@ def _clean_run(
     logits_TV = session.decode(tokens_T, seq_T, positions_T, hooks=[keep(point) for point in points], logits="all")
     if logits_TV is None:
         raise LlamaError("the clean prompt gave no logits")
+    if not np.isfinite(logits_TV[-1].max()):
+        raise LlamaError("the logits after the clean prompt are not finite, so nothing can be measured")
     return found, _difference(logits_TV[-1], answers)
 
 

@@ -1,7 +1,7 @@
 """One prompt many times in one batch, each time under edits of its own: what sweeps over blocks, positions, heads cost.
 
 Products of more rows round otherwise, so the prompt as it is stands in every batch of several: what changes nothing is
-then 0.
+then 0, as long as the batch is one pass through the graph (`n_ubatch`).
 
 Shape letters: S prompts side by side, T prompt tokens, V vocabulary.
 """
@@ -59,7 +59,8 @@ def last_logits(
     interventions: Sequence[Intervention],
     flags: Sequence[bool] = (),
 ) -> np.ndarray:
-    """Logits after the last token of each of `copies` runs of the prompt, (S, V) float32."""
+    """Logits after the last token of each of `copies` runs of the prompt, (S, V) float32. LlamaError for any that are not
+    finite."""
     sequences = Sequences()
     for seq in range(copies):
         sequences.start(seq, flags or [False] * len(tokens_T))
@@ -74,6 +75,10 @@ def last_logits(
     )
     if logits_SV is None:
         raise LlamaError("an edited prompt gave no logits")
+    if not np.isfinite(logits_SV.max(axis=1)).all():  # NaN, +inf, or -inf for every token
+        raise LlamaError(
+            "the logits after the prompt are not finite, so nothing can be measured: `ggscope apply` shows from which token on"
+        )
     return logits_SV
 
 

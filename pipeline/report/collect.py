@@ -20,6 +20,7 @@ from pipeline.evaluation.splice import SpliceConfig, TokenWindow, split_windows
 from pipeline.lenses.heads import head_sweep
 from pipeline.lenses.latents import latent_sweep
 from pipeline.lenses.logit_lens import logit_lens
+from pipeline.lenses.patching import prompt_tokens
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session
@@ -41,8 +42,8 @@ CANDIDATES = 10
 CONTROLS = 2
 PROMOTED = 8
 COMPLETION_TOKENS = 40
-EFFECTS = 12  # latents shown
-SIDE_BY_SIDE = 8  # prompts of a batch
+EFFECTS, EFFECTS_TOKENS = 12, 64  # latents shown, of prompts of so many tokens at most
+SIDE_BY_SIDE = 8  # prompts of a batch, which is one pass then
 
 Progress = Callable[[str, int, int], None]
 
@@ -297,11 +298,14 @@ def _lens(i: ReportInputs, vocabulary: Vocabulary) -> LensMap:
     return LensMap(tokens=[vocabulary.text(int(t)) for t in tokens_T], row_labels=labels, cells=cells)
 
 
-def _next_token(i: ReportInputs, vocabulary: Vocabulary) -> NextTokenMap:
-    """On the prompt as it is given. A model without attention heads has none to show."""
+def _next_token(i: ReportInputs, vocabulary: Vocabulary) -> NextTokenMap | None:
+    """On the prompt as it is given; None for a long one. A model without attention heads has none to show."""
     prompt = i.config.prompt or DEFAULT_PROMPT
-    n_ctx = SIDE_BY_SIDE * (len(i.model.tokenize(prompt.encode())) + 1)
-    with Session(i.model, n_ctx=n_ctx, n_seq_max=SIDE_BY_SIDE, **dict(i.session)) as session:
+    count = len(prompt_tokens(i.model, prompt))
+    if not 0 < count <= EFFECTS_TOKENS:
+        return None
+    n_ctx = SIDE_BY_SIDE * count
+    with Session(i.model, n_ctx=n_ctx, n_seq_max=SIDE_BY_SIDE, kv_unified=False, **dict(i.session)) as session:
         found = latent_sweep(session, i.model, i.weights, prompt)
         heads = head_sweep(session, i.model, prompt) if i.model.graph.heads() else None
     answer = found.target.answer

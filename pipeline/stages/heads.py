@@ -35,7 +35,7 @@ def run(context: RunContext) -> None:
     with open_model(context) as model:
         counts = model.graph.heads()
         blocks = blocks_with_heads(counts, config.blocks)
-        means = head_means(context, config.mean, model, blocks)
+        means = head_means(context, "heads.mean", config.mean, model, blocks)
         session = session_for(context, model, len(prompt_tokens(model, config.prompt)))
         with context.progress("switching heads off", sum(counts[block] for block in blocks), "heads") as progress:
             result = head_sweep(
@@ -62,7 +62,7 @@ def run(context: RunContext) -> None:
     }
     context.three_lines(
         given,
-        f"{measured} {result.target.plain:.3f}; strongest {strongest}, {result.effect_LH[row, head]:+.3f} without it",
+        f"{measured} {result.target.plain:.3f}; strongest {strongest}, {result.effect_LH[row, head]:+.3f} {'at its mean' if result.by_mean else 'without it'}",
         relative(context.folder / PICTURE_NAME),
         stderr=config.format == "json",
     )
@@ -71,8 +71,8 @@ def run(context: RunContext) -> None:
 def table(model: Model, result: HeadsResult, top: int) -> Table:
     """The strongest heads; in bold those without which another token is the likeliest."""
     shown = Table(title=Text(title(model, result.target)), title_justify="left")
-    shown.add_column("head off")
-    for name in (f"change of {MEASURES[result.target.measure]}", "KL (nats)", "likeliest without it"):
+    shown.add_column("head at its mean" if result.by_mean else "head off")
+    for name in (f"change of {MEASURES[result.target.measure]}", "KL (nats)", "likeliest then"):
         shown.add_column(name, justify="right")
     for row, head in result.ranked()[:top]:
         likeliest = int(result.likeliest_LH[row, head])
@@ -105,6 +105,7 @@ def picture(result: HeadsResult, measured: str) -> Figure:
     )
     for ax, grid_LH, colours, label in parts:
         image = ax.imshow(grid_LH, origin="lower", aspect="auto", interpolation="nearest", **colours)
+        ax.set_facecolor("#d9d9d9")  # of heads that a block does not have
         ax.set_xlabel("head")
         ax.set_ylabel("block")
         ax.set_yticks(range(lines), [str(block) for block in result.blocks], fontsize=8)

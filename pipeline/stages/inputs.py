@@ -172,8 +172,8 @@ def context_tokens(context: RunContext, model: Model, needed: int) -> int:
         return context.config.model.n_ctx
     if needed > model.n_ctx_train:
         raise ConfigError(
-            f"{needed} tokens are more than the {model.n_ctx_train} the model was trained for; shorten the prompt or "
-            "apply.max_tokens, or set model.n_ctx to try anyway"
+            f"{needed} tokens are more than the {model.n_ctx_train} the model was trained for; shorten the prompt"
+            f"{' or apply.max_tokens' if context.command == 'apply' else ''}, or set model.n_ctx to try anyway"
         )
     return needed
 

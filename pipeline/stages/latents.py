@@ -86,7 +86,7 @@ def table(model: Model, result: LatentsResult, labels: Mapping[int, str], top: i
     for name in (
         f"change of {MEASURES[result.target.measure]}",
         "KL (nats)",
-        "likeliest without it",
+        "likeliest then",
         "largest activation",
         "at token",
     ):

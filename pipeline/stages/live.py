@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sae.encoders import Encoder
-from sae.errors import ConfigError
+from sae.errors import ConfigError, StoreError
 from sae.weights import SAEWeights
 
 from ..config import InterventionConfig
@@ -171,24 +171,39 @@ def heads_off(config: InterventionConfig, saes: LiveSAEs) -> Iterable[AblateHead
     """One change for each block that is named. BOS and special tokens too: no SAE speaks for leaving them alone."""
     counts = saes.model.graph.heads()
     by_block = named_heads(config.heads, counts)
-    means = head_means(saes.context, config.mean, saes.model, by_block)
+    means = head_means(saes.context, "intervention.mean", config.mean, saes.model, by_block)
     for block, heads in by_block.items():
         yield AblateHeads(
             point=HookPoint.parse(f"blocks.{block}.{HEADS_SITE}"),
             where=Where(phase=config.phase, positions=positions_of(config), flagged=True),
-            heads=tuple(set(range(counts[block])) - set(heads)) if config.keep else heads,
+            heads=others(block, heads, counts[block]) if config.keep else heads,
             count=counts[block],
             mean_D=None if means is None else means[block],
         )
 
 
-def head_means(context: RunContext, place: str, model: Model, blocks: Iterable[int]) -> dict[int, np.ndarray] | None:
+def others(block: int, heads: Sequence[int], count: int) -> tuple[int, ...]:
+    """The heads of a block that are not named. ConfigError where there are none."""
+    if len(heads) == count:
+        raise ConfigError(
+            f"intervention.keep=true keeps all {count} heads of block {block}: nothing would be switched off"
+        )
+    return tuple(head for head in range(count) if head not in heads)
+
+
+def head_means(
+    context: RunContext, setting: str, place: str, model: Model, blocks: Iterable[int]
+) -> dict[int, np.ndarray] | None:
     """Mean row of `attn.hook_z` of each block, (D,) float32, by a store of this model; None without a store."""
     if not place:
         return None
     from ..store.reader import ActivationStore
 
-    store = ActivationStore(store_place(place))
+    try:
+        store = ActivationStore(store_place(place))
+    except StoreError as error:
+        said = str(error).replace(", or set store.path", f" 'hook.points=[blocks.*.{HEADS_SITE}]'")
+        raise StoreError(f"{setting}: {said}") from None
     for warning in check_same_model(store.meta.model, model.id, what="this store"):
         context.console.print(f"warning: {warning}", style="yellow", highlight=False)
     hooks = {block: f"blocks.{block}.{HEADS_SITE}" for block in blocks}
@@ -232,6 +247,8 @@ def _check_settings(config: InterventionConfig) -> None:
             raise ConfigError("intervention=heads takes heads, no latents, sae or hook: intervention.heads=[L3H5]")
         if not config.heads:
             raise ConfigError("intervention=heads needs heads: intervention.heads=[L3H5], or [L3H*] for all of block 3")
+    if config.keep_error and config.kind != "reconstruct":
+        raise ConfigError(f"intervention.keep_error is of intervention=reconstruct, got {config.kind}")
     if config.kind == "reconstruct" and config.latents:
         raise ConfigError("intervention=reconstruct takes no latents: it replaces whole rows")
     if config.kind not in ("reconstruct", "heads") and not config.latents:

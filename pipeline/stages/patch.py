@@ -12,18 +12,19 @@ from rich.text import Text
 
 from sae.errors import ConfigError
 
-from ..lenses.patching import PatchResult, patch_sweep, prompt_tokens
-from ..llama.model import Model
-from ..llama.session import Session
+from ..config import PatchConfig
+from ..interventions.heads import head_name
+from ..lenses.patching import HEADS_SITE, PatchResult, patch_sweep, prompt_tokens
 from ..run import RunContext, write_json
-from .inputs import context_tokens, describe_model, open_model, print_wide, relative, session_options
+from .inputs import describe_model, open_model, print_wide, relative
+from .next_token import session_for, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PATCH_NAME = "patch.json"
 PICTURE_NAME = "patch.png"
-SIDE_BY_SIDE = 16
+SMALL_GAP = 0.1  # between clean and corrupted: f16 and quantised models round by a hundredth
 LEAST_WIDTH = 6.5  # inches of the picture, for its title
 
 
@@ -32,10 +33,11 @@ def run(context: RunContext) -> None:
     for flag in ("clean", "corrupted", "answer", "wrong"):
         if not getattr(config, flag):
             raise ConfigError(f"expected --clean, --corrupted, --answer and --wrong, --{flag} is missing")
+    if config.heads and config.site not in (HEADS_SITE, PatchConfig().site):
+        raise ConfigError(f"patch.heads=true patches {HEADS_SITE}, got patch.site={config.site}; leave one of them out")
     with open_model(context) as model:
         count = len(prompt_tokens(model, config.clean))
-        n_ctx = context.config.model.n_ctx or SIDE_BY_SIDE * context_tokens(context, model, count)
-        session = Session(model, n_ctx=n_ctx, n_seq_max=SIDE_BY_SIDE, **session_options(context.config.model))
+        session = session_for(context, model, count)
         runs = sum(model.graph.heads().values()) if config.heads else model.n_layer * count
         with context.progress("patching", runs, "runs") as progress:
             result = patch_sweep(
@@ -59,21 +61,24 @@ def run(context: RunContext) -> None:
             f"warning: after the clean prompt {config.answer!r} is no likelier than {config.wrong!r} (logit difference "
             f"{result.clean_difference:.3f}): a share of 1 restores no answer", style="yellow", highlight=False, markup=False,
         )  # fmt: skip
+    gap = abs(result.clean_difference - result.corrupted_difference)
+    if gap < SMALL_GAP:
+        context.console.print(
+            f"warning: the logit differences of the two prompts are {gap:.3g} apart: shares of so little are mostly rounding",
+            style="yellow", highlight=False, markup=False,
+        )  # fmt: skip
     context.outputs |= {"patch": str(context.folder / PATCH_NAME), "picture": str(context.folder / PICTURE_NAME)}
     context.metrics = {"clean_difference": result.clean_difference, "corrupted_difference": result.corrupted_difference}
     row, column = result.strongest()
-    place = f"head {result.heads[column]}" if result.heads else f"position {result.positions[column]}"
+    block = result.blocks[row]
+    place = head_name(block, column) if result.heads else f"block {block}, position {result.positions[column]}"
     context.three_lines(
         f"{given}; {result.site}, {int(np.isfinite(result.grid_LP).sum())} patches",
         f"logit difference clean {result.clean_difference:.3f}, corrupted {result.corrupted_difference:.3f}; strongest "
-        f"{result.grid_LP[row, column]:.3f} at block {result.blocks[row]}, {place}",
+        f"{result.grid_LP[row, column]:.3f} at {place}",
         relative(context.folder / PICTURE_NAME),
         stderr=config.format == "json",
     )
-
-
-def text(model: Model, token: int) -> str:
-    return model.piece(int(token)).decode("utf-8", "replace")
 
 
 def label(clean: str, corrupted: str) -> str:

@@ -162,6 +162,19 @@ def test_heads_switched_off_are_those_of_python(sae, tmp_path):
         (["intervention=heads", "intervention.heads=[L1H1]", "intervention.latents=[3]"], "takes heads, no latents"),
         (["intervention=ablate", "intervention.latents=[1]", "intervention.heads=[L1H1]"], "are of intervention=heads"),
         (["intervention=heads", "intervention.heads=[L1H1]", "intervention.coeff=3"], "coeff"),
+        (
+            ["intervention=heads", "intervention.heads=[L1H*]", "intervention.keep=true"],
+            "nothing would be switched off",
+        ),
+        (["intervention.keep=true"], "add intervention=heads"),
+        (
+            ["intervention=heads", "intervention.heads=[L1H1]", "intervention.keep_error=true"],
+            "of intervention=reconstruct",
+        ),
+        (
+            ["intervention=heads", "intervention.heads=[L1H1]", "intervention.mean=no"],
+            "intervention.mean: no activation",
+        ),
         (["intervention=steer"], "intervention.latents"),
         (["intervention=steer", "intervention.latents=[9999]"], "9999"),
         (["intervention.kind=flip", "intervention.latents=[1]"], "steer, clamp, ablate"),

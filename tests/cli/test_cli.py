@@ -120,7 +120,7 @@ def test_the_version_is_the_package_s(capsys):
         (["lens", "--prompt", "x " * 2000], "trained for"),
         (["heads", "--prompt", "x " * 2000], "trained for"),
         (
-            ["patch", "model.n_ctx=4", "--clean", "x = a", "--corrupted", "x = b", "--answer", "a", "--wrong", "b"],
+            ["patch", "model.n_ctx=3", "--clean", "x = a", "--corrupted", "x = b", "--answer", "a", "--wrong", "b"],
             "n_ctx",
         ),
     ],

@@ -101,14 +101,30 @@ def test_side_by_side_equals_one_at_a_time(weights, ggml):
     assert np.abs(many.effect_N).max() > 0.01
 
 
-def test_only_the_strongest_are_looked_at_where_that_is_asked_for():
-    w, seen = sae_at(BLOCK), []
+def test_the_latents_of_tokens_that_matter_come_first_where_not_all_are_looked_at():
+    tokens, w, seen = prompt_tokens(tiny()[0], TEXT), sae_at(BLOCK), []
     whole = sweep(session(n_seq_max=4), w)
     part = sweep(session(n_seq_max=4), w, most=5, progress=lambda done, total: seen.append((done, total)))
-    assert part.latents_N.tolist() == whole.latents_N[:5].tolist()
-    assert (np.diff(whole.activation_N) <= 0).all()
-    np.testing.assert_allclose(part.effect_N, whole.effect_N[:5], atol=2e-4)
-    assert (part.active, seen[-1]) == (whole.active, (5, 5))
+    a_TF = dense_acts(w, residual(session(), tokens, w.hook))
+    clean_V = logprobs(hf_logits(tokens, {})[-1])
+    score_F = np.zeros(w.num_latents)
+    for t in range(1, len(tokens)):
+
+        def off(x_TD, t=t):
+            out = x_TD.copy()
+            out[t] -= dense_acts(w, x_TD)[t] @ w.W_dec_FD.astype(np.float64)
+            return out
+
+        without_V = logprobs(hf_logits(tokens, {BLOCK: off})[-1])
+        kl = (np.exp(clean_V) * (clean_V - without_V)).sum()
+        score_F += kl * a_TF[t] ** 2 / (a_TF[t] ** 2).sum()
+    assert part.latents_N.tolist() == np.argsort(-score_F)[:5].tolist()
+    by_latent = dict(zip(whole.latents_N.tolist(), whole.effect_N, strict=True))
+    np.testing.assert_allclose(part.effect_N, [by_latent[latent] for latent in part.latents_N.tolist()], atol=2e-4)
+    runs = len(tokens) - 1 + 5
+    assert (part.active, seen[-1]) == (whole.active, (runs, runs))
+    assert sorted(seen) == seen
+    assert sweep(session(n_seq_max=4), w, most=whole.active).latents_N.tolist() == whole.latents_N.tolist()
 
 
 def test_a_prompt_on_which_nothing_fires_has_no_latents():

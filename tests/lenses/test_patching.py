@@ -110,7 +110,7 @@ def test_an_answer_of_several_tokens_is_refused_with_its_split():
 def test_equal_prompts_equal_answers_and_foreign_sites_are_refused():
     with pytest.raises(ConfigError, match="are the same"):
         patch_sweep(session(), tiny()[0], CLEAN, CLEAN, ANSWER, WRONG)
-    with pytest.raises(ConfigError, match="same logit difference"):
+    with pytest.raises(ConfigError, match="answer and wrong are the same token"):
         patch_sweep(session(), tiny()[0], CLEAN, CORRUPTED, ANSWER, ANSWER)
     with pytest.raises(HookError, match="hook_resid_post"):
         sweep(session(), site="hook_residual")

@@ -16,7 +16,15 @@ from pipeline.lenses.latents import latent_sweep
 from pipeline.llama.hooks import HookPoint
 from pipeline.llama.model import Model
 from pipeline.llama.session import Session, capture
-from pipeline.report.collect import ReportInputs, build_report, headline, judged_on, read_training_curve, trained_on
+from pipeline.report.collect import (
+    ReportInputs,
+    build_report,
+    collect,
+    headline,
+    judged_on,
+    read_training_curve,
+    trained_on,
+)
 from pipeline.report.latents import even_order
 from sae import runtime
 from sae.errors import FormatError
@@ -142,6 +150,16 @@ def test_the_next_token_s_latents_and_heads_are_those_of_the_sweeps(built):
     assert found.probability == pytest.approx(np.exp(latents.target.plain), abs=1e-4)
     np.testing.assert_allclose(found.heads, heads.effect_LH, atol=3e-4)
     assert found.blocks == [0, 1, 2, 3]
+
+
+def test_a_long_prompt_has_no_sweeps(built):
+    _, _, table, _, model = built
+    prompt = "def f1(" * 40
+    inputs = ReportInputs(
+        model=model, weights=model.test_weights, windows=table, evaluation={"fvu": 0.5, "ce_recovered": 0.9},
+        config=ReportConfig(top_latents=0, tokens=64, prompt=prompt), session=ONE,
+    )  # fmt: skip
+    assert collect(inputs).next_token is None
 
 
 def test_a_resumed_runs_repeated_steps_count_once(built):
