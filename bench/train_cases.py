@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from bench.common import ROOT, TRAIN_PEER_PYTHON, BenchError, Row, Worker, compare, in_turns
-from pipeline.training.waits import SHORT, SPINS
+from pipeline.waits import SHORT, SPINS
 
 Say = Callable[[str], None]
 Keep = Callable[[str, dict[str, list[float]]], None]  # name of a case, tokens/s of every side in the rounds so far

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_cpp import llama_cpp as _llama_cpp
-
 from sae.errors import LlamaError
+
+from ..waits import asleep
+
+with asleep():
+    from llama_cpp import llama_cpp as _llama_cpp
 
 lc: Any = _llama_cpp  # ctypes: its annotations do not survive a type checker
 _LIB: Any = _llama_cpp._lib

@@ -19,7 +19,7 @@ from ..training.memory import check_batch, check_memory
 from ..training.picture import draw_training
 from ..training.reporter import Reporter, result, searched_lines
 from ..training.settings import sae_folder, train_configs
-from ..training.waits import asleep
+from ..waits import asleep
 from .inputs import SAE_NAME, load_sae, relative, sae_sha256, warn_not_finite
 from .published import import_published, is_published, published_sha256, report_notes
 from .rows import TrainingRows, trainer_threads, training_rows
