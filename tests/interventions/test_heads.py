@@ -68,6 +68,9 @@ def test_the_columns_are_exactly_zero_and_the_others_untouched():
     columns = columns_of([1], HEADS, D)
     np.testing.assert_array_equal(after[:, columns], 0)
     np.testing.assert_array_equal(np.delete(after, columns, 1), np.delete(before, columns, 1))
+    mean_D = 1e-8 * np.linspace(0.1, 0.7, D, dtype=np.float32)  # beside which x is large
+    after = residual(s, tokens, str(z(2)), [off(2, 1, mean_D=mean_D)])
+    np.testing.assert_array_equal(after[:, columns], np.tile(mean_D[columns], (len(after), 1)))
 
 
 def test_no_head_is_the_clean_run_bit_for_bit_and_all_heads_leave_the_attention_nothing():
@@ -111,19 +114,27 @@ def test_keys_name_heads_mean_and_place():
     assert off(0, 1, 2).key() == off(0, 2, 1).key()
 
 
-def test_the_graph_knows_how_many_heads_there_are():
-    assert tiny()[0].graph.heads() == dict.fromkeys(range(BLOCKS), HEADS)
+def test_the_graph_knows_how_many_heads_there_are(monkeypatch):
+    graph = tiny()[0].graph
+    assert graph.heads() == dict.fromkeys(range(BLOCKS), HEADS)
+    monkeypatch.setattr(graph, "targets", dict(reversed(graph.targets.items())))
+    assert list(graph.heads()) == list(range(BLOCKS))
+    monkeypatch.delitem(graph.targets, z(1))  # a block whose heads do not lie side by side in one tensor
+    assert list(graph.heads()) == [0, 2, 3]
 
 
 def test_names_of_heads():
     counts = {0: 4, 2: 3}
     assert named_heads(["L2H1", "L0H3", "L2H0", "L0H3"], counts) == {0: (3,), 2: (0, 1)}
     assert named_heads(["L2H*", "L2H1"], counts) == {2: (0, 1, 2)}
+    assert list(named_heads(["L2H0", "L0H0"], counts)) == [0, 2]
+    assert columns_of([2, 0], 4, 8).tolist() == [0, 1, 4, 5]
     for name, said in (
         ("3.5", "L3H5"),
         ("L1H0", "blocks with heads: 0, 2"),
         ("L2H3", r"heads 0\.\.2"),
         ("l0h0", "L3H5"),
+        ("L2H0L0H1", "L3H5"),
     ):
         with pytest.raises(ConfigError, match=said):
             named_heads([name], counts)

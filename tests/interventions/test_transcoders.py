@@ -13,7 +13,7 @@ import pytest
 from pipeline.generate import generate, token_logprobs
 from pipeline.interventions.ablate import Ablate
 from pipeline.interventions.base import Where
-from pipeline.interventions.clamp import Clamp
+from pipeline.interventions.clamp import Clamp, clamp_change
 from pipeline.interventions.inputs import InputRows
 from pipeline.interventions.replace import Reconstruct
 from pipeline.interventions.steer import Steer
@@ -165,6 +165,16 @@ def test_clamp_and_ablate_add_what_the_inputs_latents_lack_at_the_output(wiring,
         assert relative(found, clean) > 1e-2
 
 
+def test_a_change_is_as_wide_as_the_output():
+    w = transcoder(**WIRINGS["another width"])
+    (x_TI,) = rows_at(prompt(), MID)
+    assert w.d_out != w.d_in
+    for latents in ((), (1, 2)):
+        change_TO = clamp_change(w, x_TI.astype(np.float32), latents, (1.0,) * len(latents))
+        assert change_TO.shape == (len(x_TI), w.d_out)
+        assert change_TO.any() == bool(latents)
+
+
 def test_ablating_silent_latents_changes_no_bit():
     tokens, w, s = prompt(), transcoder(), session()
     silent = tuple(np.flatnonzero(acts(w, rows_at(tokens, MID)[0])[1:].max(0) == 0).tolist())
@@ -276,6 +286,6 @@ def test_rows_of_the_input_are_found_by_sequence_and_position_and_missing_ones_a
     kept.hook().read(Rows(values_ND, seq_N, pos_N))
     values_ND += 100  # the callback's memory is used again
     np.testing.assert_array_equal(kept.take(seq_N[[3, 0, 2]], pos_N[[3, 0, 2]]), [[6, 7], [0, 1], [4, 5]])
-    for seq, pos in ((0, 5), (2, 4), (1, 6)):
+    for seq, pos in ((0, 5), (2, 4), (1, 6), (0, 2)):
         with pytest.raises(ConfigError, match="has no rows"):
             kept.take(np.array([1, seq]), np.array([4, pos]))

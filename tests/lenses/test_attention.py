@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from pipeline.cli import main
@@ -53,6 +54,28 @@ def test_the_picture_has_a_panel_for_each_head_and_a_size_that_can_be_drawn(
     weights_HTT = np.tril(np.ones((heads, count, count), np.float32))
     draw_attention(tmp_path / "a.png", dict.fromkeys(blocks, weights_HTT), ["x"] * count)
     assert max(imread(tmp_path / "a.png").shape[:2]) <= 900
+
+
+@pytest.mark.parametrize("count", [40, 41])
+def test_the_picture_has_each_heads_own_weights_and_labels_at_its_edges(monkeypatch, tmp_path, count):
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_args, **_options: kept.append(self))
+    patterns = {block: np.random.default_rng(block).random((heads, count, count)) for block, heads in ((3, 2), (1, 3))}
+    draw_attention(tmp_path / "a.png", patterns, [f"t{n}" for n in range(count)])
+    panels = [ax for ax in kept[0].axes if ax.images]
+    assert [ax.get_title() for ax in panels] == [
+        f"block {b}, head {h}" for b, h in ((3, 0), (3, 1), (1, 0), (1, 1), (1, 2))
+    ]
+    for ax, weights_TT in zip(panels, [*patterns[3], *patterns[1]], strict=True):
+        np.testing.assert_array_equal(ax.images[0].get_array(), weights_TT)  # query down
+    assert [ax.axison for ax in kept[0].axes[:6]] == [True] * 5 + [False]  # two lines of three
+    first = [
+        [getattr(ax, f"get_{axis}ticklabels")()[0].get_text() for ax in panels] for axis in ("y", "x")
+    ]  # of each panel's labels
+    if count == 40:
+        assert first == [["t0", "", "", "t0", ""], ["", "", "t0", "t0", "t0"]]
+    else:
+        assert "t0" not in first[0] + first[1]
 
 
 @pytest.fixture

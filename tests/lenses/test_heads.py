@@ -59,6 +59,67 @@ def test_every_number_is_hfs_with_that_head_off(answers, by_mean):
                 assert result.likeliest_LH[block, head] == int(without_V.argmax())
     assert np.abs(result.effect_LH).max() > 0.05
     assert result.kl_LH.max() > 1e-3
+    said = result.to_dict()
+    wrong = token(WRONG) if len(answers) > 1 else None
+    assert (said["answer"], said["wrong"], said["likeliest"]) == (answer, wrong, int(clean_V.argmax()))
+    assert (said["tokens"], said["plain"]) == (tokens.tolist(), result.target.plain)
+    for name, values_LH in (("effect", "effect_LH"), ("kl_nats", "kl_LH"), ("likeliest", "likeliest_LH")):
+        assert [one[name] for one in said["heads"]] == getattr(result, values_LH).ravel().tolist()
+
+
+@pytest.fixture
+def uneven(monkeypatch):
+    """The model as one whose block 2 has half as many heads, of twice the width, and whose block 1 has none."""
+    monkeypatch.setattr(tiny()[0].graph, "heads", lambda: {0: HEADS, 2: HEADS // 2})
+
+
+@pytest.mark.parametrize("blocks", [None, [2, 0]])
+def test_blocks_with_fewer_heads_are_swept_by_their_own(uneven, blocks):
+    tokens = prompt_tokens(tiny()[0], TEXT)
+    means = {b: residual(session(), tokens, f"blocks.{b}.attn.hook_z").mean(0) for b in (0, 2)}
+    result = sweep(session(n_seq_max=4), ANSWER, blocks=blocks, means=means)
+    clean = logprobs(hf_logits(tokens, {})[-1])[token(ANSWER)]
+    row = result.blocks.index(2)
+    assert result.counts[row] == 2
+    for head in range(2):
+        change = without(2 * head, 2 * head + 1, value_D=means[2])
+        effect = logprobs(hf_logits(tokens, {(2, "z"): change})[-1])[token(ANSWER)] - clean
+        assert result.effect_LH[row, head] == pytest.approx(effect, abs=2e-4)
+    assert np.isnan(result.effect_LH[row, 2:]).all()
+    assert np.isnan(result.kl_LH[row, 2:]).all()
+    assert (result.likeliest_LH[row, 2:] == -1).all()
+    assert len(result.ranked()) == len(result.to_dict()["heads"]) == HEADS + 2
+
+
+def test_blocks_with_fewer_heads_are_patched_by_their_own(uneven):
+    texts = TEXT, "if self.line in self.text", ANSWER, WRONG
+    whole = patch_sweep(session(n_seq_max=4), tiny()[0], *texts, heads=True, blocks=[2, 0])
+    assert whole.heads == tuple(range(HEADS))
+    source_TD, old_TD = (
+        residual(session(), prompt_tokens(tiny()[0], text), "blocks.2.attn.hook_z") for text in texts[:2]
+    )
+    for head in range(2):
+        part = slice(2 * head * EACH, 2 * (head + 1) * EACH)
+        mixed_TD = old_TD.copy()
+        mixed_TD[:, part] = source_TD[:, part]
+        logits_V = hf_logits(prompt_tokens(tiny()[0], texts[1]), {(2, "z"): lambda _, rows=mixed_TD: rows})[-1]
+        moved = logits_V[token(ANSWER)] - logits_V[token(WRONG)] - whole.corrupted_difference
+        share = moved / (whole.clean_difference - whole.corrupted_difference)
+        assert whole.grid_LP[0, head] == pytest.approx(share, abs=1e-3)
+    assert whole.to_dict()["grid"][0][2:] == [None, None]
+    assert whole.grid_LP[whole.strongest()] == np.nanmax(whole.grid_LP)
+    with pytest.raises(ConfigError, match=r"attention heads, \[0, 2\]; got 1"):
+        patch_sweep(session(), tiny()[0], *texts, heads=True, blocks=[1])
+
+
+def test_heads_are_patched_at_the_positions_that_are_named():
+    texts = TEXT, "if self.line in self.text", ANSWER, WRONG
+    whole, part, none = (
+        patch_sweep(session(n_seq_max=4), tiny()[0], *texts, heads=True, blocks=[1], positions=positions)
+        for positions in (None, [3, 4], [0])
+    )
+    np.testing.assert_allclose(none.grid_LP, 0, atol=1e-5)  # before the prompts differ
+    assert np.abs(part.grid_LP - whole.grid_LP).max() > 1e-3
 
 
 @pytest.mark.parametrize("kv_unified", [True, False])
@@ -75,7 +136,7 @@ def test_side_by_side_equals_one_at_a_time(kv_unified):
 
 
 def test_some_blocks_are_the_same_rows_and_the_largest_effects_come_first():
-    whole, part = sweep(session(n_seq_max=4)), sweep(session(n_seq_max=4), blocks=[2, 0])
+    whole, part = sweep(session(n_seq_max=4)), sweep(session(n_seq_max=4), blocks=[2, 0, 2])
     np.testing.assert_allclose(part.effect_LH, whole.effect_LH[[2, 0]], atol=2e-4)
     assert part.blocks == (2, 0)
     effects = [abs(whole.effect_LH[place]) for place in whole.ranked()]
@@ -84,7 +145,7 @@ def test_some_blocks_are_the_same_rows_and_the_largest_effects_come_first():
     assert part.to_dict()["heads"][1]["head"] == "L2H1"
 
 
-def test_bad_prompts_answers_and_blocks_are_refused():
+def test_bad_prompts_answers_and_blocks_are_refused(monkeypatch):
     model = tiny()[0]
     likeliest = model.piece(sweep(session(n_seq_max=8), blocks=[0]).target.likeliest).decode()
     for options, said in (
@@ -97,6 +158,12 @@ def test_bad_prompts_answers_and_blocks_are_refused():
             head_sweep(session(), tiny()[0], TEXT, **options)
     with pytest.raises(ConfigError, match="one batch of the context holds"):
         head_sweep(session(n_ctx=256), tiny()[0], TEXT * 60)
+    monkeypatch.setattr(tiny()[0].graph, "heads", dict)
+    with pytest.raises(ConfigError, match="no block with attention heads"):
+        sweep(session())
+    monkeypatch.setattr(tiny()[0], "add_bos", False)
+    with pytest.raises(ConfigError, match="the prompt has no token"):
+        next_token(session(), tiny()[0], "")
 
 
 @pytest.mark.parametrize("n_seq_max", [1, 8])
@@ -180,6 +247,8 @@ def test_the_mean_comes_from_a_store_of_the_model(tiny_here, capsys):
         assert ggscope("heads", "--prompt", TEXT, "heads.format=json", *more, f"run_dir={name}") == 0
         results[name] = json.loads(capsys.readouterr().out)
         assert results[name]["in_place"] == name
+        inputs = json.loads((tiny_here / name / "manifest.json").read_text())["inputs"]
+        assert ("mean" in inputs) == bool(more)
     effects = {name: np.array([one["effect"] for one in found["heads"]]) for name, found in results.items()}
     from pipeline.store.reader import ActivationStore
 

@@ -17,8 +17,10 @@ from pipeline.lenses.latents import latent_sweep
 from pipeline.lenses.patching import prompt_tokens
 from pipeline.llama.encoder import GgmlEncoder
 from pipeline.llama.hooks import HookPoint
+from pipeline.stages import latents as stage
+from sae.encoders import NumpyEncoder, encoder_of
 from sae.errors import ConfigError
-from sae.runtime import encode
+from sae.runtime import encode, latent_values
 from tests.interventions.tiny import (
     dense_acts,
     hf_logits,
@@ -82,15 +84,26 @@ def test_every_number_is_hfs_with_that_latent_off(answers):
     assert np.abs(result.effect_N).max() > 0.05
     effects = np.abs(result.effect_N[result.ranked()])
     assert (np.diff(effects) <= 0).all()
+    said = result.to_dict()
+    assert (said["active"], said["answer"]) == (result.active, answer)
+    for name, column in {"latent": "latents", "kl_nats": "kl"}.items() | {
+        (same, same) for same in ("activation", "position", "tokens", "effect", "likeliest")
+    }:
+        assert [one[name] for one in said["latents"]] == getattr(result, f"{column}_N").tolist()
 
 
 @pytest.mark.parametrize("weights", [sae_at, transcoder], ids=["sae", "transcoder"])
-@pytest.mark.parametrize("ggml", [False, True])
-def test_side_by_side_equals_one_at_a_time(weights, ggml):
+@pytest.mark.parametrize("kind", ["numpy", "ggml", "of other biases"])
+def test_side_by_side_equals_one_at_a_time(weights, kind):
     w = weights(BLOCK) if weights is sae_at else weights()
-    encoder = GgmlEncoder(w, n_threads=1) if ggml else None
+    other = NumpyEncoder(dataclasses.replace(w, b_enc_F=w.b_enc_F + 0.2))  # to see that it is asked
+    encoder = {"numpy": None, "ggml": GgmlEncoder(w, n_threads=1), "of other biases": other}[kind]
     many = sweep(session(n_seq_max=8, n_ctx=512), w, encoder=encoder)
     tokens = prompt_tokens(tiny()[0], TEXT)
+    x_TD = residual(session(), tokens, w.hook)
+    for latent, place, activation in zip(many.latents_N, many.position_N, many.activation_N, strict=True):
+        found = encoder_of(w, encoder).encode(x_TD[[place]])
+        assert activation == pytest.approx(latent_values(w, x_TD[[place]], [latent], encoded=found)[0, 0], rel=1e-3)
     clean_V = logprobs(run(session(), tokens)[-1])
     point = HookPoint.parse(w.hook_out or w.hook)
     for row, latent in enumerate(many.latents_N.tolist()):
@@ -152,6 +165,13 @@ def test_the_command_says_and_draws_the_strongest_latents(tmp_path, monkeypatch,
         "sae.path=sae.gguf",
     ]
     args = ["--prompt", TEXT, "--answer", ANSWER, "--wrong", WRONG, "run_dir=made", "latents.top=128"]
+    encoders = []
+
+    def asked(*args, encoder, **options):
+        encoders.append(encoder)
+        return latent_sweep(*args, encoder=encoder, **options)
+
+    monkeypatch.setattr(stage, "latent_sweep", asked)
     assert main(["latents", *given, *args]) == 0
     said = capsys.readouterr().out
     values = json.loads((tmp_path / "made" / "latents.json").read_text())
@@ -167,7 +187,10 @@ def test_the_command_says_and_draws_the_strongest_latents(tmp_path, monkeypatch,
     first = max(values["latents"], key=lambda one: abs(one["effect"]))
     assert manifest["metrics"]["strongest"] == first["latent"]
     assert main(["latents", *given, *args[:2], "latents.format=json", "latents.most=3", "apply.encoder=numpy"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    shown = json.loads(printed.out)
+    assert f"3 of {expected.active} active latents" in " ".join(printed.err.split())
+    assert [isinstance(encoder, GgmlEncoder) for encoder in encoders] == [True, False]
     assert (shown["measure"], len(shown["latents"]), shown["active"]) == ("logprob", 3, expected.active)
     assert main(["latents", *given]) == 2
     assert "--prompt" in capsys.readouterr().err

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from pipeline.lenses import patching as module
 from pipeline.lenses.patching import patch_sweep, prompt_tokens, show_tokens, single_token
 from sae.errors import ConfigError, HookError
 from tests.interventions.tiny import BLOCKS, hf_logits, prompt, residual, session, tiny
@@ -118,13 +121,51 @@ def test_equal_prompts_equal_answers_and_foreign_sites_are_refused():
         sweep(session(), blocks=[BLOCKS])
     with pytest.raises(ConfigError, match="can be read, not patched"):
         sweep(session(), site="attn.hook_pattern")
-    with pytest.raises(ConfigError, match=r"should be 0\.\."):
-        sweep(session(), positions=[99])
+    count = len(equal_prompts()[0])
+    for position in (-1, count):
+        with pytest.raises(ConfigError, match=rf"should be 0\.\.{count - 1} of"):
+            sweep(session(), positions=[position])
+    with pytest.raises(ConfigError, match="one batch of the context holds"):
+        sweep(session(n_batch=count - 1))
     with pytest.raises(ConfigError, match="holds at most 1 prompts"):
         sweep(session(), side_by_side=2)
 
 
-def test_prompt_tokens_start_with_bos_and_read_special_text_as_text():
+def test_the_other_way_round_is_the_same_share_of_the_other_answer():
+    back = patch_sweep(session(n_seq_max=4), tiny()[0], CORRUPTED, CLEAN, ANSWER, WRONG)
+    whole = sweep(session(n_seq_max=4))
+    assert (back.clean_difference - back.corrupted_difference) * (
+        whole.clean_difference - whole.corrupted_difference
+    ) < 0
+    assert back.grid_LP[-1, -1] == pytest.approx(1, abs=1e-4)
+    said = back.to_dict()
+    assert said["clean_difference"] == back.clean_difference != back.corrupted_difference
+    assert said["corrupted_difference"] == back.corrupted_difference
+    assert (said["clean_tokens"], said["corrupted_tokens"]) == tuple(t.tolist() for t in equal_prompts()[::-1])
+    assert (said["answer"], said["wrong"]) == (single_token(tiny()[0], ANSWER, ""), single_token(tiny()[0], WRONG, ""))
+    assert (said["heads"], said["positions"]) == ([], list(range(len(back.clean_tokens))))
+
+
+def test_what_a_patch_moves_is_counted_from_the_prompt_beside_it(monkeypatch):
+    plain_V = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    monkeypatch.setattr(
+        module, "decoded", lambda _, __, variants, *_more, **_options: [([plain_V] * len(variants), plain_V)]
+    )
+    np.testing.assert_array_equal(sweep(session()).grid_LP, 0)
+
+
+def test_the_strongest_is_the_largest_share_and_no_hole():
+    part = sweep(session(), blocks=[0], positions=[0])
+    grid_LP = np.array([[-2.0, np.nan, 0.1], [0.2, 0.3, np.nan]])
+    assert dataclasses.replace(part, grid_LP=grid_LP).strongest() == (1, 1)
+
+
+def test_prompt_tokens_start_with_bos_and_read_special_text_as_text(monkeypatch):
     model = tiny()[0]
+    assert show_tokens(model, model.tokenize(b"a\n")) == "|a|\\n|"
     assert prompt_tokens(model, "ab").tolist() == prompt("ab").tolist()
     assert (prompt_tokens(model, "<|eos|>") != model.eos).all()
+    monkeypatch.setattr(model, "add_bos", False)
+    assert prompt_tokens(model, "ab").tolist() == prompt("ab")[1:].tolist()
+    with pytest.raises(ConfigError, match="same number of tokens, got 0 and 0"):
+        patch_sweep(session(), model, "", "", ANSWER, WRONG)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sae.checkpoint import load_weights, save_weights
-from sae.errors import FormatError
+from sae import checkpoint as module
+from sae.checkpoint import load_weights, save_weights, write_atomic
+from sae.errors import DiskError, FormatError
 
 from .toy import random_weights
 
@@ -96,6 +97,26 @@ def test_saving_again_replaces_the_sae(folder):
     other = random_weights(np.random.default_rng(2), d=4, latents=9, k=2)
     save_weights(folder, other)
     assert_equal(load_weights(folder), other)
+
+
+@pytest.mark.parametrize("failing", ["sae.safetensors", "sae.json"])
+def test_a_write_that_fails_leaves_no_json_beside_other_arrays(folder, failing, monkeypatch):
+    def write(path, fill):
+        if path.name == failing:
+            raise DiskError("full")
+        write_atomic(path, fill)
+
+    monkeypatch.setattr(module, "write_atomic", write)
+    with pytest.raises(DiskError):
+        save_weights(folder, random_weights(np.random.default_rng(2), d=4, latents=9, k=2))
+    assert not (folder / "sae.json").exists()
+
+
+def test_whatever_stops_a_write_leaves_the_old_file_and_no_partial_one(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError):
+        write_atomic(tmp_path / "file", lambda file: file.write(b"new") / 0)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, -1])

@@ -104,21 +104,35 @@ def test_a_step_does_not_depend_on_what_was_dead_before(lib):
     """Memory grows and is used again; nothing of an earlier batch is left in it."""
     model = make(d=40, latents=700, k=8)
     native = stepper(model, lib)
-    for number, (rows, dead) in enumerate([(160, 5), (333, 60), (47, 11), (160, 0), (160, 75), (33, 12)]):
+    for number, (rows, dead) in enumerate(
+        [(160, 5), (333, 60), (47, 11), (160, 0), (160, 75), (33, 12), (900, 75), (33, 75)]
+    ):
         alone = stepper(copy.deepcopy(model), lib)
         alone.load_state_dict(copy.deepcopy(native.state_dict()))
         u_ND, dead_F = batch(number, rows, 40), dead_mask(700, dead)
         losses = [side.step(u_ND, lr=1e-2, dead_F=dead_F).loss for side in (native, alone)]
         assert in_int8(native) == in_int8(alone) == bool(dead)
+        assert not dead or len(native._auxk_memory) >= lib.auxk_bytes(native._step)
         assert torch.equal(*losses)
         for name in NAMES:
             assert torch.equal(getattr(model, name), getattr(alone.model, name)), (number, name)
 
 
-@pytest.mark.parametrize("case", ["many dead", "float32", "many rows", "no 8-bit products", "AMX"])
+def test_more_than_all_dead_latents_is_all_of_them(lib):
+    found = []
+    for auxk_k in (13, 40_000):  # the latter beyond 16 bits
+        native = stepper(make(latents=400), lib, auxk_k=auxk_k)
+        native.step(batch(), lr=1e-3, dead_F=dead_mask(400, 13))
+        found.append(gradients(native))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("case", ["many dead", "beyond 16 bits", "float32", "many rows", "no 8-bit products", "AMX"])
 def test_what_does_not_fit_goes_through_torchs_products(lib, case, monkeypatch):
     if case == "many rows":
         monkeypatch.setattr(module, "MOST_ROWS", 159)
+    if case == "beyond 16 bits":
+        monkeypatch.setattr(module, "MOST_DEAD", 12)
     if case == "no 8-bit products":
         monkeypatch.setattr(module, "finds_in_int8", lambda *_: False)
     if case == "AMX":
@@ -146,6 +160,29 @@ def test_errors_that_are_all_alike_leave_a_finite_loss(lib, dtype):
     model, u_ND = make(latents=400), 1e-5 * batch()  # b_dec_D is large beside them
     result = stepper(model, lib, dtype=dtype).step(u_ND, lr=1e-3, dead_F=dead_mask(400, 13))
     assert 1 < float(result.auxk_loss) <= 2e6
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_no_error_at_all_is_a_loss_of_zero(lib, dtype):
+    model = make(latents=400)
+    with torch.no_grad():
+        model.b_enc_F -= 1e3  # nothing fires, and nothing is left to explain
+    u_ND = model.b_dec_D.detach().expand(160, -1)
+    result = stepper(model, lib, dtype=dtype).step(u_ND, lr=1e-3, dead_F=dead_mask(400, 13))
+    assert (float(result.auxk_loss), float(result.loss)) == (0, 0)
+
+
+def test_of_equal_dead_latents_the_first_are_taken(lib):
+    model, u_ND, dead_F = make(latents=400), batch(), dead_mask(400, 30)
+    with torch.no_grad():
+        for name in ("W_enc_FD", "b_enc_F"):
+            getattr(model, name)[dead_F] = getattr(model, name)[dead_F][0].clone()
+    native = stepper(model, lib, auxk_k=20)
+    native.step(u_ND, lr=1e-3, dead_F=dead_F)
+    assert in_int8(native)
+    for found in gradients(native):
+        assert found[:20].view(20, -1).any(1).all()
+        assert not found[20:].any()
 
 
 def test_dead_latents_below_zero_on_every_row_get_no_gradient(lib):

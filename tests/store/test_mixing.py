@@ -40,21 +40,26 @@ def numbered(sizes):
 @settings(max_examples=200, deadline=None)
 @given(sizes=block_sizes, slots=st.integers(1, 120), seed=st.integers(0, 3), most=st.integers(1, 20), when=st.randoms())
 def test_rows_come_in_the_order_of_the_plain_rule_whenever_slots_are_filled(sizes, slots, seed, most, when):
-    blocks, placed = numbered(sizes), {}
+    blocks, placed, came = numbered(sizes), {}, set()
 
     def place(block, rows, into):
         assert set(rows.tolist()) <= set(blocks[block])
+        came.update(rows.tolist())
         placed.update(zip(into.tolist(), rows.tolist(), strict=True))
 
     order = MixingOrder(len(blocks), lambda b: np.array(blocks[b], int), slots=slots, seed=seed, place=place)
     for epoch in range(3):
         seen = []
+        came.clear()
         while len(seen) < sum(sizes):
             assert order.served == len(seen) or (order.epoch, order.served) == (epoch - 1, sum(sizes))
             taken = order.next_slots(most).tolist()
             seen += [placed[slot] for slot in taken]
             while when.random() < 0.5 and order.room and order.fill():
                 pass
+            if not order.resident:
+                assert set(order.slot_row[order.needed].tolist()) == came - set(seen)
+            assert order.room >= 0
         assert order.epoch == epoch
         assert seen == served_in_order(blocks, slots, seed, epoch)
 
@@ -88,6 +93,7 @@ def test_the_blocks_of_an_epoch_can_be_foretold():
     order = MixingOrder(20, rows_of, slots=12, seed=5)
     for _ in range(60):
         order.next_slots(1)
+        assert order.drawn == len(asked)
     assert asked == block_order(5, 0, 20).tolist()
     assert sorted(asked) == list(range(20))
 
