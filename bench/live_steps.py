@@ -44,7 +44,7 @@ class Settings:
     threads: int = 2
     prompt: int = 16
     tokens: int = 128
-    busy_tokens: int = 64
+    busy_tokens: int = 128
     peer_tokens: int = 128
     latents: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     types: tuple[str, ...] = TYPES
@@ -56,7 +56,7 @@ class Settings:
 
     @classmethod
     def quick(cls) -> Self:
-        return cls(shape=replace(SHAPE_1B, blocks=4), tokens=256, busy_tokens=32, peer_tokens=64, latents=(4096, 32768))
+        return cls(shape=replace(SHAPE_1B, blocks=4), tokens=256, busy_tokens=96, peer_tokens=64, latents=(4096, 32768))
 
     def for_demo(self) -> Settings:
         """The demo model: reported without limits."""
