@@ -253,9 +253,6 @@ def _check_settings(config: InterventionConfig) -> None:
         raise ConfigError("intervention=reconstruct takes no latents: it replaces whole rows")
     if config.kind not in ("reconstruct", "heads") and not config.latents:
         raise ConfigError(f"intervention={config.kind} needs latents: intervention.latents=[123]")
-    for kind, name in NUMBER_OF.items():
-        if getattr(config, name) is not None and config.kind != kind:
-            raise ConfigError(f"intervention.{name} is of intervention={kind}, got {config.kind}")
     for name, kind in (("coeffs", "steer"), ("values", "clamp")):
         given = getattr(config, name)
         if given and (config.kind != kind or len(given) != len(config.latents)):
@@ -269,6 +266,9 @@ def _check_settings(config: InterventionConfig) -> None:
             f"{config.kind} of latents {config.latents} needs a number: intervention.{key}=8, or {key}:8 in "
             f"apply.interventions{' (0 is what ablate does)' if config.kind == 'clamp' else ''}"
         )
+    for kind, name in NUMBER_OF.items():
+        if getattr(config, name) is not None and config.kind != kind:
+            raise ConfigError(f"intervention.{name} is of intervention={kind}, got {config.kind}")
 
 
 def positions_of(config: InterventionConfig) -> tuple[int, ...] | None:
