@@ -6,6 +6,8 @@ from base64 import b64encode
 from collections.abc import Sequence
 from importlib import resources
 
+from pipeline.interventions.heads import head_name
+
 from .data import Completion, Context, LatentCard, LensMap, NextTokenMap, ReportData, SteeringCurve, TrainingCurve
 from .evaluation_section import density_figure, evaluation_section, tiles, verdict
 from .markup import count, escape, number, percent, plain_visible, tokens_line, visible
@@ -266,7 +268,7 @@ def _heads(found: NextTokenMap) -> str:
         cells = "".join(
             "<td></td>"
             if v is None
-            else f'<td class="{"up" if v > 0 else "down"}" style="--p:{abs(v) / most:.2f}" title="L{block}H{h}">{f"{v:+.2f}".replace("-0.00", "+0.00")}</td>'
+            else f'<td class="{"up" if v > 0 else "down"}" style="--p:{abs(v) / most:.2f}" title="{head_name(block, h)}">{f"{v:+.2f}".replace("-0.00", "+0.00")}</td>'
             for h, v in enumerate(effects)
         )
         rows.append(f'<tr><th scope="row">block {block}</th>{cells}</tr>')

@@ -10,8 +10,6 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from sae.errors import ConfigError
-
 from ..config import ApplyConfig
 from ..generate import generate
 from ..lenses.patching import prompt_tokens
@@ -19,7 +17,7 @@ from ..llama.model import Model
 from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
 from ..run import RunContext
-from .inputs import context_tokens, describe_model, open_model, relative, sae_path, session_options
+from .inputs import check_prompt, context_tokens, describe_model, open_model, relative, sae_path, session_options
 from .live import LiveSAEs, interventions, place_of, points_of, said_of, without_rows
 
 READOUT_NAME = "readout.jsonl"
@@ -27,8 +25,7 @@ READOUT_NAME = "readout.jsonl"
 
 def run(context: RunContext) -> None:
     config = context.config.apply
-    if not config.prompt:
-        raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
+    check_prompt(config.prompt)
     own = sae_path(context)
     with open_model(context) as model:
         saes = LiveSAEs(context, model, own)
@@ -37,9 +34,10 @@ def run(context: RunContext) -> None:
         n_ctx = context_tokens(context, model, len(tokens) + config.max_tokens)
         session = Session(model, n_ctx=n_ctx, **session_options(context.config.model))
         chosen = interventions([context.config.intervention, *config.interventions], saes)
+        edited = [one for some in chosen for one in some]
         readers = [Reader(sae.weights, top=config.top_latents, encoder=sae.encoder) for sae in read]
         stream = generate(
-            session, model, tokens, interventions=[one for some in chosen for one in some], readers=readers,
+            session, model, tokens, interventions=edited, readers=readers,
             max_tokens=config.max_tokens, temperature=config.temperature, seed=config.seed,
         )  # fmt: skip
         events = show(
@@ -68,7 +66,7 @@ def run(context: RunContext) -> None:
     ]
     context.metrics["text"] = "".join(e.text for e in made)
     context.metrics["encoder"] = readers[0].encoder.name
-    context.metrics["interventions"] = [one.key() for some in chosen for one in some]
+    context.metrics["interventions"] = [one.key() for one in edited]
     context.outputs["readout"] = str(context.folder / READOUT_NAME)
     context.three_lines(
         given,

@@ -10,14 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sae.errors import ConfigError
-
 from ..interventions.heads import head_name
 from ..lenses.heads import HeadsResult, head_sweep
 from ..lenses.patching import blocks_with_heads, prompt_tokens
 from ..llama.model import Model
 from ..run import RunContext, write_json
-from .inputs import describe_model, open_model, print_wide, relative
+from .inputs import check_prompt, describe_model, open_model, print_wide, relative
 from .live import head_means
 from .next_token import MEASURES, OTHER_TOKEN, said, session_for, text, title, with_text
 
@@ -30,8 +28,7 @@ PICTURE_NAME = "heads.png"
 
 def run(context: RunContext) -> None:
     config = context.config.heads
-    if not config.prompt:
-        raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
+    check_prompt(config.prompt)
     with open_model(context) as model:
         counts = model.graph.heads()
         blocks = blocks_with_heads(counts, config.blocks)

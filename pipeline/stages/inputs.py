@@ -70,6 +70,12 @@ def open_model(context: RunContext, *, blocks: int = 0) -> Model:
     return model
 
 
+def check_prompt(prompt: str) -> None:
+    """ConfigError where none is given."""
+    if not prompt:
+        raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
+
+
 def describe_model(model: Model) -> str:
     m = model.id
     return f"{Path(model.path).name} (sha256 {m.sha256[:12]}, {m.architecture}, {m.n_layer} blocks x {m.n_embd})"

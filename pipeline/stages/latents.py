@@ -16,7 +16,7 @@ from ..lenses.latents import LatentsResult, latent_sweep
 from ..lenses.patching import prompt_tokens
 from ..llama.model import Model
 from ..run import RunContext, write_json
-from .inputs import describe_model, open_model, print_wide, relative, sae_path
+from .inputs import check_prompt, describe_model, open_model, print_wide, relative, sae_path
 from .live import LiveSAEs, place_of
 from .next_token import MEASURES, OTHER_TOKEN, said, session_for, text, title, with_text
 
@@ -31,8 +31,7 @@ MOST_LETTERS = 40  # of a label
 
 def run(context: RunContext) -> None:
     config = context.config.latents
-    if not config.prompt:
-        raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
+    check_prompt(config.prompt)
     own = sae_path(context)
     with open_model(context) as model:
         sae = LiveSAEs(context, model, own).get()

@@ -9,15 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sae.errors import ConfigError
-
 from ..lenses.attention import attention, draw_attention
 from ..lenses.logit_lens import LensResult, logit_lens
 from ..lenses.patching import prompt_tokens
 from ..llama.model import Model
 from ..llama.session import Session
 from ..run import RunContext, write_json
-from .inputs import context_tokens, describe_model, open_model, print_wide, relative, session_options
+from .inputs import check_prompt, context_tokens, describe_model, open_model, print_wide, relative, session_options
+from .next_token import text
 
 LENS_NAME = "lens.json"
 ATTENTION_NAME = "attention.npz"
@@ -27,8 +26,7 @@ COLUMNS_SHOWN = 10  # the terminal shows the last positions, the file has all
 
 def run(context: RunContext) -> None:
     config = context.config.lens
-    if not config.prompt:
-        raise ConfigError("expected a prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
+    check_prompt(config.prompt)
     with open_model(context) as model:
         tokens = prompt_tokens(model, config.prompt)
         options = session_options(context.config.model)
@@ -65,16 +63,12 @@ def run(context: RunContext) -> None:
     )
 
 
-def piece(model: Model, token: int) -> str:
-    return model.piece(int(token)).decode("utf-8", "replace")
-
-
 def as_dict(model: Model, result: LensResult) -> dict:
     """All numbers of the lens, with the tokens as text."""
     return {
-        "tokens": [piece(model, t) for t in result.tokens_T],
+        "tokens": [text(model, t) for t in result.tokens_T],
         "hooks": list(result.hooks),
-        "top_tokens": [[[piece(model, t) for t in cell] for cell in row] for row in result.top_tokens_LTK],
+        "top_tokens": [[[text(model, t) for t in cell] for cell in row] for row in result.top_tokens_LTK],
         "top_probs": result.top_probs_LTK.tolist(),
         "entropy_nats": result.entropy_LT.tolist(),
         "kl_nats": result.kl_LT.tolist(),
@@ -110,4 +104,4 @@ def cell(model: Model, tokens_K: np.ndarray, probs_K: np.ndarray) -> Text:
 
 def written(model: Model, token: int) -> str:
     """A token as Python writes it, without the quotes."""
-    return repr(piece(model, token))[1:-1]
+    return repr(text(model, token))[1:-1]

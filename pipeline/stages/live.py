@@ -25,6 +25,7 @@ from ..llama.hooks import HookPoint
 from ..llama.identity import check_same_model
 from ..llama.model import Model
 from ..llama.placement import device_at
+from ..ranges import CHOICES
 from ..readout import ReadoutEvent
 from ..run import RunContext
 from .inputs import (
@@ -39,7 +40,7 @@ from .inputs import (
 )
 from .sae_files import located
 
-KINDS = ("none", "steer", "clamp", "ablate", "reconstruct", "heads")
+KINDS = CHOICES["intervention.kind"]
 NUMBER_OF = {"steer": "coeff", "clamp": "value"}
 LONGEST = 1 << 20  # positions
 NAMED = 4  # positions in a warning
