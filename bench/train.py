@@ -24,7 +24,7 @@ from bench.common import TRAIN_PEER_PYTHON, BenchError, Row, machine, report, wr
 SHAPES = {"main": cases.MAIN, "small": cases.SMALL, "large": cases.LARGE}
 GROUPS = ("peers", "parts", "together")
 GPU = "gpu"
-STORE_ROWS = {False: 250_000, True: 24_576}  # of `together`; the second with --quick
+STORE_ROWS = {False: 250_000, True: 49_152}  # of `together`; the second with --quick
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import pages
 from .errors import ConfigError, DivergedError
 from .latent_ranks import LatentParallelStepper, shard_
-from .losses import StepResult
+from .losses import StepResult, squares
 from .ranks import Ranks, with_ranks_kernel
 from .steppers import Stepper, make_stepper, pick_kernel
 from .train_config import FREE_KEYS, TrainConfig
@@ -26,6 +27,7 @@ from .variants.start import start_identity
 from .weights import SAEWeights
 from .wiring import SAME, Wiring
 
+CACHED_ROWS = 256  # of a batch at a time, on a CPU
 FREQ_SHARE = 0.1  # freq_F counts the last tenth of the steps
 
 
@@ -93,6 +95,7 @@ class Learner:
         self._target = subject.wiring.target
         mean_u_W = (subject.mean_D / self.scale)[self._target].astype(np.float32)
         self._mean_u_O = torch.from_numpy(mean_u_W).to(device)
+        self._u_ND = torch.empty(0, 0)
         self._idle_F = torch.zeros(config.num_latents, dtype=torch.int64, device=device)  # tokens since it fired
         self._fired_F = torch.zeros_like(self._idle_F)
         self._fired_rows = self._revived = 0
@@ -108,10 +111,17 @@ class Learner:
 
     def prepare(self, x_BD: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's part of the batch in scaled units, and sum_n ||u - mean||^2 of what is reconstructed, over all of
-        it; SAEs of one scale share both."""
-        part_ND = self._ranks.part(torch.from_numpy(np.multiply(x_BD, 1 / self.scale, dtype=np.float32)))
-        u_ND = part_ND.to(self.device)
-        return u_ND, self._ranks.sum((u_ND[:, self._target] - self._mean_u_O).pow(2).sum())
+        it; SAEs of one scale share both. The rows are those of the next batch after the next call."""
+        x_ND, inverse = self._ranks.part(x_BD), 1 / self.scale
+        if self._u_ND.shape != x_ND.shape:  # kept: new pages for every batch take longer than the arithmetic
+            self._u_ND = pages.zeros(*x_ND.shape)
+        scatters, block = [], CACHED_ROWS if self.device.type == "cpu" else len(x_ND)
+        for start in range(0, len(x_ND), block):
+            part = slice(start, start + block)
+            np.multiply(x_ND[part], inverse, out=self._u_ND[part].numpy(), dtype=np.float32)
+            u_ND = self._u_ND.to(self.device)
+            scatters.append(squares(u_ND[part, self._target] - self._mean_u_O))
+        return u_ND, self._ranks.sum(torch.stack(scatters).sum())
 
     def train(self, u_BD: torch.Tensor, scatter: torch.Tensor) -> None:
         """One step on a batch (this rank's part of it) as `prepare` gives it."""

@@ -82,13 +82,18 @@ def _rounded_pre_acts(model: SparseCoder, input_ND: torch.Tensor, settings: Loss
         return functional.linear(centred_ND, model.W_enc_FD.bfloat16(), model.b_enc_F.bfloat16())
 
 
+def squares(x_ND: torch.Tensor) -> torch.Tensor:
+    """||x||^2 without an array of squares."""
+    return torch.linalg.vector_norm(x_ND, dim=1).square().sum()
+
+
 def auxk_denominator(error_ND: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """sum_n ||e - mean(e)||^2, kept above zero for a perfect reconstruction.
 
     Of W ranks a W-th of that of all rows: the mean over the ranks of what it divides is then L_aux of the batch.
     """
     mean_D = ranks.mean(error_ND.mean(0))
-    scatter = ranks.mean((error_ND - mean_D).pow(2).sum())
+    scatter = ranks.mean(squares(error_ND - mean_D))
     return scatter.clamp_min(torch.finfo(error_ND.dtype).tiny)
 
 

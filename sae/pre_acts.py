@@ -84,7 +84,7 @@ class Bounds:
         """(rows, bound_NF) block by block, as of `PreActs`. `again`: with the weights that were rounded last."""
         rows, latents, b_F = len(centred_ND), self.model.num_latents, self.model.b_enc_F
         if not again:
-            self._balance_D = balance(centred_ND[:: max(1, rows // BALANCE_ROWS)])
+            self._balance_D = balance(some_rows(centred_ND))
             self._round_weights(self._balance_D)
         q_ND, scale_N1, longest = rounded_rows(centred_ND / self._balance_D, self._dither_D)
         slack_F = torch.hypot(self._norm_F, self._scale_F * longest).mul_(SIGMAS / math.sqrt(12)).sub_(self._shift_F)
@@ -132,6 +132,11 @@ def rounded_rows(balanced_ND: torch.Tensor, dither_D: torch.Tensor) -> tuple[tor
     finite_N = scale_N.isfinite() & length_N.isfinite()
     longest = torch.where(finite_N, length_N, 0.0).max()
     return rounded_ND.to(torch.int8), torch.where(finite_N, scale_N, torch.nan).unsqueeze(1), longest
+
+
+def some_rows(rows_ND: torch.Tensor) -> torch.Tensor:
+    """As many as `balance` needs."""
+    return rows_ND[:: max(1, len(rows_ND) // BALANCE_ROWS)]
 
 
 def balance(centred_ND: torch.Tensor) -> torch.Tensor:

@@ -14,13 +14,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed.nn.functional
 from torch import distributed
 
 from .errors import ConfigError
 from .train_config import TrainConfig
+
+Rows = TypeVar("Rows", torch.Tensor, np.ndarray)
 
 
 class Ranks:
@@ -34,7 +38,7 @@ class Ranks:
         """Whether this process writes what all have."""
         return self.rank == 0
 
-    def part(self, rows_B: torch.Tensor) -> torch.Tensor:
+    def part(self, rows_B: Rows) -> Rows:
         """This rank's rows of a batch.
 
         Raises:
