@@ -115,7 +115,7 @@ class Learner:
         x_ND, inverse = self._ranks.part(x_BD), 1 / self.scale
         if self._u_ND.shape != x_ND.shape:  # kept: new pages for every batch take longer than the arithmetic
             self._u_ND = pages.zeros(*x_ND.shape)
-        scatters, block = [], CACHED_ROWS if self.device.type == "cpu" else len(x_ND)
+        u_ND, scatters, block = self._u_ND, [], CACHED_ROWS if self.device.type == "cpu" else len(x_ND)
         for start in range(0, len(x_ND), block):
             part = slice(start, start + block)
             np.multiply(x_ND[part], inverse, out=self._u_ND[part].numpy(), dtype=np.float32)
