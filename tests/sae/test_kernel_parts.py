@@ -22,6 +22,13 @@ def test_the_k_largest_entries_above_zero_are_kept_however_many_there_are(positi
     np.testing.assert_array_equal(keep_largest_(torch.from_numpy(pre_NM.copy()), 3).numpy(), expected_NM)
 
 
+def test_rows_with_few_entries_above_zero_and_broken_ones_stay_beside_rows_with_many():
+    pre_NM = torch.tensor([[3.0, -1, 2, 1], [-1, 5, -2, -3], [4, torch.nan, 1, 2], [1, 2, 3, 4]], dtype=torch.bfloat16)
+    kept_NM = keep_largest_(pre_NM.clone(), 2)
+    np.testing.assert_array_equal(kept_NM[[0, 1, 3]].float(), [[3, 0, 2, 0], [0, 5, 0, 0], [0, 0, 3, 4]])
+    assert bool(kept_NM[2, 1].isnan())
+
+
 @pytest.mark.parametrize("count", [2 * AUXK, 6 * AUXK])
 def test_dead_latents_at_zero_get_no_gradient_from_auxk_where_fewer_are_above_it_than_it_takes(count):
     model, dead_F, u_ND = make("topk"), mask(count), batch()

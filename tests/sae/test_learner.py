@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.learner import Learner, Subject
+from sae.learner import CACHED_ROWS, Learner, Subject
 from sae.losses import StepResult
 from sae.train_config import TrainConfig
 
@@ -57,6 +57,19 @@ def dead_before(fired_TF, after=3 * B):
         found.append(idle_F >= after)
         idle_F = np.where(fired_F > 0, 0, idle_F + B)
     return np.array(found), idle_F >= after
+
+
+@pytest.mark.parametrize("rows", [1, CACHED_ROWS, 2 * CACHED_ROWS + 44])
+def test_rows_are_scaled_and_their_scatter_is_that_of_float64_whatever_part_of_them_is_in_cache(rows):
+    found, _ = learner()
+    for seed in (0, 1):
+        x_BD = (np.random.default_rng(seed).normal(1, 2, (rows, D)) + 1000 * np.eye(1, D, 2)).astype(np.float32)
+        x_BD.setflags(write=False)
+        u_BD, scatter = found.prepare(x_BD)
+        scaled_BD = x_BD.astype(np.float64) / found.scale
+        np.testing.assert_allclose(u_BD.numpy(), scaled_BD, rtol=2e-7)
+        expected = ((scaled_BD - np.arange(D) / 2 / found.scale) ** 2).sum()
+        assert float(scatter) == pytest.approx(expected, rel=1e-5)
 
 
 def test_latents_are_dead_after_as_many_silent_rows_as_the_settings_say():
