@@ -107,7 +107,7 @@ class InspectConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SAEConfig:
-    path: str = ""  # a checkpoint folder or an SAE GGUF; empty: the newest
+    path: str = ""  # a checkpoint folder or an SAE GGUF; empty: the newest; none: apply reads none
     num_latents: int = 4096  # F, the size of the dictionary
     k: int = 32  # active latents of a row
     seed: int = -1  # of the initial weights; -1: trainer.seed, which also orders the rows

@@ -10,26 +10,29 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from sae.errors import ConfigError
+
 from ..config import ApplyConfig
 from ..generate import generate
 from ..lenses.patching import prompt_tokens
 from ..llama.model import Model
 from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
-from ..run import RunContext
+from ..run import RunContext, newest_finished
 from .inputs import check_prompt, context_tokens, describe_model, open_model, relative, sae_path, session_options
 from .live import LiveSAEs, interventions, place_of, points_of, said_of, without_rows
 
 READOUT_NAME = "readout.jsonl"
+NO_SAE = "none"  # as sae.path
 
 
 def run(context: RunContext) -> None:
     config = context.config.apply
     check_prompt(config.prompt)
-    own = sae_path(context)
+    own = own_sae(context)
     with open_model(context) as model:
         saes = LiveSAEs(context, model, own)
-        read = [saes.get(name) for name in ("", *config.also)]
+        read = [saes.get(name) for name in (*([] if own is None else [""]), *config.also)]
         tokens = tokens_of(model, config)
         n_ctx = context_tokens(context, model, len(tokens) + config.max_tokens)
         session = Session(model, n_ctx=n_ctx, **session_options(context.config.model))
@@ -51,29 +54,45 @@ def run(context: RunContext) -> None:
         session.close()
         places = ", ".join(f"{relative(sae.path)} at {place_of(sae.weights)}" for sae in read)
         edits = [said_of(c, saes) for c in (context.config.intervention, *config.interventions) if c.kind != "none"]
-        given = "; ".join([f"{describe_model(model)} and {places}", *edits])
+        given = "; ".join([describe_model(model) + (f" and {places}" if places else ""), *edits])
     for edit, some in zip(edits, chosen, strict=True):
         if why := without_rows(some[0].where, events):
             context.console.print(f"warning: {edit} changed nothing: {why}", style="yellow", highlight=False)
     made = [e for e in events if e.phase == "response"]
     context.metrics = {"prompt_tokens": len(events) - len(made), "tokens": len(made)}
-    context.metrics |= means(events, 0)
+    if readers:
+        context.metrics |= means(events, 0) | {"encoder": readers[0].encoder.name}
     context.metrics["also"] = [points_of(r.weights) | means(events, i) for i, r in enumerate(readers) if i]
     measured = [
         (f"{saes.name_of(sae)}: " if len(read) > 1 else "")
         + f"mean L0 {found['l0']:.1f}, mean token FVU {found['fvu']:.4f}"
-        for sae, found in zip(read, (context.metrics, *context.metrics["also"]), strict=True)
+        for sae, found in zip(read, (context.metrics, *context.metrics["also"]), strict=False)
     ]
     context.metrics["text"] = "".join(e.text for e in made)
-    context.metrics["encoder"] = readers[0].encoder.name
     context.metrics["interventions"] = [one.key() for one in edited]
     context.outputs["readout"] = str(context.folder / READOUT_NAME)
     context.three_lines(
         given,
-        f"{len(made)} tokens generated after {len(events) - len(made)}, {'; '.join(measured)}",
+        ", ".join([f"{len(made)} tokens generated after {len(events) - len(made)}", *measured[:1]])
+        + "".join(f"; {one}" for one in measured[1:]),
         relative(context.folder / READOUT_NAME),
         stderr=config.format == "jsonl",
     )
+
+
+def own_sae(context: RunContext) -> Path | None:
+    """What `sae.path` names, or the newest trained. None for `none`; also where nothing is trained yet and all that is asked
+    for is to switch heads off."""
+    config = context.config
+    if config.sae.path == NO_SAE:
+        return None
+    kinds = {one.kind for one in (config.intervention, *config.apply.interventions)} - {"none"}
+    if not config.sae.path and not config.apply.also and kinds == {"heads"}:
+        try:
+            newest_finished("train")
+        except ConfigError:
+            return None
+    return sae_path(context)
 
 
 def means(events: list[ReadoutEvent], reader: int) -> dict[str, float]:
@@ -101,7 +120,8 @@ def show(
     """Print every event as it comes and keep it in `path` (JSONL), with the labels of each SAE's latents where there are any."""
     out = Console(highlight=False, soft_wrap=True)
     events: list[ReadoutEvent] = []
-    head = f"[bold]{'pos':>4} {'token':<18} {'L0':>3} {'FVU':>6} {'logprob':>8}  latents: activation[/bold]"
+    columns = (f"{'L0':>3} {'FVU':>6} ", "  latents: activation") if labels else ("", "")
+    head = f"[bold]{'pos':>4} {'token':<18} {columns[0]}{'logprob':>8}{columns[1]}[/bold]"
     with open(path, "w", encoding="utf-8") as file:
         for event in stream:  # type: ignore[attr-defined]
             events.append(event)
@@ -112,7 +132,7 @@ def show(
             else:
                 if len(events) == 1:  # not before: what is refused is refused before the first event
                     out.print(head)
-                out.print(line(event, top, labels[0]))
+                out.print(line(event, top, labels[0] if labels else None))
                 for reading, own in zip(event.readings[1:], labels[1:], strict=False):
                     found = strongest(reading.latents, top, own)
                     at = " -> ".join(filter(None, (reading.hook, reading.hook_out)))
@@ -133,12 +153,14 @@ def with_labels(event: ReadoutEvent, labels: Sequence[Mapping[int, str]]) -> str
     return json.dumps(values | {"labels": first}, ensure_ascii=False)
 
 
-def line(event: ReadoutEvent, top: int, labels: Mapping[int, str]) -> str:
-    """One token as the terminal shows it."""
+def line(event: ReadoutEvent, top: int, labels: Mapping[int, str] | None) -> str:
+    """One token as the terminal shows it; `labels`: None where no SAE is read."""
     text = escape(repr(event.text)[1:-1][:18].ljust(18))
     style = "green" if event.phase == "response" else "cyan"
     logprob = "" if event.logprob is None else f"{event.logprob:.3f}"
     start = f"{event.pos:>4} [{style}]{text}[/{style}]"
+    if labels is None:
+        return f"{start} {logprob:>8}"
     if event.fvu is None or event.l0 is None:
         why = "BOS or special" if event.pos else "first row of a window"
         return f"{start} {'-':>3} {'-':>6} {logprob:>8}  (not read: {why})"

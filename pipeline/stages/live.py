@@ -61,13 +61,17 @@ class LiveSAEs:
 
     context: RunContext
     model: Model
-    own: Path  # what "" stands for
+    own: Path | None  # what "" stands for
     _open: dict[str, LiveSAE] = field(default_factory=dict)
 
     def get(self, name: str = "") -> LiveSAE:
         """The SAE of this path; "": the run's own."""
         if name not in self._open:
             path = located(name) if name else self.own
+            if path is None:
+                raise ConfigError(
+                    "no SAE is read here (sae.path=none); latents need one: name it with sae.path or intervention.sae"
+                )
             same = next((sae for sae in self._open.values() if sae.path.resolve() == path.resolve()), None)
             self._open[name] = same or self._opened(path, first=not self._open)
         return self._open[name]

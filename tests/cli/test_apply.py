@@ -58,6 +58,32 @@ def test_the_ggml_encoder_reads_what_numpy_reads(sae, tmp_path):
         np.testing.assert_allclose([a for _, a in ours["latents"]], [a for _, a in numpys["latents"]], rtol=1e-3)
 
 
+def test_heads_are_switched_off_without_an_sae_and_the_text_is_the_same_as_beside_one(sae, tmp_path):
+    off = ["intervention=heads", "intervention.heads=[L1H1]"]
+    beside = events(apply(sae, tmp_path, *off))
+    settings = ["apply.max_tokens=6", "model.n_threads=1", "--prompt", "import os\n"]
+    for named in ([], ["sae.path=none"]):  # nothing is trained here
+        folder = tmp_path / f"run{len(named)}"
+        done = ggscope("apply", "apply.format=jsonl", f"run_dir={folder}", *off, *settings, *named, cwd=tmp_path)
+        alone = events(done)
+        assert [(e["token"], e["logprob"]) for e in alone] == [(e["token"], e["logprob"]) for e in beside]
+        assert all(e["readings"] == [] and e["l0"] is None for e in alone)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert not {"l0", "fvu", "encoder"} & manifest["metrics"].keys()
+        assert manifest["inputs"].keys() == {"model"}
+        assert "head L1H1 off" in done.stderr
+    shown = ggscope("apply", "sae.path=none", *settings, cwd=tmp_path).stdout.splitlines()
+    assert shown[0].split() == ["pos", "token", "logprob"]
+
+
+def test_latents_and_plain_readings_need_an_sae(tmp_path):
+    steer = ["intervention=steer", "intervention.latents=[1]", "sae.path=none"]
+    done = ggscope("apply", *steer, "--prompt", "x", cwd=tmp_path, code=2)
+    assert "no SAE is read here (sae.path=none); latents need one" in last_line(done)
+    done = ggscope("apply", "--prompt", "x", cwd=tmp_path, code=2)
+    assert "expected a finished `ggscope train` run" in last_line(done)
+
+
 def test_an_edit_where_no_row_is_says_that_it_changed_nothing(sae, tmp_path):
     steer = ["intervention=steer", "intervention.latents=[1]", "intervention.coeff=5"]
     done = apply(sae, tmp_path, *steer, "intervention.positions=[999]")
