@@ -217,6 +217,12 @@ def head_means(
             f"the store holds {', '.join(store.hooks)}; expected {', '.join(missing)}: "
             f"ggscope extract 'hook.points=[blocks.*.{HEADS_SITE}]'"
         )
+    if not store.complete:
+        some = f"{len(store.commits)} of {store.meta.n_shards} shards"
+        context.console.print(
+            f"warning: {setting}: a mean of {store.n_rows:,} rows: the capture of this store is not finished ({some})",
+            style="yellow", highlight=False,
+        )  # fmt: skip
     context.add_input("mean", store.path, store_sha256(store.path))
     return {block: store.stats(hook).mean_D.astype(np.float32) for block, hook in hooks.items()}
 

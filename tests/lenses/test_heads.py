@@ -20,6 +20,7 @@ from pipeline.lenses.next_token import effects, next_token
 from pipeline.lenses.patching import patch_sweep, prompt_tokens
 from pipeline.run import RunContext
 from pipeline.stages.next_token import session_for
+from pipeline.store.commits import commit_key
 from sae.errors import ConfigError
 from tests.interventions.test_heads import EACH, HEADS, without
 from tests.interventions.tiny import BLOCKS, hf_logits, logprobs, residual, session, tiny, token, write_tiny_llama
@@ -238,7 +239,7 @@ def test_the_command_prints_the_strongest_heads_and_draws_all(tiny_here, capsys)
 def test_the_mean_comes_from_a_store_of_the_model(tiny_here, capsys):
     (tiny_here / "a.txt").write_text("def walk(tree):\n    return [node for node in tree]\n" * 40)
     corpus = ["corpus=text", "corpus.paths=[a.txt]", "corpus.split=all", "corpus.context_tokens=24"]
-    extract = [*corpus, "extract.calibration_tokens=400", "run_dir=captured"]
+    extract = [*corpus, "extract.calibration_tokens=400", "store.shard_rows=512", "run_dir=captured"]
     assert ggscope("extract", "hook.points=[blocks.*.attn.hook_z]", *extract) == 0
     capsys.readouterr()
     (store,) = (tiny_here / "captured").glob("*.zarr")
@@ -257,6 +258,15 @@ def test_the_mean_comes_from_a_store_of_the_model(tiny_here, capsys):
     expected = head_sweep(session(n_seq_max=8, kv_type="f16"), tiny()[0], TEXT, means=means)
     np.testing.assert_allclose(effects["mean"], expected.effect_LH.ravel(), atol=5e-3)
     assert np.abs(effects["mean"] - effects["zero"]).max() > 0.01
+    assert len(opened.commits) > 1
+    (store / commit_key(0)).unlink()
+    assert ggscope("heads", "--prompt", TEXT, "heads.blocks=[1]", f"heads.mean={store}", "run_dir=part") == 0
+    rows, shards = opened.n_rows - opened.commits[0].valid_rows, len(opened.commits)
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"heads.mean: a mean of {rows:,} rows: the capture of this store is not finished ({shards - 1} of {shards} shards)"
+        in said
+    )
     assert ggscope("extract", "hook.points=[blocks.0.attn.hook_z]", *extract[:-1], "run_dir=one") == 0
     (other,) = (tiny_here / "one").glob("*.zarr")
     capsys.readouterr()
