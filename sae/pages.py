@@ -25,6 +25,20 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+class Scratch:
+    """Arrays for what a step leaves behind and the next one overwrites: steppers that never step at once may share one."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def array(self, name: str, *shape: int) -> torch.Tensor:
+        """float32 of this shape, with what was last in it."""
+        found = self._held.get(name)
+        if found is None or found.shape != shape:
+            found = self._held[name] = zeros(*shape)
+        return found
+
+
 def move_(parameter: torch.Tensor) -> None:
     """The same values at another address, as `zeros` has it."""
     if parameter.nbytes >= LEAST_BYTES:

@@ -16,6 +16,7 @@ from .kernels import FastStep, has_fast_step
 from .losses import LossSettings, StepResult
 from .model import SparseCoder
 from .optimizers import make_optimizer
+from .pages import Scratch
 from .train_config import TrainConfig
 
 FUSED = "on one hook point with unit decoder rows, Adam, no layer norm"
@@ -25,6 +26,7 @@ class Stepper(ABC):
     """Changes the model's parameters in place, batch by batch."""
 
     name: str  # recorded with the run: another stepper's sums round differently, so a resume must use the same one
+    scratch: Scratch | None = None  # set before the first step: what steppers that take turns may share
 
     @abstractmethod
     def step(self, u_ND: torch.Tensor, *, lr: float, dead_F: torch.Tensor | None = None) -> StepResult:

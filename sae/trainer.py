@@ -19,6 +19,7 @@ from .devices import memory_failures_named, pick_device
 from .errors import ConfigError, DivergedError, InterruptedRunError, ShapeError
 from .learner import Learner, Subject
 from .model import SparseCoder
+from .pages import Scratch
 from .ranks import Ranks
 from .saving import BEST, Saves, common_step, restored
 from .signals import Signals
@@ -91,6 +92,9 @@ class JointTrainer:
         self._advice = memory_advice(configs)
         with memory_failures_named(f"on {self.device.type} before the first step", self._advice):
             self.learners = {name: Learner(c, subject, self.device, ranks) for name, c in configs.items()}
+        scratch = Scratch()
+        for learner in self.learners.values():
+            learner.stepper.scratch = scratch  # they take turns
         self.saves = Saves(
             Path(folder), self.learners, keep_last=self.config.keep_last, save_best=self.config.save_best,
             writes=ranks.first,

@@ -179,10 +179,11 @@ class NativeStepper(Stepper):
     def _batch_memory(self, rows: int) -> dict[str, torch.Tensor]:
         model = self.model
         pairs, parts = rows * model.k, -(-rows // UNIT) + -(-model.num_latents // UNIT)
+        scratch = self.scratch or pages.Scratch()
         pool = ("pool_used", "pool_at_N", "pool_count_N") if self._over_batch else ()
         return {
-            "centred_ND": pages.zeros(rows, model.d_in),
-            "grad_ND": pages.zeros(rows, model.d_in),
+            "centred_ND": scratch.array("centred_ND", rows, model.d_in),
+            "grad_ND": scratch.array("grad_ND", rows, model.d_in),
             "first_N1": torch.arange(0, pairs + 1, model.k),
             "row_P": torch.arange(rows, dtype=torch.int32).repeat_interleave(model.k),
             "idx_P": torch.empty(pairs, dtype=torch.int32),

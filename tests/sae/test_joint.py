@@ -63,6 +63,16 @@ def test_saes_trained_together_are_to_the_bit_those_trained_alone(alone, tmp_pat
     assert not np.array_equal(weights["plain"].W_dec_FD[0], weights["other"].W_dec_FD[0])
 
 
+def test_compiled_steps_of_saes_trained_together_share_what_they_leave_behind(tmp_path):
+    trained = joint(tmp_path)
+    trained.fit()
+    batches = [learner.stepper._batch for learner in trained.learners.values()]
+    for name in ("centred_ND", "grad_ND"):
+        assert len({memory[name].data_ptr() for memory in batches}) == 1
+        assert batches[0][name].any()
+    assert len({memory["vals_P"].data_ptr() for memory in batches}) == len(CONFIGS)
+
+
 def test_saes_stopped_together_resume_to_the_same_bits(alone, tmp_path):
     class Stopped(Exception):
         pass
