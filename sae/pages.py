@@ -1,28 +1,23 @@
-"""Memory in large pages, for arrays that are read in rows from everywhere: a page's address costs more to look up than
-a row to read once the arrays are larger than what the processor remembers of them."""
+"""Tensors in large pages, for what is read in rows from everywhere: a page's address costs more to look up than a row to
+read once the arrays are larger than what the processor remembers of them."""
 
 from __future__ import annotations
 
 import math
-import mmap
 
 import torch
 
+from . import large_pages
+
 LEAST_BYTES = 4 << 20  # smaller arrays gain nothing
-_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor of zeros, in large pages where the system has them and it is large enough. Advice: nothing fails without."""
+    """A tensor of zeros on the CPU, in large pages where the system has them and it is large enough."""
     size = math.prod(shape) * dtype.itemsize
-    if _ADVICE is None or size < LEAST_BYTES:
+    if size < LEAST_BYTES:
         return torch.zeros(shape, dtype=dtype)
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(_ADVICE)
-    except OSError:  # a kernel without them; or no memory, which torch says in its own words
-        return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.from_numpy(large_pages.array(size)).zero_().view(dtype).view(shape)
 
 
 class Scratch:

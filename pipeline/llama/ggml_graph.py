@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from sae import large_pages
 from sae.errors import LlamaError
 
-from . import large_pages
 from .symbols import (
     TYPE_F32,
     InitParams,

@@ -19,13 +19,11 @@ from typing import final
 import numpy as np
 
 from convert.stored_rows import StoredRows
-from sae import native
+from sae import large_pages, native
 from sae.encoders import PAIR, RowReading
 from sae.native.build import BuildError, build, flag_variants
 from sae.rows import RowMatrix
 from sae.weights import SAEWeights
-
-from . import large_pages
 
 _HERE, _STEP = Path(__file__).parent, Path(native.__file__).parent
 SOURCES = (

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.llama import large_pages
 from pipeline.llama.encoder import GgmlEncoder
+from sae import large_pages
 from sae.runtime import encode
 
 from .test_encoder import sae

@@ -1,5 +1,5 @@
-"""Matrices in pages of 2 MB (Linux): reading one with every token costs a third more where its addresses are looked up
-page by page of 4 KB. Hints only: what the system makes of them changes no number."""
+"""Memory in pages of 2 MB (Linux): reading a matrix with every token costs a third more where its addresses are looked up
+page by page of 4 KB. Hints only: what the system makes of them changes no number. Without torch."""
 
 from __future__ import annotations
 
