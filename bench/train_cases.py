@@ -245,14 +245,7 @@ def own_parts(shape: Shape, settings: Settings, say: Say) -> Iterator[Row]:
         other = {"variant": "batchtopk"}
         has = {name: worker.ask("accepts", settings=other | {"kernel": name})["accepted"] for name in kernels}
     for kernel in kernels:
-        base = {"kernel": kernel}
-        yield from _auxk(shape, kernel, settings, say)
-        if has[kernel]:
-            with Turns(shape, settings, say) as turns:
-                turns.add("step", ours_worker(settings.threads), "ours", base)
-                turns.add("batchtopk", ours_worker(settings.threads), "ours", base | other)
-                speeds = turns.speeds(f"_{kernel}_parts")
-            yield _part(f"{shape.name}_{kernel}_batchtopk", speeds["batchtopk"], speeds["step"], BATCHTOPK_TARGET)
+        yield from _beside_the_step(shape, kernel, other if has[kernel] else {}, settings, say)
         yield _whole_trainer(shape, kernel, settings, say)
 
 
@@ -261,24 +254,33 @@ def _part(case: str, speeds: list[float], without: list[float], target: float) -
     return replace(row, target=target, note=f"{1 / row.ratio - 1:+.1%} time")
 
 
-def _auxk(shape: Shape, kernel: str, settings: Settings, say: Say) -> Iterator[Row]:
-    """The step with AuxK against itself without, in one process and short turns: where an array happens to lie, and how
-    fast memory is at the moment, are worth as much as AuxK."""
+def _beside_the_step(
+    shape: Shape, kernel: str, batchtopk: dict[str, Any], settings: Settings, say: Say
+) -> Iterator[Row]:
+    """AuxK, and with its settings BatchTopK, against the step without, in one process and short turns: where an array
+    happens to lie, and how fast memory is at the moment, are worth as much as either."""
+    base = {"kernel": kernel}
     with Turns(shape, settings, say) as turns:
-        turns.add("step", ours_worker(settings.threads), "ours", {"kernel": kernel})
+        turns.add("step", ours_worker(settings.threads), "ours", base)
         worker = turns.workers["step"]
         per_step = shape.batch / worker.ask("run", steps=2)["tokens_per_s"]
         steps = max(2, round(settings.seconds / SHORT_TURNS / per_step))
 
-        def run(share: float | None) -> float:
+        def run(share: float | None, number: int = 0) -> float:
+            worker.ask("choose", number=number)
             worker.ask("count_dead", share=share)
             return worker.ask("run", steps=steps)["tokens_per_s"]
 
         names = {share: f"{shape.name}_{kernel}_auxk_dead{100 * share:g}" for share in AUXK_TARGETS}
         sides = {"step": lambda: run(None)} | {name: lambda share=share: run(share) for share, name in names.items()}
+        if batchtopk:
+            second = worker.ask("beside", side="ours", options=base | batchtopk)["number"]
+            sides["batchtopk"] = lambda: run(None, second)
         speeds = in_turns(sides, SHORT_TURNS * settings.rounds, say=lambda text: say(f"{shape.name}: {text}"))
     for share, target in AUXK_TARGETS.items():
         yield _part(names[share], speeds[names[share]], speeds["step"], target)
+    if batchtopk:
+        yield _part(f"{shape.name}_{kernel}_batchtopk", speeds["batchtopk"], speeds["step"], BATCHTOPK_TARGET)
 
 
 def _whole_trainer(shape: Shape, kernel: str, settings: Settings, say: Say) -> Row:

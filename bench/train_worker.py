@@ -60,11 +60,15 @@ class Served:
 
     def __init__(self, builders: Mapping[str, Callable[..., TrainSide]]) -> None:
         self._builders = builders
-        self._side: TrainSide | None = None
+        self._sides: list[TrainSide] = []
+        self._number = 0
         self._imports = resident_bytes()
 
     def operations(self) -> dict[str, Callable[..., dict[str, Any]]]:
-        return {"load": self.load, "run": self.run, "advance": self.advance, "fvu": self.fvu, "memory": self.memory}
+        return {
+            "load": self.load, "beside": self.beside, "choose": self.choose, "run": self.run, "advance": self.advance,
+            "fvu": self.fvu, "memory": self.memory,
+        }  # fmt: skip
 
     def load(
         self,
@@ -80,7 +84,7 @@ class Served:
         """Build a side; the one before is dropped. `shape`: d_in, num_latents, k, batch."""
         torch.set_num_threads(threads)
         torch.manual_seed(seed)
-        self._side = None
+        self._sides = []
         gc.collect()
         self._device = torch.device(device)
         self._forget_peak()
@@ -88,13 +92,23 @@ class Served:
         statistics_ND = torch.from_numpy(self._rows.batch(HELD_OUT + 1, STATISTICS_ROWS))
         mean_D = statistics_ND.double().mean(0)
         variance = float((statistics_ND - mean_D).pow(2).sum(1).mean())
-        problem = Problem(
+        self._problem = problem = Problem(
             **shape, steps=steps, lr=lr, seed=seed, mean_D=mean_D.float(), variance=variance, device=device
         )  # fmt: skip
         self.batch, self.done = shape["batch"], 0
         self._ring = [self._on_device(self._rows.batch(number, self.batch)) for number in range(RING)]
-        self._side = self._builders[side](problem, **options or {})
+        self._sides, self._number = [self._builders[side](problem, **options or {})], 0
         return {"checksum": zlib.crc32(self._ring[0].cpu().numpy().tobytes())}
+
+    def beside(self, side: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Build another side on the same rows; it is not chosen yet."""
+        self._sides.append(self._builders[side](self._problem, **options))
+        return {"number": len(self._sides) - 1}
+
+    def choose(self, number: int) -> dict[str, Any]:
+        """Which side the other operations are of; 0: what was loaded."""
+        self._number = number
+        return {}
 
     def run(self, steps: int) -> dict[str, Any]:
         """Steps on the batches in memory, one after the other, after a quarter as many that are not timed."""
@@ -157,9 +171,9 @@ class Served:
             torch.cuda.synchronize()
 
     def loaded(self) -> TrainSide:
-        if self._side is None:
+        if not self._sides:
             raise BenchError("nothing is loaded")
-        return self._side
+        return self._sides[self._number]
 
 
 def serve_sides(served: Served, **more: Callable[..., dict[str, Any]]) -> None:
