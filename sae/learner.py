@@ -112,16 +112,30 @@ class Learner:
     def prepare(self, x_BD: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's part of the batch in scaled units, and sum_n ||u - mean||^2 of what is reconstructed, over all of
         it; SAEs of one scale share both. The rows are those of the next batch after the next call."""
-        x_ND, inverse = self._ranks.part(x_BD), 1 / self.scale
-        if self._u_ND.shape != x_ND.shape:  # kept: new pages for every batch take longer than the arithmetic
+        scaled = self._scaled_in_cache if self.device.type == "cpu" else self._scaled_on_device
+        u_ND, scatter = scaled(self._ranks.part(x_BD))
+        return u_ND, self._ranks.sum(scatter)
+
+    def _scaled_in_cache(self, x_ND: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """In memory that is kept: new pages for every batch take longer than the arithmetic."""
+        if self._u_ND.shape != x_ND.shape:
             self._u_ND = pages.zeros(*x_ND.shape)
-        u_ND, scatters, block = self._u_ND, [], CACHED_ROWS if self.device.type == "cpu" else len(x_ND)
-        for start in range(0, len(x_ND), block):
-            part = slice(start, start + block)
-            np.multiply(x_ND[part], inverse, out=self._u_ND[part].numpy(), dtype=np.float32)
-            u_ND = self._u_ND.to(self.device)
-            scatters.append(squares(u_ND[part, self._target] - self._mean_u_O))
-        return u_ND, self._ranks.sum(torch.stack(scatters).sum())
+        u_ND, scatters = self._u_ND, []
+        for start in range(0, len(x_ND), CACHED_ROWS):
+            part = slice(start, start + CACHED_ROWS)
+            np.multiply(x_ND[part], 1 / self.scale, out=u_ND[part].numpy(), dtype=np.float32)
+            scatters.append(self._scatter(u_ND[part]))
+        return u_ND, torch.stack(scatters).sum()
+
+    def _scaled_on_device(self, x_ND: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """One thread of the host would take longer to scale a large batch than a GPU takes to train on it."""
+        writable = x_ND if x_ND.flags.writeable else x_ND.copy()
+        inverse = torch.as_tensor(1 / self.scale, dtype=torch.float32)
+        u_ND = torch.from_numpy(writable).to(self.device, torch.float32) * inverse.to(self.device)
+        return u_ND, self._scatter(u_ND)
+
+    def _scatter(self, u_ND: torch.Tensor) -> torch.Tensor:
+        return squares(u_ND[:, self._target] - self._mean_u_O)
 
     def train(self, u_BD: torch.Tensor, scatter: torch.Tensor) -> None:
         """One step on a batch (this rank's part of it) as `prepare` gives it."""

@@ -59,13 +59,14 @@ def dead_before(fired_TF, after=3 * B):
     return np.array(found), idle_F >= after
 
 
+@pytest.mark.parametrize("way", ["prepare", "_scaled_on_device"])
 @pytest.mark.parametrize("rows", [1, CACHED_ROWS, 2 * CACHED_ROWS + 44])
-def test_rows_are_scaled_and_their_scatter_is_that_of_float64_whatever_part_of_them_is_in_cache(rows):
+def test_rows_are_scaled_and_their_scatter_is_that_of_float64_wherever_they_are_scaled(rows, way):
     found, _ = learner()
     for seed in (0, 1):
         x_BD = (np.random.default_rng(seed).normal(1, 2, (rows, D)) + 1000 * np.eye(1, D, 2)).astype(np.float32)
         x_BD.setflags(write=False)
-        u_BD, scatter = found.prepare(x_BD)
+        u_BD, scatter = getattr(found, way)(x_BD)
         scaled_BD = x_BD.astype(np.float64) / found.scale
         np.testing.assert_allclose(u_BD.numpy(), scaled_BD, rtol=2e-7)
         expected = ((scaled_BD - np.arange(D) / 2 / found.scale) ** 2).sum()
