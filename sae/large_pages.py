@@ -39,8 +39,15 @@ def settle(address: int, n_bytes: int) -> None:
 
 
 def array(n_bytes: int) -> np.ndarray:
-    """uint8 (n_bytes,), not written to. MemoryError where there is not enough."""
-    whole = np.empty(room(n_bytes), np.uint8)
+    """uint8 (n_bytes,) of zeros, fresh from the system: memory that a program gave back may be in small pages for good.
+
+    MemoryError where there is not enough.
+    """
+    try:
+        private = mmap.mmap(-1, room(n_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(f"{n_bytes:,} bytes: {error}") from None
+    whole = np.frombuffer(private, np.uint8)
     expect(whole.ctypes.data, whole.nbytes)
     start = start_in(whole.ctypes.data) - whole.ctypes.data
     return whole[start : start + n_bytes]

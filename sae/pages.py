@@ -17,7 +17,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST_BYTES:
         return torch.zeros(shape, dtype=dtype)
-    return torch.from_numpy(large_pages.array(size)).zero_().view(dtype).view(shape)
+    return torch.from_numpy(large_pages.array(size)).view(dtype).view(shape)
 
 
 class Scratch:

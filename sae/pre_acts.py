@@ -20,7 +20,7 @@ Shape letters: N rows, D d_in, F latents.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -84,7 +84,7 @@ class Bounds:
         """(rows, bound_NF) block by block, as of `PreActs`. `again`: with the weights that were rounded last."""
         rows, latents, b_F = len(centred_ND), self.model.num_latents, self.model.b_enc_F
         if not again:
-            self._balance_D = balance(some_rows(centred_ND))
+            self._balance_D = balance([centred_ND[:: max(1, rows // BALANCE_ROWS)]])
             self._round_weights(self._balance_D)
         q_ND, scale_N1, longest = rounded_rows(centred_ND / self._balance_D, self._dither_D)
         slack_F = torch.hypot(self._norm_F, self._scale_F * longest).mul_(SIGMAS / math.sqrt(12)).sub_(self._shift_F)
@@ -134,18 +134,18 @@ def rounded_rows(balanced_ND: torch.Tensor, dither_D: torch.Tensor) -> tuple[tor
     return rounded_ND.to(torch.int8), torch.where(finite_N, scale_N, torch.nan).unsqueeze(1), longest
 
 
-def some_rows(rows_ND: torch.Tensor) -> torch.Tensor:
-    """As many as `balance` needs."""
-    return rows_ND[:: max(1, len(rows_ND) // BALANCE_ROWS)]
-
-
-def balance(centred_ND: torch.Tensor) -> torch.Tensor:
+def balance(centred_parts: Iterable[torch.Tensor]) -> torch.Tensor:
     """What input dimensions are divided by before they are rounded to 8 bits, and those of W_enc multiplied by.
 
     The square root of their root mean square shares the spread of unequal dimensions between both sides (Xiao et al.
-    2023, SmoothQuant, with exponent 1/2); it changes the number of candidates, not which latents are taken.
+    2023, SmoothQuant, with exponent 1/2); it changes the number of candidates, not which latents are taken. `centred_parts`:
+    rows, part by part. A dimension that is zero in all of them is taken for one that hardly matters: whoever keeps the
+    balance should measure it on many rows.
     """
-    rms_D = centred_ND.double().square().mean(0).sqrt()
+    squares, rows = torch.zeros((), dtype=torch.float64), 0
+    for part_ND in centred_parts:
+        squares, rows = squares + part_ND.double().square().sum(0), rows + len(part_ND)
+    rms_D = (squares / rows).sqrt()
     finite_D = torch.where(rms_D.isfinite(), rms_D, 0.0)
     return (finite_D + LEAST_BALANCE + 1e-3 * finite_D.mean()).sqrt().float()
 

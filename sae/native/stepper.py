@@ -34,7 +34,7 @@ from ..choice import SAMPLE_ROWS, BatchPairs
 from ..kernels import DENSE_DEAD_SHARE, auxk_gradients
 from ..losses import LossSettings, StepResult
 from ..model import SparseCoder, named_count
-from ..pre_acts import balance, dither, some_rows
+from ..pre_acts import BALANCE_ROWS, balance, dither
 from ..ranks import Ranks
 from ..sparse_products import offsets_of
 from ..steppers import Stepper
@@ -172,7 +172,7 @@ class NativeStepper(Stepper):
         )  # fmt: skip
         if not self._fresh:
             if self._int8 and not bool(self._balance_D.any()):
-                self._balance_D.copy_(balance(some_rows(u_ND) - model.b_dec_D))
+                self._balance_D.copy_(balance(part_ND - model.b_dec_D for part_ND in u_ND.split(BALANCE_ROWS)))
             self._library.run("refresh_all", step)
             self._fresh = True
 
