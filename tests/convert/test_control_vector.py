@@ -53,3 +53,10 @@ def test_an_sae_is_refused_as_a_control_vector(tmp_path):
     path = write_sae_gguf(tmp_path / "sae.gguf", random_sae())
     with pytest.raises(FormatError, match="'sae', expected 'controlvector'"):
         read_control_vector(path)
+
+
+def test_a_direction_that_llama_cpp_would_not_read_is_refused(tmp_path):
+    path = write_control_vector(tmp_path / "cv.gguf", {1: np.ones(64)}, model_hint="llama", n_layer=4)
+    path.write_bytes(path.read_bytes().replace(b"direction.1", b"direction.0"))
+    with pytest.raises(FormatError, match=r"unexpected tensor 'direction\.0'"):
+        read_control_vector(path)

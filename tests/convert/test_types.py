@@ -295,3 +295,9 @@ def test_the_documented_tolerances_are_those_that_are_checked():
         found |= {kind: tuple(map(float, limits)) for kind in kinds.split(", ")}
     assert found == {kind: (one.relative, one.fvu, one.overlap) for kind, one in TOLERANCES.items()}
     assert set(TOLERANCES) == set(MATRIX_TYPES)
+
+
+def test_the_bytes_of_both_matrices_are_those_of_their_own_widths_and_types():
+    w = random_sae(**FURTHER["skip transcoder"][1])
+    assert (w.d_in, w.d_out) == (32, 64)
+    assert matrix_bytes(w, "Q8_0", "F16") == w.num_latents * (34 + 64 * 2)

@@ -149,8 +149,10 @@ def test_the_evaluation_reports_the_joint_run_beside_each_sae_alone(tiny, rows):
         return hf_run(weights, cut, replaced, flagged)[0].mean()
 
     runs = {block: (lambda x, w=w: decode(w, *encode(w, x))) for block, w in ((1, first), (3, second))}
-    clean, both = run({}), run(runs)
-    zero, second_alone = run(dict.fromkeys(BLOCKS, np.zeros_like)), run({3: runs[3]})
+    (clean_N, log_p_NV), (second_N, log_q_NV) = (hf_run(weights, cut, r, flagged) for r in ({}, {3: runs[3]}))
+    clean, both, second_alone = clean_N.mean(), run(runs), second_N.mean()
+    zero = run(dict.fromkeys(BLOCKS, np.zeros_like))
+    alone_kl = (np.exp(log_p_NV) * (log_p_NV - log_q_NV)).sum(axis=1).mean()
     mean = run({block: (lambda x, w=w: np.tile(w.mean_D, (len(x), 1))) for block, w in ((1, first), (3, second))})
     # a near tie of the top-k may fall the other way in the other library: one latent of one row
     assert joint["hooks"] == [str(HOOKS[1]), str(HOOKS[3])]
@@ -164,6 +166,7 @@ def test_the_evaluation_reports_the_joint_run_beside_each_sae_alone(tiny, rows):
     assert joint["delta_ce_nats"] == pytest.approx(both - clean, abs=1e-3)
     assert joint["delta_ce_ci95"][0] < joint["delta_ce_nats"] < joint["delta_ce_ci95"][1]
     assert joint["alone"][str(HOOKS[3])]["delta_ce_nats"] == pytest.approx(second_alone - clean, abs=1e-3)
+    assert joint["alone"][str(HOOKS[3])]["kl"] == pytest.approx(alone_kl, abs=1e-3)
     assert joint["alone"][str(HOOKS[1])]["delta_ce_nats"] == result["delta_ce_nats"]
     assert joint["sum_of_delta_ce_alone"] == pytest.approx(
         sum(row["delta_ce_nats"] for row in joint["alone"].values()), rel=1e-12

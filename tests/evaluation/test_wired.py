@@ -94,6 +94,14 @@ def test_one_output_is_in_its_own_units_where_the_file_does_not_say():
     assert output_scales(transcoder(training={"scales": [8.0, 0.5]}), [moments]) == [0.5]
 
 
+def test_an_output_that_never_moves_has_scale_1_where_the_file_does_not_say():
+    still, moving = Moments(D), Moments(D)
+    still.update(np.ones((50, D)))
+    moving.update(1000 * np.random.default_rng(0).standard_normal((50, D)))
+    w = random_weights(np.random.default_rng(1), d=2 * D, latents=F, k=K, hook=MID, ports=((MID, D), (POST, D)))
+    assert output_scales(w, [still, moving]) == [1.0, 1024.0]
+
+
 def test_a_crosscoder_is_judged_at_all_its_hook_points_and_at_each(tiny):
     _, table, rows = tiny
     keep = table.flags_N == 0
@@ -110,6 +118,9 @@ def test_a_crosscoder_is_judged_at_all_its_hook_points_and_at_each(tiny):
     scale_O = np.repeat([1, 0.25], D)
     assert own["fvu"] == pytest.approx(fvu(y_NO / scale_O, y_hat_NO / scale_O), rel=1e-4)
     assert own["fvu_of"] == found["fvu_of"]
+    assert own["same_rows"]["fvu"] == pytest.approx(own["fvu"], rel=1e-4)  # of all windows, as here
+    scatter_O = ((y_NO - y_NO.mean(axis=0)) ** 2).sum(axis=0)
+    assert own["scatter"] == pytest.approx([scatter_O[part].sum() for part in parts], rel=1e-5)
     one = evaluated(tiny, replace(w, training={"scale": [2.0]}))
     assert one["fvu"] == pytest.approx(fvu(y_NO, y_hat_NO), rel=1e-4)
     assert found["fvu_of"] == {

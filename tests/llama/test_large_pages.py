@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.llama.encoder import GgmlEncoder
-from sae import large_pages
+from sae import large_pages, pages
 from sae.runtime import encode
 
 from .test_encoder import sae
@@ -45,6 +46,20 @@ def test_memory_that_was_in_small_pages_is_in_large_ones_afterwards(monkeypatch)
     large_pages.settle(array.ctypes.data, array.nbytes)
     assert large_bytes(array) >= array.nbytes
     np.testing.assert_array_equal(array, before)
+
+
+@pytest.mark.skipif(not SWITCH.exists() or "[never]" in SWITCH.read_text(), reason="no large pages here")
+def test_tensors_of_zeros_are_in_large_pages_also_where_the_program_gave_memory_in_small_ones_back():
+    warmed = np.ones(31 << 20, np.uint8)
+    del warmed  # from now on malloc keeps what is given back up to this size
+    given = [np.ones(900 << 10, np.uint8) for _ in range(60)]
+    guard = np.ones(200 << 10, np.uint8)  # behind them, so that the heap does not shrink
+    del given
+    for size in (4 << 20, 20 << 20):
+        zeros = pages.zeros(size // 4)
+        assert not zeros.any()
+        assert large_bytes(zeros.fill_(1).view(torch.uint8).numpy()) >= size
+    assert guard.all()
 
 
 def large_bytes(array: np.ndarray) -> int:

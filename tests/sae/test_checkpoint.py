@@ -71,6 +71,7 @@ FURTHER = {
         "hook": "blocks.1.hook_resid_mid", "hook_out": "blocks.1.hook_mlp_out", "b_dec_subtracted": False, "W_enc_FD": np.ones((6, 4)),
         "W_skip_OD": np.arange(12.0).reshape(3, 4), "ports": (("blocks.1.hook_resid_mid", 4), ("blocks.1.hook_mlp_out", 3)),
     },
+    "transcoder that names no widths": {"hook": "blocks.1.hook_resid_mid", "hook_out": "blocks.1.hook_mlp_out", "b_dec_subtracted": False},
     "crosscoder": {"hook": "blocks.0.hook_resid_post", "ports": (("blocks.0.hook_resid_post", 1), ("blocks.1.hook_resid_post", 2))},
 }  # fmt: skip
 
@@ -83,6 +84,17 @@ def test_what_version_1_cannot_say_is_written_as_version_2(tmp_path, kind):
     assert_equal(load_weights(tmp_path), weights)
     change_meta(tmp_path, ports=[1, 2])
     with pytest.raises(FormatError, match="is no list of hook points"):
+        load_weights(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["d_out", "norm_mode", "norm_eps", "norm_correction", "hook_out", "ports"])
+def test_a_file_of_version_2_that_lacks_what_version_2_says_is_refused(tmp_path, missing):
+    save_weights(tmp_path, random_weights(np.random.default_rng(1), d=3, latents=6, k=2, **FURTHER["crosscoder"]))
+    path = tmp_path / "sae.json"
+    meta = json.loads(path.read_text())
+    del meta[missing]
+    path.write_text(json.dumps(meta))
+    with pytest.raises(FormatError, match=f"'{missing}' is missing or of the wrong type"):
         load_weights(tmp_path)
 
 

@@ -18,7 +18,7 @@ from sae.choice import BatchPairs, RowPairs, largest_bounds
 from sae.kernels import FastStep
 from sae.losses import dense_step
 from sae.options import SAEOptions
-from sae.pre_acts import Bounds, finds_by_bounds, has_int8_products
+from sae.pre_acts import Bounds, PreActs, finds_by_bounds, has_int8_products
 from sae.steppers import TorchStepper
 from sae.train_config import TrainConfig
 from sae.variants import VARIANTS
@@ -249,6 +249,49 @@ def test_the_batchs_largest_are_those_of_the_dense_choice(how):
             assert torch.equal(found_NF, wanted_NF)
             scale = float(pre_NF[wanted_NF].abs().max())
             torch.testing.assert_close(found.value_P, pre_NF[wanted_NF], rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("guessed", [0.0, 0.9, 0.995, 1.0])
+def test_those_that_bfloat16_names_hold_the_batchs_largest_whatever_the_guess(guessed):
+    d, latents, k, rows = 256, 600, 20, 300
+    model, u_ND = make(d=d, latents=latents, k=k, kind=VARIANTS["batchtopk"]), batch(8, rows, d)
+    wanted = exact(model, u_ND).flatten().topk(k * rows).values.sort().values
+    pairs = BatchPairs(model, torch.bfloat16)
+    pairs.guess.least = guessed * float(wanted[0])
+    with torch.no_grad():
+        found = pairs(centred(model, u_ND)).value_P.double().sort().values
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_above_zero_in_bfloat16_only_does_not_fire():
+    model, u_ND = make(d=64, latents=200, k=190, kind=VARIANTS["batchtopk"]), batch(9, 120, 64)
+    W_DF, b_F = model.W_enc_FD.detach().bfloat16().t(), model.b_enc_F.detach().bfloat16()
+    for row_1D in centred(model, u_ND).split(1):
+        above_F = torch.addmm(b_F, row_1D.bfloat16(), W_DF)[0] > 0
+        exact_F = exact(model, row_1D + model.b_dec_D)[0] > 0
+        if bool((above_F & ~exact_F).any()):
+            break
+    model.k = int(above_F.sum())  # more than are above zero
+    with torch.no_grad():
+        found = BatchPairs(model, torch.bfloat16)(row_1D)
+    assert float(found.value_P.min()) > 0
+    assert len(found.value_P) == int((above_F & exact_F).sum()) < model.k
+
+
+@pytest.mark.parametrize("values", [PreActs, Bounds])
+def test_the_last_block_may_have_fewer_rows_and_a_later_batch_more(values):
+    model = make(d=24, latents=4096, k=8)  # blocks of 512 rows
+    made = PreActs(model, torch.float32) if values is PreActs else Bounds(model)
+    for rows in (100, 1100, 700):
+        u_ND = batch(10, rows, 24)
+        with torch.no_grad():
+            parts = [(part, values_NF.clone()) for part, values_NF in made(centred(model, u_ND))]
+        assert torch.equal(torch.cat([torch.arange(rows)[part] for part, _ in parts]), torch.arange(rows))
+        found_NF, pre_NF = torch.cat([values_NF for _, values_NF in parts]).double(), exact(model, u_ND)
+        if values is PreActs:
+            torch.testing.assert_close(found_NF, pre_NF, rtol=1e-4, atol=1e-4)
+        else:
+            assert float((found_NF > pre_NF).double().mean()) > 0.9999
 
 
 @pytest.mark.parametrize("variant", ["topk", "batchtopk"])

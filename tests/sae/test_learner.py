@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from sae.errors import ConfigError
 from sae.learner import CACHED_ROWS, Learner, Subject
 from sae.losses import StepResult
+from sae.options import SAEOptions
 from sae.train_config import TrainConfig
 
 D, F, B, STEPS = 4, 6, 10, 40
@@ -91,6 +93,26 @@ def test_latents_are_dead_after_as_many_silent_rows_as_the_settings_say():
     assert all(dead_F is None for _, dead_F in told)
 
 
+def test_a_variant_without_auxk_hears_of_no_dead_latents_and_revives_none():
+    found, told = learner(replace(CONFIG, variant="relu"))
+    for x_BD in batches():
+        found.train(*found.prepare(x_BD))
+    assert all(dead_F is None for _, dead_F in told)
+    row = found.report(1.0, 0.0)
+    assert row["dead"] > 0
+    assert (row["revived"], row["revived_total"]) == (0, 0)
+
+
+def test_a_falling_k_starts_where_the_settings_say_with_the_first_step():
+    found, told = learner(replace(CONFIG, options=SAEOptions(k_start=6, k_anneal_share=0.4)))
+    k_T, step = [], found._stepper.step
+    found._stepper.step = lambda *given, **more: k_T.append(found.model.k) or step(*given, **more)
+    for x_BD in batches():
+        found.train(*found.prepare(x_BD))
+    assert k_T == [2 + round(4 * max(0.0, 1 - t / (0.4 * STEPS))) for t in range(STEPS)]
+    assert len(told) == STEPS
+
+
 def test_a_report_averages_over_the_steps_since_the_last_one():
     found, _ = learner()
     error_T, auxk_T, fired_TF = made_up()
@@ -167,6 +189,8 @@ def test_taken_up_again_in_the_last_tenth_it_counts_on_as_if_it_had_not_stopped(
     assert first.weights().freq_F is not None
     facts, tensors = json.loads(json.dumps(first.facts())), copy.deepcopy(first.tensors())
     second.load(facts, tensors)
+    assert (second.step, second.metrics, second.judged) == (38, first.metrics, first.judged)
+    assert second.metrics["step"] == 30
     for one in (first, second):
         go_on(one, 38, STEPS)
         one.judge()
@@ -177,3 +201,36 @@ def test_taken_up_again_in_the_last_tenth_it_counts_on_as_if_it_had_not_stopped(
     assert (first.judged, first.best) == (second.judged, second.best)
     for name in ("W_enc_FD", "W_dec_FD", "b_enc_F", "b_dec_D", "freq_F"):
         np.testing.assert_array_equal(getattr(first.weights(), name), getattr(second.weights(), name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "subject", "message"),
+    [
+        ({}, {"hook": "other"}, "hook: 'h' there, 'other' now"),
+        ({}, {"variance": 3.5}, "activation_variance: 3.0 there, 3.5 now"),
+        ({}, {"mean_D": np.ones(D)}, "activation_mean: "),
+        ({}, {"d_in": 3, "mean_D": np.ones(3)}, "d_in: 4 there, 3 now"),
+        ({"auxk_dtype": "bfloat16"}, {}, "auxk_dtype: 'float32' there, 'bfloat16' now"),
+        ({"k": 1, "seed": 5}, {}, "k: 2 there, 1 now; seed: 0 there, 5 now"),
+    ],
+)
+def test_a_checkpoint_of_other_rows_or_settings_is_refused_by_name(settings, subject, message):
+    made = {"d_in": D, "mean_D": np.arange(D) / 2, "variance": 3.0, "hook": "h", "host": {}}
+    config, device = replace(CONFIG, auxk_dtype="float32"), torch.device("cpu")
+    there = json.loads(json.dumps(Learner(config, Subject(**made), device).identity()))
+    now = Learner(replace(config, **settings), Subject(**made | subject), device)
+    with pytest.raises(ConfigError, match=message):
+        now.check_identity(there)
+    same = Learner(replace(config, log_steps=7), Subject(**made), device)
+    same.check_identity(there)
+    with pytest.raises(ConfigError, match=r"^lost: 1 there, None now$"):
+        same.check_identity(there | {"lost": 1})
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_auto_came_to_is_part_of_a_checkpoints_identity(monkeypatch, fast):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast, raising=False)
+    found, _ = learner(replace(CONFIG, encoder_dtype="auto", auxk_dtype="auto"))
+    wanted = "bfloat16" if fast else "float32"
+    assert (found.identity()["encoder_dtype"], found.identity()["auxk_dtype"]) == (wanted, wanted)

@@ -235,8 +235,21 @@ def test_balancing_the_dimensions_makes_fewer_candidates_of_data_with_outliers(l
         native.step(outliers(300, 256), lr=1e-3)
         counts.append(native.candidates_per_row)
     assert counts[0] < 0.7 * counts[1]
-    assert bool((balance(torch.zeros(5, 3)) > 0).all())
-    assert bool(balance(torch.full((5, 3), torch.nan)).isfinite().all())
+    assert bool((balance([torch.zeros(5, 3)]) > 0).all())
+    assert bool(balance([torch.full((5, 3), torch.nan)]).isfinite().all())
+
+
+def test_the_kept_balance_is_of_all_rows_also_of_a_dimension_that_few_of_them_have(lib):
+    if not lib.has_int8:
+        pytest.skip("this processor has no 8-bit dot products")
+    u_ND = batch(3, 1500, 24)
+    u_ND[:, 7] = 0
+    u_ND[[2, 701, 1499], 7] = 50
+    model = make(d=24, latents=400, k=6)
+    rms_D = (u_ND - model.b_dec_D).detach().double().square().mean(0).sqrt()
+    native = stepper(model, loss_settings(), lib)
+    native.step(u_ND, lr=1e-3)
+    torch.testing.assert_close(native._balance_D, (rms_D + 1e-6 + 1e-3 * rms_D.mean()).sqrt().float())
 
 
 def test_rows_without_a_positive_pre_activation_are_reconstructed_by_the_bias_alone(lib):

@@ -16,9 +16,11 @@ from sae.errors import ConfigError
 from sae.latent_ranks import LatentParallelStepper, shard_
 from sae.learner import Learner, Subject
 from sae.losses import LossSettings
+from sae.options import SAEOptions
 from sae.ranks import Ranks
 from sae.steppers import TorchStepper
 from sae.variants import VARIANTS
+from sae.wiring import Wiring
 
 from .toy import Toy
 from .train_ranks import CONFIG, FIELDS
@@ -184,8 +186,23 @@ def test_ranks_hold_their_parts_of_the_dictionary_and_of_the_optimizers_state():
         ({"variant": "batchtopk"}, "got batchtopk with adam"),
         ({"num_latents": 255}, "a multiple of the 2 ranks"),
         ({"num_latents": 8}, "k = 6 latents or more on each, got 8"),
+        ({"num_latents": 64, "options": SAEOptions(k_start=40)}, "k = 40 latents or more on each, got 64"),
     ],
 )
 def test_what_needs_all_latents_in_one_place_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         shard(**changes)
+
+
+def test_a_rank_may_hold_as_few_latents_as_fire():
+    assert len(shard(num_latents=12)[0].b_enc_F) == CONFIG.k
+
+
+def test_a_transcoder_is_not_split_by_latents():
+    wiring = Wiring(
+        kind="transcoder", inputs=(("blocks.0.hook_resid_mid", 4),), outputs=(("blocks.0.hook_mlp_out", 4),)
+    )
+    subject = Subject(d_in=8, mean_D=np.zeros(8), variance=4.0, hook="h", host={}, wiring=wiring, variances=(4.0, 4.0))
+    config = replace(CONFIG, parallel="latent")
+    with pytest.raises(ConfigError, match="that reconstructs what it reads"):
+        Learner(config, subject, torch.device("cpu"), Ranks(0, 2))

@@ -64,6 +64,11 @@ def test_only_a_checkpoint_in_its_turn_that_is_better_becomes_the_best(tmp_path)
     assert good.asked == 3  # every rank judges
 
 
+def test_where_the_checkpoint_lies_is_the_file_of_one_and_the_folder_of_several(tmp_path):
+    assert saves(tmp_path, one=Stub()).save(3, {}, scheduled=False) == checkpoint_path(tmp_path / "one", 3)
+    assert saves(tmp_path, one=Stub(), two=Stub()).save(4, {}, scheduled=False) == tmp_path
+
+
 def test_parameters_that_are_not_finite_are_not_saved_by_any(tmp_path):
     one, two = Stub(), Stub()
     two.check_finite = lambda: 1 / 0
@@ -108,6 +113,21 @@ def test_a_best_checkpoint_that_a_kill_left_out_is_made_up_for(tmp_path):
     for step, made in ((2, False), (3, True)):
         saves(tmp_path, one=Stub(best={"step": step})).restore(3)
         assert (tmp_path / "one" / BEST).exists() == made
+
+
+def test_only_the_process_that_writes_changes_the_folder_and_the_best_is_kept_only_where_it_is_asked_for(tmp_path):
+    saves(tmp_path, keep_last=2, one=Stub()).save(3, {}, scheduled=True)
+    saves(tmp_path, keep_last=2, one=Stub()).save(4, {}, scheduled=True)
+    note(tmp_path, "one", 5)
+    before = sorted(path.name for path in (tmp_path / "one").iterdir())
+    other = saves(tmp_path, writes=False, one=Stub(best={"step": 4}))
+    other.restore(4)
+    other.forget_after(3)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == before
+    saves(tmp_path, save_best=False, one=Stub(best={"step": 4})).restore(4)
+    assert not (tmp_path / "one" / BEST).exists()
+    saves(tmp_path, one=Stub()).forget_after(3)
+    assert checkpoint_steps(tmp_path / "one") == [3]
 
 
 def test_another_check_takes_the_place_of_the_learners_own(tmp_path):

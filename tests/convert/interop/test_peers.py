@@ -5,8 +5,10 @@ Long: it needs the libraries (bench/requirements-train.txt): `make bench-env`, o
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from convert.interop.saelens import SCALES
 from sae.errors import ConfigError
 from sae.weights import SAEWeights
 from tests.peers import peers, without_ggscope
+from tests.sae.toy import random_weights
 
 from .oracles import D, F, dense, draw, same
 
@@ -115,3 +118,17 @@ def test_what_a_library_has_no_equation_for_is_refused(tmp_path, fields, target,
     with pytest.raises(ConfigError, match=said):
         export_folder(tmp_path / "out", sae(**fields), target)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_settings_of_an_export_say_whose_it_is_and_what_its_arrays_are(tmp_path):
+    w = random_weights(
+        np.random.default_rng(0), d=6, latents=24, k=3, b_dec_subtracted=False, hook="blocks.0.hook_resid_mid",
+        hook_out="blocks.0.hook_mlp_out", W_skip_OD=np.ones((6, 6)), host={"name": "tiny", "architecture": "llama"},
+    )  # fmt: skip
+    for skip in (True, False):
+        folder = export_folder(tmp_path / str(skip), replace(w, W_skip_OD=w.W_skip_OD if skip else None), "sparsify")
+        said = json.loads((folder / "cfg.json").read_text())
+        assert (said["skip_connection"], said["transcode"], said["k"], said["num_latents"]) == (skip, True, 3, 24)
+    plain = random_weights(np.random.default_rng(0), d=6, latents=24, k=3, host=w.host)
+    said = json.loads((export_folder(tmp_path / "plain", plain, "saelens") / "cfg.json").read_text())
+    assert (said["metadata"]["model_name"], said["metadata"]["hook_name"]) == ("tiny", plain.hook)
