@@ -10,17 +10,17 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from sae.errors import ConfigError
+from sae.errors import ConfigError, SAEError
 
-from ..config import ApplyConfig
+from ..config import ApplyConfig, Config
 from ..generate import generate
 from ..lenses.patching import prompt_tokens
 from ..llama.model import Model
 from ..llama.session import Session
 from ..readout import Reader, ReadoutEvent
-from ..run import RunContext, newest_finished
+from ..run import RunContext
 from .inputs import check_prompt, context_tokens, describe_model, open_model, relative, sae_path, session_options
-from .live import LiveSAEs, interventions, place_of, points_of, said_of, without_rows
+from .live import LiveSAE, LiveSAEs, interventions, place_of, points_of, said_of, without_rows
 
 READOUT_NAME = "readout.jsonl"
 NO_SAE = "none"  # as sae.path
@@ -32,7 +32,7 @@ def run(context: RunContext) -> None:
     own = own_sae(context)
     with open_model(context) as model:
         saes = LiveSAEs(context, model, own)
-        read = [saes.get(name) for name in (*([] if own is None else [""]), *config.also)]
+        read = opened(saes, context.config)
         tokens = tokens_of(model, config)
         n_ctx = context_tokens(context, model, len(tokens) + config.max_tokens)
         session = Session(model, n_ctx=n_ctx, **session_options(context.config.model))
@@ -53,7 +53,9 @@ def run(context: RunContext) -> None:
         )
         session.close()
         places = ", ".join(f"{relative(sae.path)} at {place_of(sae.weights)}" for sae in read)
-        edits = [said_of(c, saes) for c in (context.config.intervention, *config.interventions) if c.kind != "none"]
+        edits = [
+            said_of(c, saes, read) for c in (context.config.intervention, *config.interventions) if c.kind != "none"
+        ]
         given = "; ".join([describe_model(model) + (f" and {places}" if places else ""), *edits])
     for edit, some in zip(edits, chosen, strict=True):
         if why := without_rows(some[0].where, events):
@@ -81,18 +83,37 @@ def run(context: RunContext) -> None:
 
 
 def own_sae(context: RunContext) -> Path | None:
-    """What `sae.path` names, or the newest trained. None for `none`; also where nothing is trained yet and all that is asked
-    for is to switch heads off."""
-    config = context.config
-    if config.sae.path == NO_SAE:
+    """What `sae.path` names, or the newest trained. None for `none`; also where there is none to be had and none is needed."""
+    path = context.config.sae.path
+    if path == NO_SAE:
         return None
-    kinds = {one.kind for one in (config.intervention, *config.apply.interventions)} - {"none"}
-    if not config.sae.path and not config.apply.also and kinds == {"heads"}:
+    try:
+        return sae_path(context)
+    except ConfigError:
+        if path or needs_own(context.config):
+            raise
+        return None
+
+
+def needs_own(config: Config) -> bool:
+    """Whether something is asked for that an SAE must do, and none is named for it."""
+    edits = [one for one in (config.intervention, *config.apply.interventions) if one.kind != "none"]
+    return not (edits or config.apply.also) or any(one.kind != "heads" and not one.sae for one in edits)
+
+
+def opened(saes: LiveSAEs, config: Config) -> list[LiveSAE]:
+    """The SAEs to read. One that nobody named or needs is left out where it cannot be used, with a word."""
+    own = []
+    if saes.own is not None:
         try:
-            newest_finished("train")
-        except ConfigError:
-            return None
-    return sae_path(context)
+            own = [saes.get()]
+        except SAEError as error:
+            if config.sae.path or needs_own(config):
+                raise
+            saes.own = None
+            say = saes.context.console.print
+            say(f"warning: {saes.context.command} reads no SAE: {error}", style="yellow", highlight=False)
+    return own + [saes.get(name) for name in config.apply.also]
 
 
 def means(events: list[ReadoutEvent], reader: int) -> dict[str, float]:

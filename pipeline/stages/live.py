@@ -70,7 +70,7 @@ class LiveSAEs:
             path = located(name) if name else self.own
             if path is None:
                 raise ConfigError(
-                    "no SAE is read here (sae.path=none); latents need one: name it with sae.path or intervention.sae"
+                    "no SAE is read here (sae.path=none); latents need one: name it with sae.path or the edit's own sae"
                 )
             same = next((sae for sae in self._open.values() if sae.path.resolve() == path.resolve()), None)
             self._open[name] = same or self._opened(path, first=not self._open)
@@ -138,10 +138,15 @@ def noun(heads: Sequence[str]) -> str:
     return "heads" if len(heads) > 1 or any(head.endswith("*") for head in heads) else "head"
 
 
-def said_of(config: InterventionConfig, saes: LiveSAEs) -> str:
-    """... and of which SAE, where there are several, and at which point, where it is not the SAE's own."""
-    several = len(saes.distinct()) > 1 and config.kind != "heads"
-    where = [f"SAE of {saes.name_of(saes.get(config.sae))}"] if several else []
+def said_of(config: InterventionConfig, saes: LiveSAEs, read: Sequence[LiveSAE] = ()) -> str:
+    """... and of which SAE, where there are several or those `read` are others, and at which point, where it is not its own."""
+    where = []
+    if config.kind != "heads":
+        sae = saes.get(config.sae)
+        if all(sae is not other for other in read):
+            where = [f"SAE {relative(sae.path)} at {place_of(sae.weights)}"]
+        elif len(saes.distinct()) > 1:
+            where = [f"SAE of {saes.name_of(sae)}"]
     where += [f"edit at {config.hook}"] if config.hook else []
     return said(config) + (f" ({', '.join(where)})" if where else "")
 
@@ -217,14 +222,16 @@ def head_means(
             f"the store holds {', '.join(store.hooks)}; expected {', '.join(missing)}: "
             f"ggscope extract 'hook.points=[blocks.*.{HEADS_SITE}]'"
         )
-    if not store.complete:
-        some = f"{len(store.commits)} of {store.meta.n_shards} shards"
+    stats = {block: store.stats(hook) for block, hook in hooks.items()}
+    known = context.inputs.get("mean", {}).get("path") == str(store.path)  # of another edit
+    if not (store.complete or known):
+        rows, some = next(iter(stats.values())).count, f"{len(store.commits)} of {store.meta.n_shards} shards"
         context.console.print(
-            f"warning: {setting}: a mean of {store.n_rows:,} rows: the capture of this store is not finished ({some})",
+            f"warning: a mean of {rows:,} rows: the capture of {relative(store.path)} is not finished ({some})",
             style="yellow", highlight=False,
         )  # fmt: skip
     context.add_input("mean", store.path, store_sha256(store.path))
-    return {block: store.stats(hook).mean_D.astype(np.float32) for block, hook in hooks.items()}
+    return {block: found.mean_D.astype(np.float32) for block, found in stats.items()}
 
 
 def of_latents(config: InterventionConfig, saes: LiveSAEs) -> Intervention:

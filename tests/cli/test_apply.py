@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -74,6 +75,30 @@ def test_heads_are_switched_off_without_an_sae_and_the_text_is_the_same_as_besid
         assert "head L1H1 off" in done.stderr
     shown = ggscope("apply", "sae.path=none", *settings, cwd=tmp_path).stdout.splitlines()
     assert shown[0].split() == ["pos", "token", "logprob"]
+    done = ggscope(
+        "apply", "intervention=ablate", "intervention.latents=[5]", f"intervention.sae={sae}", *settings, cwd=tmp_path
+    )
+    said = " ".join(done.stdout.split())
+    assert f"ablate latent 5 (SAE {sae} at {load_weights(sae).hook})" in said
+
+
+def test_an_sae_of_another_model_is_not_read_where_none_is_needed(made, tmp_path):
+    shutil.copytree(made / "runs", tmp_path / "runs")
+    (file,) = tmp_path.glob("runs/train/*/sae/sae.json")
+    manifest = file.parents[1] / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    facts["outputs"]["sae"] = str(file.parent)
+    manifest.write_text(json.dumps(facts))
+    meta = json.loads(file.read_text())
+    meta["host"]["vocab_sha256"] = "0" * 64
+    file.write_text(json.dumps(meta))
+    settings = ["apply.max_tokens=2", "model.n_threads=1", "--prompt", "import os\n"]
+    off = ["intervention=heads", "intervention.heads=[L1H1]"]
+    done = ggscope("apply", *off, *settings, cwd=tmp_path)
+    assert "warning: apply reads no SAE: this SAE was made on a model with" in " ".join(done.stderr.split())
+    assert "2 tokens generated after" in done.stdout
+    for needs in ([], [*off, f"sae.path={file.parent}"]):
+        assert "was made on a model with" in last_line(ggscope("apply", *needs, *settings, cwd=tmp_path, code=2))
 
 
 def test_latents_and_plain_readings_need_an_sae(tmp_path):
