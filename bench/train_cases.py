@@ -257,8 +257,8 @@ def _part(case: str, speeds: list[float], without: list[float], target: float) -
 def _beside_the_step(
     shape: Shape, kernel: str, batchtopk: dict[str, Any], settings: Settings, say: Say
 ) -> Iterator[Row]:
-    """AuxK, and with its settings BatchTopK, against the step without, in one process and short turns: where an array
-    happens to lie, and how fast memory is at the moment, are worth as much as either."""
+    """AuxK, and with its settings BatchTopK, against the step without, in one process and short turns: how fast memory is
+    at the moment is worth as much as either, and for AuxK, whose arrays are the step's own, where they happen to lie."""
     base = {"kernel": kernel}
     with Turns(shape, settings, say) as turns:
         turns.add("step", ours_worker(settings.threads), "ours", base)
@@ -276,7 +276,12 @@ def _beside_the_step(
         if batchtopk:
             second = worker.ask("beside", side="ours", options=base | batchtopk)["number"]
             sides["batchtopk"] = lambda: run(None, second)
-        speeds = in_turns(sides, SHORT_TURNS * settings.rounds, say=lambda text: say(f"{shape.name}: {text}"))
+        speeds = in_turns(
+            sides,
+            SHORT_TURNS * settings.rounds,
+            say=lambda text: say(f"{shape.name}: {text}"),
+            keep=lambda found: settings.keep(f"{shape.name}_{kernel}_parts", found),
+        )
     for share, target in AUXK_TARGETS.items():
         yield _part(names[share], speeds[names[share]], speeds["step"], target)
     if batchtopk:

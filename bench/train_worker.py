@@ -101,7 +101,7 @@ class Served:
         return {"checksum": zlib.crc32(self._ring[0].cpu().numpy().tobytes())}
 
     def beside(self, side: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Build another side on the same rows; it is not chosen yet."""
+        """Build another side on the same rows, to be chosen and run; `advance` counts the steps of the first."""
         self._sides.append(self._builders[side](self._problem, **options))
         return {"number": len(self._sides) - 1}
 
