@@ -63,6 +63,7 @@ def test_the_wheel_holds_the_packages_the_configs_and_the_model(installed):
         "pipeline/data/pylm.gguf",
         "sae/model.py",
         "sae/native/step.c",
+        "sae/native/sums.c",
         "sae/native/vectors.h",
         "convert/sae_gguf.py",
     ):

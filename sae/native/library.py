@@ -37,7 +37,7 @@ _BEFORE = (
 _AFTER = (
     "bf16_FD", "q_tiles", "q_scale_F", "q_norm_F", "q_shift_F", "q_offset_F", "balance_D", "dither_D",
     "u_ND", "named_NC", "centred_ND", "grad_ND", "first_N1", "row_P", "idx_P", "vals_P", "grad_vals_P", "error_N", "candidates_N",
-    "pool", "pool_used", "pool_at_N", "pool_count_N", "fired_F", "start_F1", "pair_P", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
+    "pool", "pool_used", "pool_at_N", "pool_count_N", "fired_F", "start_F1", "pair_P", "sorted_row_P", "sorted_val_P", "sorted_grad_P", "sum_enc_FD", "sum_dec_FD", "partial_D", "extra_of_F", "extra_enc_MD", "extra_dec_MD", "extra_bias_M",
     "auxk_memory", "dead_M", "auxk_loss",
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ class Step(ctypes.Structure):
 
 
 class Library:
-    """The functions of select.c, candidates.c, auxk.c and step.c; MemoryError where they could not have their scratch memory."""
+    """The functions of select.c, candidates.c, auxk.c, sums.c and step.c; MemoryError where they could not have their scratch memory."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -148,7 +148,7 @@ class Library:
 def native_library() -> Library | None:
     """The library, built on first use; None, after one warning, where it cannot be had."""
     try:
-        sources = [FOLDER / name for name in ("select.c", "candidates.c", "step.c", "auxk.c")]
+        sources = [FOLDER / name for name in ("select.c", "candidates.c", "step.c", "sums.c", "auxk.c")]
         flags = flag_variants(_COMMON, openmp=_TORCHS_OPENMP if _TORCHS_OPENMP.exists() else None)
         library = Library(
             build("step", sources, flags, [FOLDER / name for name in ("vectors.h", "product.h", "rounded.h")])

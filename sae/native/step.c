@@ -291,8 +291,12 @@ static float sum_gradients(const struct step * s, int64_t i, float * enc, float 
     int32_t p = s->start_F1[i], stop = s->start_F1[i + 1];
     int32_t extra = s->extra_of_F ? s->extra_of_F[i] : -1;
     float bias = 0;
-    memset(enc, 0, D * sizeof *enc);
-    memset(dec, 0, D * sizeof *dec);
+    if (s->sum_enc_FD) {
+        for (; p < stop; p++) bias += s->sorted_grad_P[p];
+    } else {
+        memset(enc, 0, D * sizeof *enc);
+        memset(dec, 0, D * sizeof *dec);
+    }
     for (; p + 4 <= stop; p += 4) {
         float vals[4], grads[4];
         const float *centred[4], *grad[4];
@@ -322,6 +326,11 @@ static float sum_gradients(const struct step * s, int64_t i, float * enc, float 
 
 static void update_latent(const struct step * s, int64_t i, float * enc, float * dec, float * partial_D) {
     int64_t D = s->D, at = i * D;
+    float * scratch = enc;
+    if (s->sum_enc_FD) {
+        enc = s->sum_enc_FD + at;
+        dec = s->sum_dec_FD + at;
+    }
     float *w_enc = s->W_enc_FD + at, *w_dec = s->W_dec_FD + at;
     if (i + 1 < s->F) {
         float * const next[6] = {s->W_enc_FD, s->W_enc_m, s->W_enc_v, s->W_dec_FD, s->W_dec_m, s->W_dec_v};
@@ -335,7 +344,7 @@ static void update_latent(const struct step * s, int64_t i, float * enc, float *
     adam(s, w_dec, s->W_dec_m + at, s->W_dec_v + at, dec, D);
     float norm = sqrtf(dot(w_dec, w_dec, D)), inverse = 1.0f / (norm == 0 ? 1 : norm); /* a row of zeros stays */
     for (int64_t j = 0; j < D; j++) w_dec[j] *= inverse;
-    ggscope_refresh(s, i, enc);
+    ggscope_refresh(s, i, scratch);
 }
 
 /* Gradient and update of all parameters, after the rows. 0: done, -1: no memory. */
@@ -343,6 +352,7 @@ int ggscope_latents(const struct step * s) {
     int64_t D = s->D, row_parts = (s->N + UNIT - 1) / UNIT, parts = row_parts + (s->F + UNIT - 1) / UNIT;
     int failed = 0;
     sort_pairs(s);
+    if (s->sum_enc_FD && ggscope_sums(s)) return -1;
 #pragma omp parallel num_threads((int) s->threads)
     {
         float *enc = malloc((D + LANES) * sizeof *enc), *dec = malloc((D + LANES) * sizeof *dec);

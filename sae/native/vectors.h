@@ -181,6 +181,8 @@ struct step {
     /* sums over the rows of a latent */
     int64_t * fired_F;
     int32_t *start_F1, *pair_P;
+    int32_t * sorted_row_P; /* sums.c: the pairs as pair_P has them; NULL where the sums go latent by latent */
+    float *sorted_val_P, *sorted_grad_P, *sum_enc_FD, *sum_dec_FD;
     float * partial_D; /* (ceil(N / UNIT) + ceil(F / UNIT), D): parts of db_dec */
     /* gradients that come from elsewhere (AuxK): the row of latent i is extra_of_F[i], -1: none; NULL: none at all */
     const int32_t * extra_of_F;
@@ -212,6 +214,8 @@ void ggscope_choose(const struct step * s, int64_t row, const uint64_t * items, 
 void ggscope_fetch_decoder(const struct step * s, int64_t row);
 /* Reconstruction, residual and its gradients of a row whose latents are chosen. */
 void ggscope_reconstruct(const struct step * s, int64_t row);
+/* dW_enc and dW_dec into sum_enc_FD and sum_dec_FD, but for what comes from elsewhere. 0: done, -1: no memory. */
+int ggscope_sums(const struct step * s);
 /* Refresh the copies of W_enc[i] that are in use; `scratch`: D floats. */
 void ggscope_refresh(const struct step * s, int64_t latent, float * scratch);
 
