@@ -29,7 +29,6 @@ _HERE, _STEP = Path(__file__).parent, Path(native.__file__).parent
 SOURCES = (
     *(_HERE / f"{name}.c" for name in ("reading", "products", "bounds", "decoder")),
     _STEP / "select.c",
-    _STEP / "step.c",
 )
 HEADERS = (_HERE / "reading.h", _HERE / "bytes.h", _STEP / "vectors.h")
 _COMMON = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", f"-I{_STEP}")

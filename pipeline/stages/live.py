@@ -143,10 +143,10 @@ def said_of(config: InterventionConfig, saes: LiveSAEs, read: Sequence[LiveSAE] 
     where = []
     if config.kind != "heads":
         sae = saes.get(config.sae)
-        if all(sae is not other for other in read):
-            where = [f"SAE {relative(sae.path)} at {place_of(sae.weights)}"]
-        elif len(saes.distinct()) > 1:
+        if len(saes.distinct()) > 1:
             where = [f"SAE of {saes.name_of(sae)}"]
+        elif all(sae is not other for other in read):  # nothing else names it
+            where = [f"SAE of {relative(sae.path)} at {place_of(sae.weights)}"]
     where += [f"edit at {config.hook}"] if config.hook else []
     return said(config) + (f" ({', '.join(where)})" if where else "")
 

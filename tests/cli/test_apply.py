@@ -79,7 +79,7 @@ def test_heads_are_switched_off_without_an_sae_and_the_text_is_the_same_as_besid
         "apply", "intervention=ablate", "intervention.latents=[5]", f"intervention.sae={sae}", *settings, cwd=tmp_path
     )
     said = " ".join(done.stdout.split())
-    assert f"ablate latent 5 (SAE {sae} at {load_weights(sae).hook})" in said
+    assert f"ablate latent 5 (SAE of {sae} at {load_weights(sae).hook})" in said
 
 
 def test_an_sae_of_another_model_is_not_read_where_none_is_needed(made, tmp_path):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from sae import pages
+from sae import large_pages, pages
+from sae.devices import memory_failures_named
+from sae.errors import OutOfMemoryError
 from sae.native.library import AMX, Step
 
 from .test_model_and_kernels import batch, loss_settings, make
@@ -181,21 +183,21 @@ def test_a_parameter_moves_with_its_values_and_a_small_one_stays():
     assert large.requires_grad
 
 
-def test_a_kernel_without_large_pages_gives_ordinary_ones(monkeypatch):
-    monkeypatch.setattr(pages, "_ADVICE", 9999)
+@pytest.mark.parametrize("advice", [9999, None])
+def test_a_kernel_without_large_pages_gives_ordinary_ones(monkeypatch, advice):
+    monkeypatch.setattr(large_pages.mmap, "MADV_HUGEPAGE", advice, raising=False)
     array = pages.zeros(1024, 2048)
     assert not array.any()
-    monkeypatch.setattr(pages, "_ADVICE", None)
-    assert not pages.zeros(1024, 2048).any()
+    assert float(array.add_(1).sum()) == 1024 * 2048
 
 
-def test_memory_that_cannot_be_had_is_asked_of_torch_which_says_so(monkeypatch):
-    def refused(*_, **__):
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(pages.mmap, "mmap", refused)
-    assert not pages.zeros(1024, 2048).any()
-    with pytest.raises(RuntimeError, match="allocate"):
+def test_memory_that_cannot_be_had_is_out_of_memory():
+    with pytest.raises(MemoryError, match="allocate"):
+        pages.zeros(1 << 26, 1 << 20)
+    with (
+        pytest.raises(OutOfMemoryError, match="out of memory at the start"),
+        memory_failures_named("at the start", "k"),
+    ):
         pages.zeros(1 << 40, 1 << 20)
 
 
