@@ -95,7 +95,7 @@ class Learner:
         self._target = subject.wiring.target
         mean_u_W = (subject.mean_D / self.scale)[self._target].astype(np.float32)
         self._mean_u_O = torch.from_numpy(mean_u_W).to(device)
-        self._u_ND = torch.empty(0, 0)
+        self._kept = pages.Scratch()
         self._idle_F = torch.zeros(config.num_latents, dtype=torch.int64, device=device)  # tokens since it fired
         self._fired_F = torch.zeros_like(self._idle_F)
         self._fired_rows = self._revived = 0
@@ -118,12 +118,10 @@ class Learner:
 
     def _scaled_in_cache(self, x_ND: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """In memory that is kept: new pages for every batch take longer than the arithmetic."""
-        if self._u_ND.shape != x_ND.shape:
-            self._u_ND = pages.zeros(*x_ND.shape)
-        u_ND, scatters = self._u_ND, []
+        u_ND, inverse, scatters = self._kept.array("u_ND", *x_ND.shape), 1 / self.scale, []
         for start in range(0, len(x_ND), CACHED_ROWS):
             part = slice(start, start + CACHED_ROWS)
-            np.multiply(x_ND[part], 1 / self.scale, out=u_ND[part].numpy(), dtype=np.float32)
+            np.multiply(x_ND[part], inverse, out=u_ND[part].numpy(), dtype=np.float32)
             scatters.append(self._scatter(u_ND[part]))
         return u_ND, torch.stack(scatters).sum()
 

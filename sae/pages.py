@@ -21,7 +21,8 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 class Scratch:
-    """Arrays for what a step leaves behind and the next one overwrites: steppers that never step at once may share one."""
+    """Arrays that are kept, for what a step leaves behind and the next one overwrites: steppers that never step at once may
+    share one."""
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}

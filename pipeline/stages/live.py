@@ -138,7 +138,7 @@ def noun(heads: Sequence[str]) -> str:
     return "heads" if len(heads) > 1 or any(head.endswith("*") for head in heads) else "head"
 
 
-def said_of(config: InterventionConfig, saes: LiveSAEs, read: Sequence[LiveSAE] = ()) -> str:
+def said_of(config: InterventionConfig, saes: LiveSAEs, read: Sequence[LiveSAE]) -> str:
     """... and of which SAE, where there are several or those `read` are others, and at which point, where it is not its own."""
     where = []
     if config.kind != "heads":
